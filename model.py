@@ -1,0 +1,555 @@
+"""Llama and Qwen by hand: one decoder-only Transformer, its files, its tokenizer and its chat turns.
+
+Llama 3 / 3.1 / 3.2 (SmolLM2 is one) and Qwen 2 / 2.5 / 3 (dense) are the same network
+
+    x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
+
+but for five switches, all read from config.json and all visible in `Config`: the RoPE scaling, RMSNorm on
+each head's q and k (Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that
+need not be hidden / heads. Whatever else a config asks for is refused, never ignored.
+
+Axes: B batch, T time (queries), S cached time (keys), H heads, K key/value heads, D head dim, V vocabulary,
+E hidden size.  Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models),
+Qwen3 2505.09388; names of tensors and keys as in Hugging Face's files.
+
+    python model.py DIR      prints what the files hold: family, switches, parameters, end-of-turn tokens
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """The switches, from config.json. Lengths in tokens, frequencies in radians per token."""
+
+    family: str  # "llama", "qwen2" or "qwen3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    context: int  # the longest prompt + completion
+    tied: bool  # the head is the embedding
+    qkv_bias: bool
+    qk_norm: bool
+    rope_theta: float
+    rope_scaling: dict | None  # Llama-3.1's, or None
+    end_of_turn: tuple[int, ...]  # every token that ends an answer
+    raw: dict  # config.json as it was read, written back by `save`
+
+    @classmethod
+    def from_json(cls, raw: dict, generation: dict | None = None, where: str = "config.json") -> "Config":
+        """Reads a config.json (and generation_config.json) already parsed. ValueError for what we lack."""
+
+        def refuse(what: str):
+            raise ValueError(f"{where}: {what}")
+
+        family = raw.get("model_type")
+        if family not in ("llama", "qwen2", "qwen3"):
+            refuse(f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model")
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads", "rms_norm_eps", "max_position_embeddings")
+                   if raw.get(k) is None]  # fmt: skip
+        if missing:
+            refuse(f"lacks {', '.join(missing)}; use the config.json that came with the weights")
+        # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
+        rope = raw.get("rope_parameters")
+        if rope is None:
+            if raw.get("rope_theta") is None:
+                refuse("has neither rope_parameters nor rope_theta; a guessed theta would be silently wrong")
+            rope = {**(raw.get("rope_scaling") or {}), "rope_theta": raw["rope_theta"]}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            refuse(f"rope_type {rope_type!r} is not implemented; only 'default' and 'llama3' are")
+        if rope.get("rope_theta") is None:
+            refuse("rope_parameters lacks rope_theta; a guessed theta would be silently wrong")
+        scaling = None
+        if rope_type == "llama3":
+            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if lacking := [k for k in keys if rope.get(k) is None]:
+                refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}")
+            scaling = {k: float(rope[k]) for k in keys}
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+            refuse("sliding-window attention is not implemented; set use_sliding_window to false "
+                   "if your texts are shorter than the window")  # fmt: skip
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse(f"hidden_act {raw['hidden_act']!r} is not implemented; only 'silu' is")
+        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        if raw.get("quantization_config") or partial not in (None, 1, 1.0):
+            refuse("quantised weights and partial rotary embeddings are not implemented; use the full model")
+        if raw.get("mlp_bias") or raw.get("attention_bias"):
+            refuse("attention_bias / mlp_bias is not implemented; only Qwen2's bias on q, k, v is")
+        end = (generation or {}).get("eos_token_id")
+        end = raw.get("eos_token_id") if end is None else end
+        end = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+        heads = raw["num_attention_heads"]
+        kv_heads = raw.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        return cls(
+            family=family,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            layers=raw["num_hidden_layers"],
+            heads=heads,
+            kv_heads=kv_heads,
+            # Qwen3-4B: hidden 2560, 32 heads, head_dim 128, so head_dim is a field of its own.
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            norm_eps=raw["rms_norm_eps"],
+            context=raw["max_position_embeddings"],
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=scaling,
+            end_of_turn=end,
+            raw=raw,
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, over the last axis. fp32 inside, cast back *before* the weight, as in HF."""
+
+    def __init__(self, size: int, eps: float, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Angular frequencies (D/2,) in radians per token, fp32; Llama-3.1's scaling stretches the slow ones."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    if config.rope_scaling is None:
+        return frequencies
+    s = config.rope_scaling
+    wavelength = 2 * math.pi / frequencies
+    # 0 where the wavelength exceeds original / low (divide by factor), 1 below original / high (keep).
+    smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (
+        s["high_freq_factor"] - s["low_freq_factor"]
+    )
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * frequencies / s["factor"] + smooth * frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, ·, T, D), pairing d with d + D/2 as HF weights do; cos, sin (B, 1, T, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers, (layers, B, K, S, D), allocated once and written in place.
+
+    Row b's token at position t lies at index t, so rows of unequal length need no common clock: what
+    lies past a row's own position is stale, and masked.
+    """
+
+    def __init__(self, config: Config, rows: int, length: int, device=None, dtype=None):
+        shape = (config.layers, rows, config.kv_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v (B, K, T, D) go to positions (B, T) of their own rows."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        self.k[layer, rows, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
+        self.v[layer, rows, :, positions] = v.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int, dtype=None):
+        super().__init__()
+        self.config, self.layer = config, layer
+        E, H, K, D = config.hidden_size, config.heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(E, H * D, bias=config.qkv_bias, dtype=dtype)
+        self.k_proj = nn.Linear(E, K * D, bias=config.qkv_bias, dtype=dtype)
+        self.v_proj = nn.Linear(E, K * D, bias=config.qkv_bias, dtype=dtype)
+        self.o_proj = nn.Linear(H * D, E, bias=False, dtype=dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.norm_eps, dtype)
+            self.k_norm = RMSNorm(D, config.norm_eps, dtype)
+
+    def forward(self, x, cos, sin, mask, cache: KVCache | None, positions, length: int | None) -> Tensor:
+        B, T, _ = x.shape
+        H, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
+        q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache.write(self.layer, positions, k, v)
+            k, v = cache.k[self.layer, :, :, :length], cache.v[self.layer, :, :, :length]  # (B, K, S, D)
+        if T == 1:
+            # One new token: the heads that share a key head become the query axis, and no key is copied.
+            out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
+            out = out.view(B, 1, H * D)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+            out = out.transpose(1, 2).reshape(B, T, H * D)
+        return self.o_proj(out)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config, dtype=None):
+        super().__init__()
+        E, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(E, M, bias=False, dtype=dtype)
+        self.up_proj = nn.Linear(E, M, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(M, E, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int, dtype=None):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.self_attn = Attention(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+    def forward(self, x, *args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The network. Parameter names are Hugging Face's without the leading "model."."""
+
+    def __init__(self, config: Config, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None  # the directory `load` read; `save` copies the tokenizer from it
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        # A buffer that no file holds. Never cast the module after construction: it must stay fp32.
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def hidden(self, tokens, positions=None, mask=None, cache=None, length=None) -> Tensor:
+        """Final normalised states (B, T, E) of tokens (B, T) int64.
+
+        positions (B, T): each token's place in its row, 0.. by default. mask (B, 1, T, S) bool, True
+        where a query may look at a key; causal by default. With a cache, keys and values are written at
+        `positions`, and queries look at the cache's first `length` (default: all) entries up to their own.
+        """
+        B, T = tokens.shape
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
+        cos, sin = angles.cos(), angles.sin()
+        if cache is not None and mask is None:
+            keys = torch.arange(cache.k.shape[3] if length is None else length, device=tokens.device)
+            mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache, positions, length)
+        return self.norm(x)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits (…, V) of final states (…, E), in the model's dtype."""
+        return F.linear(states, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
+
+    def forward(self, tokens, positions=None, mask=None, cache=None, length=None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, positions, mask, cache, length))
+
+
+def locate(path: str | Path) -> Path:
+    """The directory of a model: `path` itself, or the snapshot of a hub id in the local hub cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
+    repo = hub / ("models--" + str(path).replace("/", "--"))
+    ref = repo / "refs" / "main"
+    if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
+        return snapshot
+    raise ValueError(
+        f"no model at {path}: it is neither a directory nor a hub id in {hub}; "
+        f"download it first (hf download {path}) or pass its directory"
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError naming the file when it is missing, unreadable or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; a model directory needs it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again")
+    return value
+
+
+def read_config(folder: Path) -> Config:
+    generation = folder / "generation_config.json"
+    generation = read_json(generation) if generation.exists() else None
+    return Config.from_json(read_json(folder / "config.json"), generation, str(folder / "config.json"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those its index names, or the one file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index} has no weight_map; fetch it again")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    if absent := [f.name for f in files if not f.is_file()]:
+        pickles = any(folder.glob("*.bin")) and "; .bin files are pickles and are not read, convert them" or ""
+        raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
+    return files
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
+
+    dtype: fp32 on CPU and bf16 elsewhere by default. Every tensor of the model is loaded exactly once and
+    every tensor in the files is used; ValueError, naming the tensor, otherwise.
+    """
+    folder = locate(path)
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):
+        model = Transformer(read_config(folder), dtype)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            with safetensors.safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # derived; old files carry it
+                    short = name.removeprefix("model.")
+                    if short in tensors:
+                        raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
+                    tensors[short] = shard.get_tensor(name).to(device, dtype)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from None
+    if model.config.tied and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if "embed_tokens.weight" in tensors and not torch.equal(head, tensors["embed_tokens.weight"]):
+            raise ValueError(f"{folder} ties the head to the embedding but its files hold two that differ")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder} lacks the tensor {name} {tuple(shape)}; fetch the weights again")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensors[name].shape)}, config.json says {tuple(shape)}"
+            )
+    if extra := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"{folder} holds {extra[0]} (of {len(extra)}), which config.json has no place for")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.frequencies = rope_frequencies(model.config).to(device)
+    model.source = folder
+    return model
+
+
+# Whatever a tokenizer may consist of; copied as it is from the model that was trained.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+
+
+def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9) -> None:
+    """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
+
+    `path` must not exist yet or be empty; it appears under its name only when complete.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is already there; choose another folder or remove it")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, shards, size = {}, [{}], 0
+    for name, parameter in model.named_parameters():
+        tensors[name if name == "lm_head.weight" else "model." + name] = parameter.detach().cpu().contiguous()
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], partial / "model.safetensors", metadata={"format": "pt"})
+    else:
+        where = {}
+        for i, shard in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, partial / file, metadata={"format": "pt"})
+            where.update(dict.fromkeys(shard, file))
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = dict(model.config.raw)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": list(model.config.end_of_turn)}
+    if model.source and (model.source / "generation_config.json").exists():
+        generation = read_json(model.source / "generation_config.json")
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name in COMPANIONS:
+        if model.source and (model.source / name).exists():
+            shutil.copyfile(model.source / name, partial / name)
+    (partial / "README.md").write_text(card or "A model saved by faith's model.save.\n")
+    if path.exists():
+        path.rmdir()
+    os.replace(partial, path)
+
+
+class Tokenizer:
+    """tokenizer.json through the `tokenizers` library, and the model's chat turns rendered by hand.
+
+    The chat format is recognised from the model's own template: Llama-3 headers, or ChatML with the
+    template's own default system prompt and, for Qwen3, the empty think block of the non-thinking form.
+    """
+
+    def __init__(self, path: str | Path):
+        folder = locate(path)
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from None
+        settings = folder / "tokenizer_config.json"
+        settings = read_json(settings) if settings.exists() else {}
+        template = folder / "chat_template.jinja"
+        template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+        template = template or ""
+        self.chat = "llama3" if "<|start_header_id|>" in template else "chatml"
+        if "<|im_start|>" not in template and self.chat == "chatml":
+            raise ValueError(
+                f"{folder} has no Llama-3 or ChatML chat template; use an instruct model, or add chat_template.jinja"
+            )
+        bos = settings.get("bos_token") or ""
+        self.bos = bos["content"] if isinstance(bos, dict) else bos
+        # Qwen3's template closes an empty think block when thinking is off; its 2507 models have none.
+        self.think = "<think>\n\n</think>\n\n" if "enable_thinking" in template else ""
+        # Qwen2.5 and SmolLM2 speak a system prompt of their own when given none; Qwen2.5's template also
+        # has a longer one for tools, so take the plain one, without template code in it.
+        system = re.findall(r"<\|im_start\|>system(?:\\n|\n)([^<{}]+)<\|im_end\|>", template)
+        self.default_system = system[-1] if system and self.chat == "chatml" else None
+        # Llama-3.1's full template always writes a system turn with dates. Its "today" is fixed by default.
+        date = re.search(r'date_string = "([^"]+)"', template)
+        self.dates = ""
+        if "Cutting Knowledge Date" in template:
+            today = date.group(1) if date else "26 Jul 2024"
+            self.dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
+        config = folder / "config.json"
+        size = read_json(config).get("vocab_size", 0) if config.exists() else None
+        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        if size is not None and highest >= size:
+            raise ValueError(
+                f"{folder}: tokenizer.json has ids up to {highest} but config.json's vocab_size is {size}; "
+                "they belong to different models"
+            )
+        end = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
+        if end is None:
+            raise ValueError(f"{folder}: the chat template's end-of-turn token is not in tokenizer.json")
+        self.end_of_turn = end
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text, special tokens recognised, none added (`render` writes begin-of-text itself)."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def letter_ids(self, begin: str, count: int) -> list[int]:
+        """Ids of the letters A, B, … (count of them) as they follow `begin`; each must be one token."""
+        prefix, ids = self.encode(begin), []
+        for letter in "ABCDEFGHIJ"[:count]:
+            extended = self.encode(begin + letter)
+            if len(extended) != len(prefix) + 1 or extended[:-1] != prefix:
+                raise ValueError(f"the option letter {letter!r} is not one token after {begin!r} in this tokenizer")
+            ids.append(extended[-1])
+        return ids
+
+    def render(self, messages: list[dict], begin: str = "") -> str:
+        """Chat text of [{"role", "content"}, …], as the model's own template gives it.
+
+        After a last user turn an assistant turn is opened, and `begin` is what its answer is forced to
+        begin with; after a last assistant turn that turn is closed (and `begin` must be empty).
+        """
+        opened = messages[-1]["role"] != "assistant"
+        if begin and not opened:
+            raise ValueError("render: `begin` needs messages that end with a user turn")
+        messages = [dict(m) for m in messages]
+        if self.chat == "llama3":
+            if self.dates:
+                system = messages.pop(0)["content"].strip() if messages[0]["role"] == "system" else ""
+                messages.insert(0, {"role": "system", "content": self.dates + system})
+            text = self.bos
+            for m in messages:
+                content = m["content"] if m["role"] == "system" and self.dates else m["content"].strip()
+                text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{content}<|eot_id|>"
+            return text + ("<|start_header_id|>assistant<|end_header_id|>\n\n" + begin if opened else "")
+        if messages[0]["role"] != "system" and self.default_system is not None:
+            messages.insert(0, {"role": "system", "content": self.default_system})
+        text = ""
+        for i, m in enumerate(messages):
+            content = m["content"]
+            if self.think and m["role"] == "assistant":
+                # History loses its think block; only a closing answer carries the (empty) block.
+                content = content.split("</think>")[-1].lstrip("\n") if "</think>" in content else content
+                if i == len(messages) - 1:
+                    content = self.think + content.lstrip("\n")
+            text += f"<|im_start|>{m['role']}\n{content}<|im_end|>\n"
+        return text + ("<|im_start|>assistant\n" + self.think + begin if opened else "")
+
+
+if __name__ == "__main__":
+    try:
+        network, tok = load(sys.argv[1], "cpu"), Tokenizer(sys.argv[1])
+    except (IndexError, ValueError) as error:
+        print("usage: python model.py DIR" if isinstance(error, IndexError) else error, file=sys.stderr)
+        sys.exit(2)
+    shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
+    print(*(f"{k:18} {v}" for k, v in shown.items()), sep="\n")
+    print(f"{'parameters':18} {sum(p.numel() for p in network.parameters()):,}")
+    print(f"{'chat':18} {tok.chat}, end of turn {tok.end_of_turn}, system {tok.default_system!r}")
