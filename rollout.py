@@ -48,16 +48,17 @@ def uniforms(seed, step, question: Tensor, sample: Tensor, position) -> Tensor:
     return ((h >> 40) & 0xFFFFFF).float() * 2.0**-24  # 24 bits: exact in fp32
 
 
-def sample_tokens(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32."""
-    logits = logits.float() / (temperature or 1.0)
-    logprobs = logits.log_softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        cdf = logprobs.exp().cumsum(-1)
-        # The first index whose CDF exceeds u · total: never a token of probability 0, never past the end.
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32.
+
+    temperature (R,) fp32; rows at 0 take the argmax, and their logprobs are those at T = 1.
+    """
+    greedy = temperature == 0
+    logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
+    cdf = logprobs.exp().cumsum(-1)
+    # The first index whose CDF exceeds u · total: never a token of probability 0, never past the end.
+    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    tokens = torch.where(greedy, logprobs.argmax(-1), drawn)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -98,7 +99,7 @@ class Sampler:
         prompts: list[list[int]],
         samples: int = 1,
         max_new_tokens: int = 64,
-        temperature: float = 1.0,
+        temperature: float | list[float] = 1.0,
         seed: int = 0,
         step: int = 0,
         keys: list[int] | None = None,
@@ -106,10 +107,13 @@ class Sampler:
         """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
 
         keys: an integer (below 2^63) that names each prompt's question in the hash, its index by default.
-        temperature 0 takes the most probable token. ValueError for a prompt that does not fit the context.
+        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError for a prompt that does not fit the context.
         """
-        if samples < 1 or max_new_tokens < 1 or temperature < 0:
-            raise ValueError("samples and max_new_tokens must be at least 1 and temperature at least 0")
+        if samples < 1 or max_new_tokens < 1:
+            raise ValueError("samples and max_new_tokens must be at least 1")
+        temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
+        if len(temperatures) != samples or min(temperatures) < 0:
+            raise ValueError(f"temperature must be one number or one per sample, none below 0, not {temperature}")
         self.check(prompts, max_new_tokens)
         keys = list(range(len(prompts))) if keys is None else keys
         # Prompts of like length share a batch, so that little is padding; the results do not depend on it.
@@ -119,15 +123,15 @@ class Sampler:
         for start in range(0, len(order), chunk):
             some = order[start : start + chunk]
             answers = self.decode(
-                [prompts[i] for i in some], [keys[i] for i in some], samples, max_new_tokens, temperature, seed, step
+                [prompts[i] for i in some], [keys[i] for i in some], temperatures, max_new_tokens, seed, step
             )
             for i, answer in zip(some, answers, strict=True):
                 results[i] = answer
         return results
 
-    def decode(self, prompts, keys, G, N, temperature, seed, step) -> list[list[Completion]]:
+    def decode(self, prompts, keys, temperatures, N, seed, step) -> list[list[Completion]]:
         """One batch of `generate`: prefill P prompts, decode R = P · G rows."""
-        model, device = self.model, self.model.device
+        model, device, G = self.model, self.model.device, len(temperatures)
         tokens, lengths = padded(prompts, device)  # (P, T), (P,)
         P, T = tokens.shape
         cache = KVCache(model.config, P, T, device, model.dtype)
@@ -139,6 +143,7 @@ class Sampler:
         positions = lengths.repeat_interleave(G)  # (R,) where the next token goes
         question = torch.tensor(keys, device=device).repeat_interleave(G)
         sample = torch.arange(G, device=device).repeat(P)
+        temperature = torch.tensor(temperatures, device=device).repeat(P)
         end = torch.tensor(self.end_of_turn, device=device)
         drawn = torch.zeros(P * G, N, dtype=torch.int64, device=device)
         logprobs = torch.zeros(P * G, N, device=device)
@@ -158,20 +163,25 @@ class Sampler:
         return [flat[i : i + G] for i in range(0, len(flat), G)]
 
     @torch.inference_mode()
-    def option_logprobs(self, prompts: list[list[int]], options: list[int]) -> Tensor:
+    def option_logprobs(self, prompts: list[list[int]], options: list[int], together: int = 1) -> Tensor:
         """Log-softmax over the given option tokens (P, len(options)), fp32 on the CPU, in one prefill each.
 
-        Batches are taken in the order given, so neighbours in the list are scored in the same batch.
+        Every run of `together` prompts in the list is scored in one batch, so with the same numerics.
         """
         self.check(prompts, 1)
-        model, results = self.model, []
+        model = self.model
         weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
         weight = weight[torch.tensor(options, device=model.device)]  # (options, E): the rest is not needed
-        for start in range(0, len(prompts), self.rows // 2):
-            tokens, lengths = padded(prompts[start : start + self.rows // 2], model.device)
-            states = model.hidden(tokens)[torch.arange(len(tokens), device=model.device), lengths - 1]  # (P, E)
-            results.append((states @ weight.T).float().log_softmax(-1).cpu())
-        return torch.cat(results)
+        results = torch.empty(len(prompts), len(options))
+        runs = [list(range(i, min(i + together, len(prompts)))) for i in range(0, len(prompts), together)]
+        runs.sort(key=lambda run: max(len(prompts[i]) for i in run))  # like lengths share a batch
+        chunk = max(1, self.rows // 4 // together)
+        for start in range(0, len(runs), chunk):
+            some = [i for run in runs[start : start + chunk] for i in run]
+            tokens, lengths = padded([prompts[i] for i in some], model.device)
+            states = model.hidden(tokens)[torch.arange(len(some), device=model.device), lengths - 1]  # (P, E)
+            results[some] = (states @ weight.T).float().log_softmax(-1).cpu()
+        return results
 
 
 def main() -> None:

@@ -1,0 +1,248 @@
+"""The four data sets, read from their published files, and splits that keep related questions together.
+
+A question is what the model is asked: its own text in parts, two or three options, and the gold option. Each
+task reads the files as their authors publish them, nothing converted:
+
+    task         files                                                      options
+    esnli        esnli_{train_1,train_2,dev,test}.csv                       yes, no, maybe
+    social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, order drawn
+    comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
+    strategyqa   {train,dev}.json                                           yes, no
+
+Nothing here draws from a generator. What looks random is an order by hash: a question's place depends on the
+seed and on its own text alone. So it is the same on every machine, whatever the order of the file, and adding
+questions never reorders the others.
+
+Sources: e-SNLI (Camburu et al. 2018), Social IQa (Sap et al. 2019), ComVE (Wang et al. 2020, SemEval task 4),
+StrategyQA (Geva et al. 2021). The order of Social IQa's answers and the splits are ours.
+
+    python tasks.py TASK PATH      reads and counts: questions, groups, how often each option is the gold one
+"""
+
+import csv
+import hashlib
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = ("esnli", "social_iqa", "comve", "strategyqa")
+FILES = {
+    "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
+    "social_iqa": ("train.jsonl", "dev.jsonl"),
+    "comve": ("subtaskA_data_all.csv", "subtaskA_dev_data.csv", "subtaskA_test_data.csv"),
+    "strategyqa": ("train.json", "dev.json"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its options."""
+
+    task: str  # one of TASKS
+    id: str  # task/file:place, the place being a line, for strategyqa an entry; unique within the loaded list
+    parts: tuple[str, ...]  # (premise, hypothesis), (context, question), () for comve, (question,)
+    options: tuple[str, ...]  # answer texts in the order shown; for comve the two statements
+    gold: int  # index into options; for comve the statement that is against common sense
+    group: str  # what splits keep together: premise, context, pair of statements, question
+    appeal: str = ""  # the bias sentence, where an intervention inserted one
+
+
+def load(task: str, path: str | Path) -> list[Question]:
+    """The questions of one file, or of all files of the published names in a folder, train before dev.
+
+    Rows that occur twice are kept: they share a group, so no split parts them. Any fault of the files is a
+    ValueError of one line that names the file and the place.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    read = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa}[task]
+    path = Path(path)
+    try:
+        files = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path}: no {task} file in this folder; expected {' or '.join(FILES[task])}")
+        return [question for file in files for question in read(file)]
+    except OSError as error:
+        problem = f"{error.filename}: cannot be read ({error.strerror})"
+        raise ValueError(f"{problem}; give the folder with {' or '.join(FILES[task])}, or one file") from None
+
+
+def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
+    """The questions in an order drawn by the seed, whatever order they came in."""
+    return sorted(questions, key=lambda q: (_hash(seed, q.task, q.parts, q.options, q.gold), q.id))
+
+
+def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> dict[str, list[Question]]:
+    """Splits of exactly these sizes, no group in two of them; -1, for the last split, means all that is left.
+
+    Splits fill in the order named, group after group. The last group of a split is cut to fit and its surplus
+    goes to no split. So a split depends on the sizes of those before it, never on those after: name the test
+    split first, and it stays as it is while the training size varies.
+    """
+    questions, groups = shuffled(questions, seed), {}
+    for question in questions:
+        groups.setdefault((question.task, question.group), []).append(question)
+    # By hash, not in the order met above: there the larger groups tend to come first.
+    waiting = iter(sorted(groups, key=lambda key: _hash(seed, *key)))
+    splits: dict[str, list[Question]] = {}
+    for i, (name, size) in enumerate(sizes.items(), start=1):
+        if type(size) is not int or size < -1 or (size == -1 and i < len(sizes)):
+            raise ValueError(f"split {name!r}: size {size!r}; give a count, or -1 (the rest) to the last")
+        rows: list[Question] = []
+        while (size == -1 or len(rows) < size) and (key := next(waiting, None)):
+            rows += groups[key]
+        if len(rows) < abs(size):  # the rest, too, must hold something
+            wants = f"split {name!r} asks for {size if size > 0 else 'the rest'}"
+            there = f"{len(rows)} of {len(questions)} questions (in {len(groups)} groups) are left"
+            raise ValueError(f"too few: {wants}, but {there}; lower one of {sizes}, or load more files")
+        splits[name] = shuffled(rows[:size] if size >= 0 else rows, seed)
+    return splits
+
+
+def _esnli(file: Path) -> Iterator[Question]:
+    for line, row in _table(file, ("gold_label", "Sentence1", "Sentence2")):
+        where = f"{file}, line {line}"
+        parts = _string(row, "Sentence1", where), _string(row, "Sentence2", where)
+        gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
+        yield Question("esnli", f"esnli/{file.stem}:{line}", parts, ("yes", "no", "maybe"), gold, parts[0])
+
+
+def _social_iqa(file: Path) -> Iterator[Question]:
+    rows, beside = _lines(file), file.with_name(file.stem + "-labels.lst")
+    if not beside.is_file():
+        raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
+    labels = _lines(beside)
+    if len(rows) != len(labels):
+        raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; mend one")
+    for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
+        where, row = f"{file}, line {line}", _json(text, file, line)
+        right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
+        parts = _string(row, "context", where), _string(row, "question", where)
+        answers = [_string(row, name, where) for name in ("answerA", "answerB", "answerC")]
+        order = sorted(range(3), key=lambda i: _hash("social_iqa", parts, answers[i]))
+        options, gold = tuple(answers[i] for i in order), order.index(right)
+        yield Question("social_iqa", f"social_iqa/{file.stem}:{line}", parts, options, gold, parts[0])
+
+
+def _comve(file: Path) -> Iterator[Question]:
+    rows = _table(file, ("id", "sent0", "sent1"))
+    # The authors give the answers of dev and of test one name, so those two belong in two folders.
+    names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
+    beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
+    if beside is None:
+        raise ValueError(f"{file}: its answers are missing; put {' or '.join(names)} beside it")
+    answers: dict[str, int] = {}
+    for line, cells in _cells(beside):
+        if len(cells) != 2 or cells[0] in answers:
+            raise ValueError(f"{beside}, line {line}: {','.join(cells)!r}; it must be a new id, then 0 or 1")
+        answers[cells[0]] = _choice(cells[1], ("0", "1"), f"{beside}, line {line}")
+    for line, row in rows:
+        where, key = f"{file}, line {line}", row["id"]
+        if key not in answers:  # taken out below, so a second row of this id fails too
+            raise ValueError(f"{where}: id {key!r} comes twice or has no answer in {beside.name}; mend it")
+        pair, gold = (_string(row, "sent0", where), _string(row, "sent1", where)), answers.pop(key)
+        # Sorted: the same two statements the other way round are the same group.
+        yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
+    if answers:
+        raise ValueError(f"{beside}: id {next(iter(answers))!r} is not in {file.name}; the files must pair")
+
+
+def _strategyqa(file: Path) -> Iterator[Question]:
+    rows = _json(_text(file), file, 1)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
+    for entry, row in enumerate(rows, start=1):
+        where = f"{file}, entry {entry}"
+        parts = (_string(row, "question", where),)
+        gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
+        yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
+
+
+def _text(file: Path) -> str:
+    """The file's text, without a byte-order mark."""
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{file}: the file is empty; download it again")
+    return text
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines, split at LF alone (CR may remain): splitlines also breaks at U+2028, legal in JSON."""
+    return _text(file).rstrip("\r\n").split("\n")
+
+
+def _cells(file: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file, each with the line it begins at; blank lines left out, line ends made LF."""
+    reader, rows, line = csv.reader(io.StringIO(_text(file), newline=None), strict=True), [], 1
+    try:
+        for cells in reader:
+            if cells:
+                rows.append((line, cells))
+            line = reader.line_num + 1  # not the row's number: a quoted cell may hold line breaks
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
+    return rows
+
+
+def _table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows below the header by column name, each with its line."""
+    (_, header), *rows = _cells(file)
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(f"{file}, line 1: no column {' or '.join(missing)}; give the published file")
+    if not rows:
+        raise ValueError(f"{file}: no rows below the header; download it again")
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; mend the row")
+    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
+
+
+def _json(text: str, file: Path, line: int) -> object:
+    """The value of a JSON text that begins at this line of the file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, why = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+        raise ValueError(f"{file}, line {line}: not JSON ({why}); download the file again") from None
+
+
+def _string(row: object, name: str, where: str) -> str:
+    """A field's text, stripped. It must be there, be a string, and hold some text that UTF-8 can write."""
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+        raise ValueError(f"{where}: no field {name!r} that is a string; give the published file")
+    if not row[name].strip() or any("\ud800" <= c <= "\udfff" for c in row[name]):
+        raise ValueError(f"{where}: {name} is empty or not valid text; mend or remove the row")
+    return row[name].strip()
+
+
+def _choice(label: str, labels: Sequence[str], where: str) -> int:
+    if label not in labels:
+        raise ValueError(f"{where}: label {label!r}; it must be one of {', '.join(labels)}")
+    return labels.index(label)
+
+
+def _hash(*values: object) -> bytes:
+    """A place in a random-looking order. Through JSON, so that ("ab", "c") and ("a", "bc") differ."""
+    return hashlib.sha256(json.dumps(values).encode()).digest()
+
+
+if __name__ == "__main__":
+    try:
+        if len(sys.argv) != 3:
+            raise ValueError("usage: python tasks.py TASK PATH")
+        loaded = load(sys.argv[1], sys.argv[2])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    golds = Counter(question.gold for question in loaded)
+    print(f"{len(loaded):,} questions in {len({q.group for q in loaded}):,} groups; gold", end="")
+    print(*(f" ({'ABC'[i]}) {golds[i] / len(loaded):.1%}" for i in sorted(golds)))

@@ -1,0 +1,568 @@
+"""GRPO by hand: teach a model to name what moved its answer, and nothing else.
+
+One step, the verbs in order:
+
+    label      draw edited questions, see which edits move the *current* model, take half and half
+    rollout    sample a group of explanations of each                                     (rollout.py)
+    reward     r = 1[mention = influence] per explanation                                 (reward.py)
+    advantage  A = (r − mean of its group) / std of its group
+    loss       −min(ρ A, clip(ρ) A) per explanation token, ρ = exp(logp − logp when sampled), + β KL
+    step       AdamW on fp32 weights
+
+Only the explanation is trained, its end-of-turn token included; the decision belongs to the environment.
+Half and half matters: on such a batch "always mention" and "never mention" earn 0.5 alike.
+
+Paper (arXiv 2607.21090): GRPO, the reward, frozen labels. Ours: on-policy labels (the default), the loss's
+normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hyperparameters.
+
+    torchrun train.py --model DIR --task esnli --data DIR --intervention bias --out out/bias
+    torchrun --nproc-per-node 2 train.py …            data-parallel, same result up to rounding
+
+Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden size, V vocabulary, G group.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import faith
+import model as models
+import report
+import reward
+import tasks
+from faith import Case, Subject
+from rollout import Completion, Sampler
+
+
+def option(default, text: str, choices=None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Args:
+    """Everything a run depends on; each field is a flag, and all are saved with the run."""
+
+    model: str = option("", "Hugging Face directory, or hub id in the local cache")
+    task: str = option("esnli", "what the questions are", tasks.TASKS)
+    data: str = option("", "folder or file with the task's published data")
+    intervention: str = option("bias", "what is slipped into a question", reward.KINDS)
+    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run")
+    labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
+                         ("on-policy", "frozen"))  # fmt: skip
+    calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
+    calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
+    steps: int = option(100, "optimizer steps")
+    prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
+    samples: int = option(8, "explanations sampled per edited question: the group")
+    candidates: int = option(256, "edited questions labelled per step at most, in search of a balanced batch")
+    frozen_questions: int = option(1000, "with --labels frozen: training questions labelled at the start")
+    max_new_tokens: int = option(48, "an explanation is cut here")
+    temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
+    lr: float = option(2e-5, "AdamW's peak learning rate")
+    warmup: int = option(5, "steps of linear warm-up")
+    decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"))
+    weight_decay: float = option(0.0, "AdamW's")
+    beta2: float = option(0.98, "AdamW's second-moment decay; runs are short")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    loss: str = option("dr_grpo", "what a token's loss is divided by: its explanation's length (grpo), all tokens "
+                       "of the step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))  # fmt: skip
+    advantage: str = option("std", "divide by the group's standard deviation or not (Dr. GRPO)", ("std", "mean"))
+    clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
+    clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference")
+    updates: int = option(1, "optimizer updates per batch of explanations")
+    micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
+    eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
+    fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
+    save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
+    seed: int = option(0, "of everything drawn")
+
+
+# ---- pure functions: the seams for an ablation --------------------------------------------------------------
+
+
+def advantages(rewards: Tensor, form: str) -> Tensor:
+    """Group advantages (P, G) of rewards (P, G). "std": std with ddof 1 plus 1e-4, as TRL; "mean": not divided."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if form == "std" else centred
+
+
+def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: int, tokens: int) -> Tensor:
+    """Weight of every token of completions with `lengths` (n,), flat (sum of lengths,).
+
+    sequences, tokens: totals of the *whole step*, over all micro-batches and ranks, so that the loss does
+    not depend on how it was cut up.
+    """
+    if form == "grpo":
+        weight = 1.0 / (sequences * lengths.float())
+    elif form == "dapo":
+        weight = torch.full(lengths.shape, 1.0 / tokens)
+    else:  # dr_grpo
+        weight = torch.full(lengths.shape, 1.0 / (sequences * max_new_tokens))
+    return weight.repeat_interleave(lengths)
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """PPO's clipped objective per token (M,), negated. All arguments (M,) fp32; old as recorded when sampled."""
+    ratio = (logprobs - old).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy ‖ reference) per sampled token (M,): never negative, low variance."""
+    gap = reference - logprobs
+    return gap.exp() - gap - 1
+
+
+def learning_rate(step: int, args: Args) -> float:
+    """At `step` (from 0): linear warm-up, then constant, or decay to 10 % of the peak at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - 1 - args.warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.decay]
+    return args.lr * (0.1 + 0.9 * shape)
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """Groups as rows: a prompt once, then its completions side by side."""
+
+    tokens: Tensor  # (B, T)
+    positions: Tensor  # (B, T), each completion's continuing from its prompt's end
+    mask: Tensor  # (B, 1, T, T), True where a query may look
+    sources: Tensor  # (2, M): row and column of the state that predicts each completion token
+    targets: Tensor  # (M,): the completion tokens
+
+
+def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packed:
+    """Packs (prompt, completions) groups; M runs over groups, then completions, then their tokens.
+
+    A completion sees the prompt and itself, not its neighbours, so every logprob is what it would be alone,
+    while the prompt's work is done once. Groups of one completion give the plain, unshared form.
+    """
+    rows = []
+    for prompt, completions in groups:
+        tokens, positions, segments, sources = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
+        for i, completion in enumerate(completions, 1):
+            # Token t is predicted by token t − 1: the first by the prompt's last, and the last one is no input.
+            sources += [len(prompt) - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+            segments += [i] * (len(completion) - 1)
+            tokens += completion[:-1]
+        rows.append((tokens, positions, segments, sources))
+    T = max(len(row[0]) for row in rows)
+    tokens, positions, segments = (
+        torch.tensor([row[k] + [fill] * (T - len(row[k])) for row in rows], device=device)
+        for k, fill in ((0, 0), (1, 0), (2, -1))
+    )
+    time_ = torch.arange(T, device=device)
+    own = segments[:, :, None] == segments[:, None, :]
+    mask = (time_[:, None] >= time_) & (own | (segments[:, None, :] == 0))  # (B, T, T)
+    sources = [(b, t) for b, row in enumerate(rows) for t in row[3]]
+    targets = [token for _, completions in groups for completion in completions for token in completion]
+    return Packed(
+        tokens, positions, mask[:, None], torch.tensor(sources, device=device).T, torch.tensor(targets, device=device)
+    )
+
+
+def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 256) -> Tensor:
+    """Logprobs (M,) fp32 of the packed completion tokens under softmax(logits / T), as the sampler scored them.
+
+    The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over
+    the vocabulary, the peak of memory, never exist for more than `chunk` tokens.
+    """
+    states = model.hidden(packed.tokens, packed.positions, packed.mask)[packed.sources[0], packed.sources[1]]
+
+    def score(states: Tensor, targets: Tensor) -> Tensor:  # (m, E), (m,) -> (m,)
+        logits = model.head(states).float() / temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    pieces = zip(states.split(chunk), packed.targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(score, s, t, use_reentrant=False) for s, t in pieces])
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def share(self, items: list) -> list:
+        """This rank's items."""
+        return items[self.rank :: self.world]
+
+    def gather(self, items: list) -> list:
+        """Everyone's shares, back in the order that `share` cut up."""
+        if self.world == 1:
+            return items
+        shares = [None] * self.world
+        dist.all_gather_object(shares, items)
+        whole: list = [None] * sum(map(len, shares))
+        for rank, part in enumerate(shares):
+            whole[rank :: self.world] = part
+        return whole
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Adds up tensors over all ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ---- the step ------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Edited training questions without end: each epoch in a new order, with new edits."""
+
+    def __init__(self, questions: list[tasks.Question], args: Args):
+        self.questions, self.kind, self.seed = questions, args.intervention, args.seed
+        self.words = reward.words(args.intervention, held_out=False)
+        self.position = 0  # candidates handed out so far
+        self.epoch, self.cases = -1, []
+
+    def take(self, n: int) -> list[Case]:
+        taken = []
+        while len(taken) < n:
+            if not self.cases:
+                self.epoch += 1
+                order = tasks.shuffled(self.questions, self.seed + self.epoch)
+                seed = self.seed * 1000 + self.epoch
+                self.cases = faith.draw_cases(order, self.kind, seed, self.words)
+            taken.append(self.cases.pop(0))
+        self.position += n
+        return taken
+
+
+def balance(labelled: list[tuple[Case, dict]], size: int) -> list[tuple[Case, dict]]:
+    """The first size/2 with influence and as many without, alternating; fewer of both where one kind is short."""
+    moved = [pair for pair in labelled if pair[1]["influence"]]
+    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
+    n = min(len(moved), len(unmoved), size // 2)
+    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
+
+
+def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case, dict]]:
+    """Each case with its decision row under the current model, the work shared among ranks."""
+    mine = ranks.share(cases)
+    rows = faith.decision_rows(subject, mine) if mine else []
+    return list(zip(cases, ranks.gather(rows), strict=True))
+
+
+def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tuple[list, list]:
+    """A batch balanced by current influence, and all that was labelled to find it."""
+    labelled: list = []
+    while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
+        labelled += label(subject, stream.take(min(2 * args.prompts, args.candidates - len(labelled))), ranks)
+    return batch, labelled
+
+
+class Optimizer:
+    """AdamW on fp32 weights: the model's own where it is fp32, else masters that are cast back into it.
+
+    Adam on bf16 weights would lose updates smaller than 2^-8 of a weight.
+    """
+
+    def __init__(self, model: models.Transformer, args: Args):
+        self.weights = list(model.parameters())
+        full = model.dtype == torch.float32
+        self.masters = self.weights if full else [torch.nn.Parameter(w.detach().float()) for w in self.weights]
+        betas = (0.9, args.beta2)
+        self.adam = torch.optim.AdamW(self.masters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+
+    def accumulate(self) -> None:
+        """Moves the gradient of one backward pass into the fp32 sum."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master and weight.grad is not None:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                weight.grad = None
+
+    def step(self, lr: float, clip_norm: float, ranks: Ranks) -> float:
+        """Sums gradients over ranks, clips, updates, clears; returns the norm before clipping."""
+        for master in self.masters:
+            if master.grad is None:  # a rank without work still takes part
+                master.grad = torch.zeros_like(master)
+        ranks.sum_([master.grad for master in self.masters])
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                if weight is not master:
+                    weight.copy_(master)
+        return float(norm)
+
+
+Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanations
+
+
+def update(
+    model: models.Transformer, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
+    lr: float, args: Args, ranks: Ranks,
+) -> dict:  # fmt: skip
+    """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures."""
+    counts = torch.tensor([sum(len(g[1]) for g in groups), sum(len(c.tokens) for g in groups for c in g[1])])
+    counts = counts.to(ranks.device)
+    ranks.sum_([counts])
+    sequences, tokens = counts.tolist()
+    totals = torch.zeros(5, dtype=torch.float64, device=ranks.device)  # loss, kl, clipped, gap, entropy proxy
+    gap_max = 0.0
+    if reference is None:  # a group whose rewards are all equal has no advantage, and so no gradient
+        live = [i for i, r in enumerate(rewards) if min(r) < max(r)]
+        groups, rewards = [groups[i] for i in live], [rewards[i] for i in live]
+    for start in range(0, len(groups), args.micro):
+        some = groups[start : start + args.micro]
+        packed = pack([(prompt, [c.tokens for c in answers]) for prompt, answers in some], ranks.device)
+        lengths = torch.tensor([len(c.tokens) for _, answers in some for c in answers])
+        A = advantages(torch.tensor(rewards[start : start + args.micro]), args.advantage).flatten()
+        A = A.repeat_interleave(lengths).to(ranks.device)
+        weights = token_weights(lengths, args.loss, args.max_new_tokens, sequences, tokens).to(ranks.device)
+        old = torch.tensor([lp for _, answers in some for c in answers for lp in c.logprobs], device=ranks.device)
+        logprobs = token_logprobs(model, packed, args.temperature)
+        per_token = policy_loss(logprobs, old, A, args.clip_low, args.clip_high)
+        kl = torch.zeros_like(per_token)
+        if reference is not None:
+            with torch.no_grad():
+                fixed = token_logprobs(reference, packed, args.temperature)
+            kl = kl_k3(logprobs, fixed)
+        loss = ((per_token + args.kl * kl) * weights).sum()
+        loss.backward()
+        optimizer.accumulate()
+        ratio = (logprobs - old).detach().exp()
+        clipped = ((ratio < 1 - args.clip_low) & (A < 0)) | ((ratio > 1 + args.clip_high) & (A > 0))
+        gap = (logprobs.detach() - old).abs()
+        gap_max = max(gap_max, float(gap.max()))
+        totals += torch.stack([loss.detach(), kl.detach().sum() / tokens, clipped.sum() / tokens,
+                               gap.sum() / tokens, -logprobs.detach().sum() / tokens]).double()  # fmt: skip
+    ranks.sum_([totals])
+    norm = optimizer.step(lr, args.clip_norm, ranks)
+    names = ("loss", "kl", "clipped", "sampler_gap", "nll")
+    return {**dict(zip(names, totals.tolist(), strict=True)), "sampler_gap_max": gap_max, "grad_norm": norm}
+
+
+# ---- the run -------------------------------------------------------------------------------------------------
+
+
+def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, args: Args, ranks: Ranks) -> dict:
+    """Measures on `cases`, greedy and at T = 1; writes the rows and their summary, returns {temperature: rows}."""
+    fit_rows = ranks.gather(faith.decision_rows(subject, ranks.share(fit)) if ranks.share(fit) else [])
+    mine = ranks.share(cases)
+    measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed) if mine else {0.0: [], 1.0: []}
+    rows = {t: ranks.gather(measured[t]) for t in measured}
+    if ranks.rank == 0:
+        out = Path(args.out)
+        report.write_jsonl(out / f"{name}.fit.jsonl", fit_rows)
+        for t in rows:
+            report.write_jsonl(out / f"{name}.T{t:g}.jsonl", rows[t])
+        report.write_json(out / f"{name}.json", {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows})
+    return rows
+
+
+def groups_of(subject: Subject, batch: list, step: int, args: Args) -> tuple[list[Group], list[list[float]], list]:
+    """Rollout and reward of labelled cases: groups, rewards (P, G) and what is logged of each explanation."""
+    prompts = [faith.explanation_prompt(subject.tokenizer, case.edited, row["y_edit"]) for case, row in batch]
+    answers = subject.sampler.generate(
+        prompts, args.samples, args.max_new_tokens, args.temperature, args.seed, step + 1, [c.key for c, _ in batch]
+    )
+    rewards, log = [], []
+    for (case, row), group in zip(batch, answers, strict=True):
+        texts = [subject.tokenizer.decode(answer.tokens) for answer in group]
+        named = [reward.mentions(case.intervention, text) for text in texts]
+        rewards.append([reward.reward(m, row["influence"]) for m in named])
+        log += [
+            {"step": step, "id": case.question.id, "word": case.intervention.word, "influence": row["influence"],
+             "mention": int(m), "tokens": len(a.tokens), "ended": a.ended, "text": text}
+            for a, m, text in zip(group, named, texts, strict=True)
+        ]  # fmt: skip
+    return list(zip(prompts, answers, strict=True)), rewards, log
+
+
+def step_metrics(log: list[dict], labelled: list, size: int) -> dict:
+    """Figures over the whole step, all ranks. The batch's Phi is on balanced data, which flatters: see `evaluate`."""
+    I = np.array([e["influence"] for e in log], bool)  # noqa: E741
+    M = np.array([e["mention"] for e in log], bool)
+    groups = (M == I).reshape(-1, size)
+    influence = [row["influence"] for _, row in labelled]
+    return {
+        "reward": float((M == I).mean()), "phi": reward.phi(I.tolist(), M.tolist()),
+        "mention_1": float(M[I].mean()), "mention_0": float(M[~I].mean()),
+        "influence_rate": float(np.mean(influence)), "labelled": len(influence),
+        "flat_groups": float((groups.all(1) | ~groups.any(1)).mean()),
+        "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
+    }  # fmt: skip
+
+
+def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
+    """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
+    if not args.model or not args.data or not args.out:
+        raise ValueError("--model, --data and --out are needed; see python train.py --help")
+    if args.prompts < 2 or args.samples < 2:
+        raise ValueError("--prompts and --samples must be at least 2: batches are half and half, groups compare samples")
+    for name in ("steps", "micro", "updates", "max_new_tokens", "fit_questions", "candidates"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.temperature <= 0 or args.lr <= 0 or args.eval_questions < 0:
+        raise ValueError("--temperature and --lr must be above 0, --eval-questions at least 0")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
+    questions = tasks.load(args.task, args.data)
+    sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
+    parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: test questions are never trained on
+    tokenizer = models.Tokenizer(args.model)
+    network = models.load(args.model, ranks.device)
+    end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
+    subject = Subject(Sampler(network, sorted(end)), tokenizer)
+    faith.decide(subject, parts["fit"][:1])  # an option letter that is not one token shows here
+    words = reward.words(args.intervention, held_out=False)
+    test = faith.draw_cases(parts["test"], args.intervention, args.seed)
+    fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
+    return subject, test, fit, Stream(parts["train"] + parts["fit"], args)
+
+
+def run(args: Args, ranks: Ranks) -> None:
+    subject, test, fit, stream = prepare(args, ranks)
+    out, model = Path(args.out), subject.sampler.model
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_json(out / "args.json", dataclasses.asdict(args))
+    if args.calibrate:
+        plain = [case.question for case in fit][: args.calibration_questions]
+        subject.offsets = faith.calibrate(subject, plain)
+        if ranks.rank == 0:
+            report.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist()})
+    reference = None
+    if args.kl:
+        reference = models.load(args.model, ranks.device).requires_grad_(False)
+    before = evaluate(subject, test, fit, "before", args, ranks) if args.eval_questions else {}
+    frozen = None
+    if args.labels == "frozen":
+        frozen = label(subject, stream.take(args.frozen_questions), ranks)
+    optimizer = Optimizer(model, args)
+    started = time.time()
+    for step in range(args.steps):
+        clock = [time.time()]
+        if frozen is None:
+            batch, labelled = draw_batch(subject, stream, args, ranks)
+        else:
+            labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
+            batch = balance(labelled, args.prompts)
+        if not batch:
+            raise ValueError(f"step {step}: none or all of {len(labelled)} edits moved the model; nothing to balance")
+        clock.append(time.time())
+        groups, rewards, log = groups_of(subject, ranks.share(batch), step, args)
+        clock.append(time.time())
+        for _ in range(args.updates):
+            figures = update(model, reference, optimizer, groups, rewards, learning_rate(step, args), args, ranks)
+        clock.append(time.time())
+        # Each rank's log is a run of whole groups; gather them in the batch's order.
+        size = args.samples
+        grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
+        log = [entry for group in grouped for entry in group]
+        if ranks.rank == 0:
+            seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
+            record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
+                      "lr": learning_rate(step, args), "prompts": len(batch), "position": stream.position}  # fmt: skip
+            append_lines(out / "metrics.jsonl", [record])
+            append_lines(out / "explanations.jsonl", log)
+            left = (time.time() - started) / (step + 1) * (args.steps - step - 1)
+            print(
+                f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
+                f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  "
+                f"I {record['influence_rate']:.2f}  "
+                f"{record['tokens'] * len(log) / (clock[-1] - clock[0]):.0f} tok/s  "
+                f"{clock[-1] - clock[0]:.0f} s/step  {left / 60:.0f} min left",
+                flush=True,
+            )
+            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                models.save(model, out / f"step-{step + 1}", f"# {out.name}, after {step + 1} of {args.steps} steps\n")
+    after = evaluate(subject, test, fit, "after", args, ranks) if args.eval_questions else {}
+    if ranks.rank == 0:
+        finish(args, model, before, after)
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """Adds JSON lines in one write, so that a reader never sees half a line; NaN becomes null."""
+    lines = [json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n" for record in records]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> None:
+    """Saves the model with its card, and prints before and after side by side."""
+    out = Path(args.out)
+    command = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(args).items() if v != "")
+    card = f"# {out.name}\n\nTrained by faith (GRPO, reward 1[mention = influence], after arXiv 2607.21090).\n\n"
+    card += f"    python train.py {command}\n"
+    for t in before:
+        name = f"T={t:g}"
+        columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in ("before", "after")}
+        columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
+        report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
+        print(f"\n{len(before[t])} test questions, {name}\n" + report.table(columns), flush=True)
+        card += f"\n{len(before[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
+    models.save(model, out / "model", card)
+    print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(Args):
+        flag = "--" + field.name.replace("_", "-")
+        extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
+        if isinstance(field.default, bool):
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
+        parser.add_argument(flag, default=field.default, **extra)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def main() -> int:
+    args = parse()
+    ranks = Ranks()
+    try:
+        run(args, ranks)
+    except ValueError as error:
+        if ranks.rank == 0:
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
