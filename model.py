@@ -210,9 +210,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
             out = out.view(B, 1, H * D)
         else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             out = out.transpose(1, 2).reshape(B, T, H * D)
         return self.o_proj(out)
 

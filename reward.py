@@ -391,9 +391,7 @@ NOT_ING = frozenset(
     """.split()
 )
 # With a form in -ing these make a compound ("ice skating", "go fishing") that nothing may split.
-COMPOUND = frozenset(
-    "apple body bull food go goes going went grocery hula ice rock roller sand ski snow water".split()
-)
+COMPOUND = frozenset("apple body bull food go goes going went grocery hula ice rock roller sand ski snow water".split())
 # What may begin the rest of a question after its subject: "Is kale ... better than spinach?".
 PREDICATE = frozenset(
     """
@@ -412,9 +410,7 @@ BASE = CLEAR | NOUNLIKE
 
 def _third_person(bases: Iterable[str]) -> frozenset[str]:
     """watches, carries, plays: both endings for each verb, since a spelling nobody uses harms nobody."""
-    return frozenset(
-        stem + end for base in bases for stem, end in ((base, "s"), (re.sub("y$", "i", base), "es"))
-    )
+    return frozenset(stem + end for base in bases for stem, end in ((base, "s"), (re.sub("y$", "i", base), "es")))
 
 
 CLEAR_S, NOUNLIKE_S = _third_person(CLEAR), _third_person(NOUNLIKE)
@@ -448,18 +444,9 @@ def _sentence(text: str, start: int, end: int) -> list[int]:
         if i == main or i != aux + 1 and _fits(w, raw, i)
     ]
     found = [spans[i][0] for i in fits]
-    acts = any(
-        w[i] in (BASE | PAST | CLEAR_S | NOUNLIKE_S) - HAVE or w[i].endswith("ing") or _past(w[i])
-        for i in fits
-    )
+    acts = any(w[i] in (BASE | PAST | CLEAR_S | NOUNLIKE_S) - HAVE or w[i].endswith("ing") or _past(w[i]) for i in fits)
     open_question = aux >= 0 and (w[0] in QUESTION_WORDS or w[aux] in BE)
-    if (
-        acts
-        and not open_question
-        and len(w) <= 10
-        and not _adverb(raw[-1])
-        and w[-1] not in NOT_LAST | OPENERS
-    ):
+    if acts and not open_question and len(w) <= 10 and not _adverb(raw[-1]) and w[-1] not in NOT_LAST | OPENERS:
         if not text[spans[-1][1] : end].strip(" .?!"):
             found.append(spans[-1][1])
     return found

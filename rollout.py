@@ -107,7 +107,8 @@ class Sampler:
         """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
 
         keys: an integer (below 2^63) that names each prompt's question in the hash, its index by default.
-        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError for a prompt that does not fit the context.
+        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError for a prompt
+        that does not fit the context.
         """
         if samples < 1 or max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1")

@@ -386,7 +386,9 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
         report.write_jsonl(out / f"{name}.fit.jsonl", fit_rows)
         for t in rows:
             report.write_jsonl(out / f"{name}.T{t:g}.jsonl", rows[t])
-        report.write_json(out / f"{name}.json", {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows})
+        report.write_json(
+            out / f"{name}.json", {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
+        )
     return rows
 
 
@@ -429,7 +431,9 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     if not args.model or not args.data or not args.out:
         raise ValueError("--model, --data and --out are needed; see python train.py --help")
     if args.prompts < 2 or args.samples < 2:
-        raise ValueError("--prompts and --samples must be at least 2: batches are half and half, groups compare samples")
+        raise ValueError(
+            "--prompts and --samples must be at least 2: batches are half and half, groups compare samples"
+        )
     for name in ("steps", "micro", "updates", "max_new_tokens", "fit_questions", "candidates"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")

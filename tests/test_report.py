@@ -25,9 +25,7 @@ def make_row(number, influence, mention, **changes):
     p, p_edit = [0.6, 0.3, 0.1], ([0.3, 0.6, 0.1] if influence else [0.5, 0.4, 0.1])
     row = dict(id=f"q{number}", group=f"g{number}", gold=0, y=y, y_edit=y_edit, p=p, p_edit=p_edit, y_null=0)
     row |= dict(kind="bias", word=WORDS[number % 4], phrasing=number % 3, suggestion=number % 2)
-    row |= dict(
-        influence=int(influence), mention=int(mention), text="because", tokens=10, ended=True, overlap=0.5
-    )
+    row |= dict(influence=int(influence), mention=int(mention), text="because", tokens=10, ended=True, overlap=0.5)
     return row | dict(decoy=0, decoy_any=0, decoy_prompt=None, repeats=0.0) | changes
 
 
@@ -44,9 +42,7 @@ def random_rows(n, seed, link=0.4, group_size=2):
         y, y_edit = int(np.argmax(p)), int(np.argmax(p_edit))
         influence = int(y != y_edit)
         mention = influence if rng.random() < link else int(rng.random() < 0.3)
-        row = make_row(
-            k, influence, mention, y=y, y_edit=y_edit, p=p, p_edit=p_edit, group=f"g{k // group_size}"
-        )
+        row = make_row(k, influence, mention, y=y, y_edit=y_edit, p=p, p_edit=p_edit, group=f"g{k // group_size}")
         row |= dict(gold=int(rng.integers(3)), y_null=int(rng.integers(3)), suggestion=int(rng.integers(3)))
         row |= dict(tokens=int(rng.integers(5, 80)), overlap=float(rng.random()), repeats=float(rng.random()))
         row |= dict(decoy=int(rng.integers(2)), decoy_any=int(rng.integers(2)), ended=bool(rng.integers(2)))
@@ -134,9 +130,7 @@ def test_integer_weights_are_repeated_rows():
     rng = np.random.default_rng(0)
     x, y, counts = rng.random(30), rng.random(30), rng.integers(0, 4, 30)
     w = counts[None].astype(float)
-    assert report.phi(x, y, w)[0] == pytest.approx(
-        np.corrcoef(np.repeat(x, counts), np.repeat(y, counts))[0, 1]
-    )
+    assert report.phi(x, y, w)[0] == pytest.approx(np.corrcoef(np.repeat(x, counts), np.repeat(y, counts))[0, 1])
     x[::3] = np.nan
     assert report.mean(x, w)[0] == pytest.approx(np.nanmean(np.repeat(x, counts)))
 

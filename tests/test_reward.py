@@ -35,9 +35,7 @@ JUDGED = {
 NLI = Question(
     "esnli", "esnli/dev:1", ("A man is holding a bike.", "A man holds a toy."), ("yes", "no", "maybe"), 2, "x"
 )
-COMVE = Question(
-    "comve", "comve/dev:1", (), ("He put a dog in the fridge.", "He put milk in the fridge."), 0, "y"
-)
+COMVE = Question("comve", "comve/dev:1", (), ("He put a dog in the fridge.", "He put milk in the fridge."), 0, "y")
 
 
 def edits(task):
@@ -83,9 +81,7 @@ def test_no_form_belongs_to_two_words():
 
 def test_no_adverb_turns_a_statement_round_or_has_a_misleading_stem():
     assert not set(reward.ADVERBS) & reward.MISLEADING
-    assert not set(reward.ADVERBS) & set(
-        "never not falsely seldom rarely wrongly almost quickly happily".split()
-    )
+    assert not set(reward.ADVERBS) & set("never not falsely seldom rarely wrongly almost quickly happily".split())
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)
@@ -96,9 +92,7 @@ def test_a_fixed_fifth_of_the_words_is_held_out(kind):
 
 
 def test_held_out_words_never_move():
-    assert set("grandmother instructor landlord niece plumber professor".split()) <= set(
-        reward.words("bias", True)
-    )
+    assert set("grandmother instructor landlord niece plumber professor".split()) <= set(reward.words("bias", True))
     assert set("neighbor lawyer uncle tutor".split()) <= set(reward.words("bias", False))
 
 
@@ -260,9 +254,7 @@ def test_phi_by_hand():
     assert reward.phi([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize(
-    "i, m", [([], []), ([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0])]
-)
+@pytest.mark.parametrize("i, m", [([], []), ([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0])])
 def test_phi_is_undefined_not_zero_where_a_margin_is_empty(i, m):
     assert math.isnan(reward.phi(i, m))
 
@@ -285,9 +277,7 @@ def test_bias_goes_to_the_appeal_alone():
             NLI.id,
         )
         letter = "ABC"[it.suggestion]
-        assert (
-            edited.appeal == it.text == reward.PHRASINGS[it.phrasing].format(persona=it.word, letter=letter)
-        )
+        assert edited.appeal == it.text == reward.PHRASINGS[it.phrasing].format(persona=it.word, letter=letter)
         assert it.word in it.text.split(" my ")[-1] or f"My {it.word}" in it.text
         assert it.kind == "bias" and reward.mentions(it, it.text)
 
@@ -335,9 +325,7 @@ def test_every_place_adds_one_token_and_nothing_else(task):
             longer = reward.insert(original, place, "zanily")
             assert without(longer, "zanily") == (original, place)
             assert len(longer) == len(original) + len("zanily") + 1
-            assert (
-                longer.split().count("zanily") + longer.split().count("zanily" + original.rstrip()[-1]) >= 1
-            )
+            assert longer.split().count("zanily") + longer.split().count("zanily" + original.rstrip()[-1]) >= 1
             assert [t for t in reward.tokens(longer) if t != "zanily"] == reward.tokens(original)
 
 
@@ -420,9 +408,7 @@ def test_an_adverb_goes_into_one_part_at_any_of_its_places():
 
 
 def test_comve_edits_either_option_with_equal_chance_however_many_places_it_has():
-    lopsided = Question(
-        "comve", "c", (), ("He is sad.", "He was told to go and wants to eat and to sing."), 0, "z"
-    )
+    lopsided = Question("comve", "c", (), ("He is sad.", "He was told to go and wants to eat and to sing."), 0, "z")
     assert len(reward.places(lopsided.options[0])) < len(reward.places(lopsided.options[1]))
     for question in (COMVE, lopsided):
         changed = Counter()
@@ -444,9 +430,9 @@ def test_no_place_gives_none():
 def test_a_word_that_the_question_has_in_any_form_is_not_inserted():
     solemn = Question("esnli", "q", ("A Solemn man is singing.", "He is grim."), ("yes", "no"), 0, "q")
     assert reward.intervene(solemn, "adverb", random.Random(0), ["solemnly", "grimly"]) is None
-    assert {
-        reward.intervene(solemn, "adverb", random.Random(s), ["solemnly", "wryly"])[1].word for s in range(30)
-    } == {"wryly"}
+    assert {reward.intervene(solemn, "adverb", random.Random(s), ["solemnly", "wryly"])[1].word for s in range(30)} == {
+        "wryly"
+    }
     people = Question("social_iqa", "q", ("The prof left.", "Why?"), ("her tutors' rules", "x", "y"), 0, "q")
     words = ["professor", "tutor", "uncle"]
     assert {reward.intervene(people, "bias", random.Random(s), words)[1].word for s in range(30)} == {"uncle"}

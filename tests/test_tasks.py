@@ -121,9 +121,7 @@ def test_comve_row():
     assert questions[2].options == ("Jeff ran a mile today", "Jeff ran 100,000 miles today")
     assert questions[2].gold == 1
     # Id 3 is in both files with other sentences: each file keeps to its own answers.
-    assert [
-        q.gold for q in questions if q.options[0] in ("A mosquito stings me", "The hangers bought the closet")
-    ]
+    assert [q.gold for q in questions if q.options[0] in ("A mosquito stings me", "The hangers bought the closet")]
     assert [q.gold for q in questions if q.options[0] == "A mosquito stings me"] == [1]
     assert [q.gold for q in questions if q.options[0] == "The hangers bought the closet"] == [0]
 

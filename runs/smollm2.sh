@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# SmolLM2-135M-Instruct on e-SNLI with bias phrases: on-policy labels, calibrated decisions, 16 x 8 a step.
+#     bash runs/smollm2.sh MODEL_DIR ESNLI_DIR OUT_DIR        about two hours on two CPU cores
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec torchrun --nproc-per-node 1 train.py --model "$1" --task esnli --data "$2" --out "$3" --intervention bias \
+    --calibrate --calibration-questions 150 --fit-questions 150 --eval-questions 300 \
+    --steps 44 --prompts 16 --samples 8 --max-new-tokens 32 --lr 6e-5 --warmup 3 --save-every 10
