@@ -18,17 +18,24 @@ public), the calibration of letters, decoys, null edits.
     python faith.py ask --model DIR "Is a whale a fish?" --options yes no       walks one question through
 """
 
+import argparse
 import hashlib
+import json
 import random
 import re
+import sys
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+import report
 import reward
-from model import Tokenizer
+import tasks
+from model import Tokenizer, load
 from reward import Intervention
-from rollout import Sampler
+from rollout import Completion, Sampler
 from tasks import Question
 
 # ---- prompts: the first seam for a fork -------------------------------------------------------------------
@@ -119,6 +126,20 @@ def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
     return decide(replace(subject, offsets=None), questions).mean(0)
 
 
+def check_prompts(subject: Subject, questions: list[Question], kind: str, max_new_tokens: int) -> None:
+    """ValueError, before long work, for an option letter of several tokens or a question beyond the context.
+
+    Only the questions of most characters are tokenised: with what an edit adds, the longest is among them.
+    """
+    decide(replace(subject, offsets=None), questions[:1])
+    longest = sorted(questions, key=lambda q: sum(map(len, q.parts + q.options)))[-32:]
+    prompts = [explanation_prompt(subject.tokenizer, c.edited, 0) for c in draw_cases(longest, kind, 0)]
+    try:
+        subject.sampler.check(prompts, max_new_tokens)
+    except ValueError as error:
+        raise ValueError(f"among the longest questions of the data, {error}") from None
+
+
 def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.ndarray]:
     """(log p on X, log p on X'), each (n, options). Each X is scored in the same batch as its X'."""
     logp = decide(subject, [q for c in cases for q in (c.question, c.edited)], together=2)
@@ -174,34 +195,54 @@ def decoys(case: Case, text: str, seed: int) -> dict:
 
 
 def measure(
-    subject: Subject, cases: list[Case], temperatures=(0.0,), max_new_tokens: int = 64, seed: int = 0, nulls: int = 100
+    subject: Subject,
+    cases: list[Case],
+    temperatures=(0.0,),
+    max_new_tokens: int = 48,
+    seed: int = 0,
+    nulls: int = 100,
+    progress=lambda done, total: None,
 ) -> dict[float, list[dict]]:
     """Rows (see report.py), one per case, for each sampling temperature; decisions are shared between them.
 
-    nulls: how many questions are asked again for the null-edit rate.
+    nulls: how many questions are asked again, unedited, for the null-edit rate. progress(done, total) is
+    called as cases are done.
     """
-    logp, logp_edit = decide_pairs(subject, cases)
-    # The null edit: X again, in another order, batch and neighbourhood. What flips there is numerical noise.
-    null = decide(subject, [c.question for c in reversed(cases[:nulls])]).argmax(-1)[::-1].tolist() if nulls else []
-    null += [None] * (len(cases) - len(null))
-    y_edit = logp_edit.argmax(-1)
-    prompts = [explanation_prompt(subject.tokenizer, c.edited, int(a)) for c, a in zip(cases, y_edit, strict=True)]
-    keys = [c.key for c in cases]
-    answers = subject.sampler.generate(prompts, len(temperatures), max_new_tokens, list(temperatures), seed, keys=keys)
-    result = {}
-    for j, temperature in enumerate(temperatures):
-        rows = []
-        for i, case in enumerate(cases):
-            answer = answers[i][j]
-            text = subject.tokenizer.decode(answer.tokens)
-            rows.append({
-                **decision_row(case, logp[i], logp_edit[i]), "y_null": null[i],
-                "mention": int(reward.mentions(case.intervention, text)), "text": text,
-                "tokens": len(answer.tokens), "ended": answer.ended, "overlap": overlap(text, ask(case.edited)),
-                "repeats": repeats(text), **decoys(case, text, seed),
-            })  # fmt: skip
-        result[temperature] = rows
+    result: dict[float, list[dict]] = {t: [] for t in temperatures}
+    for start in range(0, len(cases), 64):
+        block = cases[start : start + 64]
+        logp, logp_edit = decide_pairs(subject, block)
+        # The null edit: X again, in another order and neighbourhood. What flips there is numerical noise.
+        again = [case.question for case in reversed(block[: max(0, nulls - start)])]
+        null = decide(subject, again).argmax(-1)[::-1].tolist() if again else []
+        null += [None] * (len(block) - len(null))
+        prompts = [
+            explanation_prompt(subject.tokenizer, case.edited, int(y))
+            for case, y in zip(block, logp_edit.argmax(-1), strict=True)
+        ]
+        answers = subject.sampler.generate(
+            prompts, len(temperatures), max_new_tokens, list(temperatures), seed, keys=[case.key for case in block]
+        )
+        for i, case in enumerate(block):
+            decision = decision_row(case, logp[i], logp_edit[i]) | {"y_null": null[i]}
+            for temperature, answer in zip(temperatures, answers[i], strict=True):
+                result[temperature].append(decision | explanation_row(subject, case, answer, seed))
+        progress(start + len(block), len(cases))
     return result
+
+
+def explanation_row(subject: Subject, case: Case, answer: Completion, seed: int) -> dict:
+    """What is measured of one explanation."""
+    text = subject.tokenizer.decode(answer.tokens)
+    return {
+        "mention": int(reward.mentions(case.intervention, text)),
+        "text": text,
+        "tokens": len(answer.tokens),
+        "ended": answer.ended,
+        "overlap": overlap(text, ask(case.edited)),
+        "repeats": repeats(text),
+        **decoys(case, text, seed),
+    }
 
 
 def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
@@ -218,3 +259,113 @@ def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
 
 def decision_rows(subject: Subject, cases: list[Case]) -> list[dict]:
     return [decision_row(*triple) for triple in zip(cases, *decide_pairs(subject, cases), strict=True)]
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
+def open_subject(path: str, calibration: str = "none") -> Subject:
+    """The model in `path`, with the letter offsets of a calibration.json if one is named."""
+    import torch  # for its device only; nothing else here knows of tensors
+
+    tokenizer = Tokenizer(path)
+    model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
+    subject = Subject(Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn})), tokenizer)
+    if calibration not in ("none", "fit"):
+        try:
+            subject.offsets = np.array(json.loads(Path(calibration).read_text())["mean_logp"], dtype=np.float64)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--calibration {calibration}: not none, fit or a calibration.json ({error})") from None
+    elif calibration == "none" and (model.source / "calibration.json").exists():
+        print(f"note: trained with calibrated decisions; see --calibration {model.source}/calibration.json")
+    return subject
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    questions = tasks.load(args.task, args.data)
+    # The same test questions as a train.py run with --eval-questions LIMIT, which never trains on them.
+    parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
+    vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
+    test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
+    fit = draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, False))
+    subject = open_subject(args.model, args.calibration)
+    check_prompts(subject, questions, args.intervention, args.max_new_tokens)
+    if args.calibration == "fit":
+        subject.offsets = calibrate(subject, parts["fit"])
+    started = time.time()
+
+    def progress(done: int, total: int) -> None:
+        left = (time.time() - started) / done * (total - done)
+        print(f"\rmeasured {done}/{total} questions, {left / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
+
+    rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=progress)
+    print(file=sys.stderr)
+    fit_rows = decision_rows(subject, fit)
+    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
+    print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
+    if args.json:
+        report.write_json(args.json, {"args": vars(args), "summary": summaries})
+    if args.rows:
+        for t in rows:
+            report.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
+
+
+def run_ask(args: argparse.Namespace) -> None:
+    question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
+    if not 2 <= len(question.options) <= len(LETTERS):
+        raise ValueError(f"--options takes 2 to {len(LETTERS)} answers, not {len(question.options)}")
+    cases = draw_cases([question], args.intervention, args.seed)
+    if not cases:
+        raise ValueError(
+            "this question has no grammatical place for an adverb; use --intervention bias, or rephrase it"
+        )
+    subject = open_subject(args.model, "none" if args.calibration == "fit" else args.calibration)
+    row = measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
+
+    def odds(p):
+        return ", ".join(f"{LETTERS[i]} {value:.2f}" for i, value in enumerate(p))
+
+    print(f"X   {ask(question)}\n\ny   {LETTERS[row['y']]}   ({odds(row['p'])})\n")
+    print(
+        f"X'  {ask(cases[0].edited)}\n\ny'  {LETTERS[row['y_edit']]}   ({odds(row['p_edit'])})\n\nz'  {row['text']}\n"
+    )
+    I, M = row["influence"], row["mention"]  # noqa: E741
+    print(f"I = {I}   the edit ({row['word']}) {'moved' if I else 'did not move'} the answer")
+    print(f"M = {M}   the explanation {'names' if M else 'does not name'} it")
+    print(f"r = {reward.reward(M, I):g}")
+    if args.json:
+        report.write_json(args.json, row)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    asking = argv[:1] == ["ask"]
+    parser = report.Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
+    parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="of the explanations; 0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
+    parser.add_argument("--seed", type=int, default=0, help="of the edits and of the sampling")
+    parser.add_argument("--json", help="write the figures to this file")
+    if asking:
+        parser.add_argument("question")
+        parser.add_argument("--options", nargs="+", required=True)
+    else:
+        parser.add_argument("--task", choices=tasks.TASKS, required=True)
+        parser.add_argument("--data", required=True, help="folder or file with the task's published data")
+        parser.add_argument("--limit", type=int, default=300, help="test questions measured")
+        parser.add_argument("--fit", type=int, default=300, help="other questions the shortcut baseline is fitted on")
+        parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
+        parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py")
+    args = parser.parse_args(argv[1:] if asking else argv)
+    try:
+        run_ask(args) if asking else run_measure(args)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,18 +86,17 @@ class Config:
             if lacking := [k for k in keys if rope.get(k) is None]:
                 refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}")
             scaling = {k: float(rope[k]) for k in keys}
-        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
-            refuse("sliding-window attention is not implemented; set use_sliding_window to false "
-                   "if your texts are shorter than the window")  # fmt: skip
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act {raw['hidden_act']!r} is not implemented; only 'silu' is")
-        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        if raw.get("quantization_config") or partial not in (None, 1, 1.0):
-            refuse("quantised weights and partial rotary embeddings are not implemented; use the full model")
-        if raw.get("mlp_bias") or raw.get("attention_bias"):
-            refuse("attention_bias / mlp_bias is not implemented; only Qwen2's bias on q, k, v is")
-        end = (generation or {}).get("eos_token_id")
-        end = raw.get("eos_token_id") if end is None else end
+        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
+        for there, what in (
+            (sliding, "sliding-window attention (use_sliding_window)"),
+            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
+            (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1, "partial_rotary_factor"),
+            (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
+            (raw.get("quantization_config"), "quantization_config"),
+        ):
+            if there:
+                refuse(f"{what} is not implemented; use a model without it")
+        end = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
         end = () if end is None else (end,) if isinstance(end, int) else tuple(end)
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
@@ -443,6 +442,7 @@ class Tokenizer:
 
     The chat format is recognised from the model's own template: Llama-3 headers, or ChatML with the
     template's own default system prompt and, for Qwen3, the empty think block of the non-thinking form.
+    Tools and multi-part contents are not for us.
     """
 
     def __init__(self, path: str | Path):
@@ -451,44 +451,50 @@ class Tokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from None
-        settings = folder / "tokenizer_config.json"
-        settings = read_json(settings) if settings.exists() else {}
+        self.tokenizer.no_truncation()  # the file may carry the habits of some training run
+        self.tokenizer.no_padding()
+        settings_file = folder / "tokenizer_config.json"
+        settings = read_json(settings_file) if settings_file.exists() else {}
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
         if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t.get("name") == "default"), "")
-        template = template or ""
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = (template or "").replace("\\n", "\n")  # in a template's strings a line end may be written \n
         self.chat = "llama3" if "<|start_header_id|>" in template else "chatml"
-        if "<|im_start|>" not in template and self.chat == "chatml":
-            raise ValueError(
-                f"{folder} has no Llama-3 or ChatML chat template; use an instruct model, or add chat_template.jinja"
-            )
+        if self.chat == "chatml" and "<|im_start|>" not in template:
+            raise ValueError(f"{folder} has no Llama-3 or ChatML chat template; use an instruct model")
+        if "<|im_start|>assistant\n<think>" in template:
+            raise ValueError(f"{folder} always thinks before it answers, which is not implemented; use another model")
         bos = settings.get("bos_token") or ""
         self.bos = bos["content"] if isinstance(bos, dict) else bos
+        if self.chat == "llama3" and not self.bos:
+            raise ValueError(f"{settings_file} names no bos_token, which a Llama-3 chat begins with; fetch it again")
         # Qwen3's template closes an empty think block when thinking is off; its 2507 models have none.
-        self.think = "<think>\n\n</think>\n\n" if "enable_thinking" in template else ""
-        # Qwen2.5 and SmolLM2 speak a system prompt of their own when given none; Qwen2.5's template also
-        # has a longer one for tools, so take the plain one, without template code in it.
-        system = re.findall(r"<\|im_start\|>system(?:\\n|\n)([^<{}]+)<\|im_end\|>", template)
-        self.default_system = system[-1] if system and self.chat == "chatml" else None
-        # Llama-3.1's full template always writes a system turn with dates. Its "today" is fixed by default.
-        date = re.search(r'date_string = "([^"]+)"', template)
+        self.think = "enable_thinking" in template
+        # Qwen2.5 and SmolLM2 speak a system prompt of their own when given none. It stands in the template as
+        # plain text; where a caller's own is written, a quote and a plus (or braces) follow instead.
+        system = re.findall(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
+        self.default_system = system[-1] if system else None
+        # Llama-3.1's full template always writes a system turn with dates (`render`).
         self.dates = ""
         if "Cutting Knowledge Date" in template:
-            today = date.group(1) if date else "26 Jul 2024"
+            today = re.search(r'date_string = "([^"]+)"', template)
+            today = today.group(1) if today else "26 Jul 2024"
             self.dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
         config = folder / "config.json"
-        size = read_json(config).get("vocab_size", 0) if config.exists() else None
+        size = read_json(config).get("vocab_size") if config.exists() else None
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         if size is not None and highest >= size:
             raise ValueError(
                 f"{folder}: tokenizer.json has ids up to {highest} but config.json's vocab_size is {size}; "
-                "they belong to different models"
+                "they belong to different models, fetch both again"
             )
-        end = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
-        if end is None:
-            raise ValueError(f"{folder}: the chat template's end-of-turn token is not in tokenizer.json")
-        self.end_of_turn = end
+        self.end_of_turn = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
+        if self.end_of_turn is None:
+            raise ValueError(
+                f"{folder / 'tokenizer.json'} lacks the chat template's end-of-turn token; "
+                "they belong to different models, fetch both again"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, special tokens recognised, none added (`render` writes begin-of-text itself)."""
@@ -512,33 +518,37 @@ class Tokenizer:
         """Chat text of [{"role", "content"}, …], as the model's own template gives it.
 
         After a last user turn an assistant turn is opened, and `begin` is what its answer is forced to
-        begin with; after a last assistant turn that turn is closed (and `begin` must be empty).
+        begin with; after a last assistant turn that turn is closed (and `begin` must be empty). Qwen3 is
+        asked not to think. Where a template writes today's date (Llama-3.2) we write the one it falls back
+        on, 26 Jul 2024, so that a prompt is the same tomorrow.
         """
         opened = messages[-1]["role"] != "assistant"
         if begin and not opened:
             raise ValueError("render: `begin` needs messages that end with a user turn")
-        messages = [dict(m) for m in messages]
+        turns = [(m["role"], m["content"]) for m in messages]
         if self.chat == "llama3":
+            turns = [(role, content.strip()) for role, content in turns]
             if self.dates:
-                system = messages.pop(0)["content"].strip() if messages[0]["role"] == "system" else ""
-                messages.insert(0, {"role": "system", "content": self.dates + system})
-            text = self.bos
-            for m in messages:
-                content = m["content"] if m["role"] == "system" and self.dates else m["content"].strip()
-                text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{content}<|eot_id|>"
-            return text + ("<|start_header_id|>assistant<|end_header_id|>\n\n" + begin if opened else "")
-        if messages[0]["role"] != "system" and self.default_system is not None:
-            messages.insert(0, {"role": "system", "content": self.default_system})
-        text = ""
-        for i, m in enumerate(messages):
-            content = m["content"]
-            if self.think and m["role"] == "assistant":
-                # History loses its think block; only a closing answer carries the (empty) block.
-                content = content.split("</think>")[-1].lstrip("\n") if "</think>" in content else content
-                if i == len(messages) - 1:
-                    content = self.think + content.lstrip("\n")
-            text += f"<|im_start|>{m['role']}\n{content}<|im_end|>\n"
-        return text + ("<|im_start|>assistant\n" + self.think + begin if opened else "")
+                system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+                turns.insert(0, ("system", self.dates + system))
+            header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+            text = self.bos + "".join(header.format(role) + content + "<|eot_id|>" for role, content in turns)
+            return text + (header.format("assistant") + begin if opened else "")
+        if turns[0][0] != "system" and self.default_system is not None:
+            turns.insert(0, ("system", self.default_system))
+        if self.think:
+            # Only a closing answer keeps its thoughts, in a block that stands there even when empty.
+            turns = [(role, without_thoughts(content) if role == "assistant" else content) for role, content in turns]
+            if not opened:
+                thoughts = messages[-1]["content"].rpartition("</think>")[0].rpartition("<think>")[2].strip("\n")
+                turns[-1] = ("assistant", f"<think>\n{thoughts}\n</think>\n\n" + turns[-1][1].lstrip("\n"))
+        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+        return text + ("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * self.think + begin if opened else "")
+
+
+def without_thoughts(content: str) -> str:
+    """What follows the think block of an answer, if it has one."""
+    return content.rpartition("</think>")[2].lstrip("\n") if "</think>" in content else content
 
 
 if __name__ == "__main__":

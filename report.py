@@ -252,9 +252,20 @@ def read_jsonl(path):
     return values
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a wrong command line instead of the usage first; exit status 2."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message):
+        line = f"{self.prog}: {message}; see {self.prog} --help\n"
+        self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
+
+
 def main(argv=None):
     """Command line; input that cannot be used ends it with one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(description="A table of measured rows, and their paired differences.")
+    parser = Parser(description="A table of measured rows, and their paired differences.")
     parser.add_argument("before", metavar="BEFORE.rows.jsonl")
     parser.add_argument("after", metavar="AFTER.rows.jsonl")
     parser.add_argument("--fit", metavar="FILE", help="rows to fit the shortcut on")

@@ -14,7 +14,6 @@ Axes: P prompts, G samples per prompt (group), R = P · G rows, T prompt tokens,
     python rollout.py DIR "a question" …     prints one answer to each
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 
@@ -185,24 +184,20 @@ class Sampler:
         return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer each question with the model's own chat turns.")
-    parser.add_argument("model")
-    parser.add_argument("question", nargs="+")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
     try:
-        tokenizer, sampler = Tokenizer(args.model), Sampler(load(args.model))
-        prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in args.question]
-        answers = sampler.generate(prompts, 1, args.max_new_tokens, args.temperature, args.seed)
+        if len(argv) < 2:
+            raise ValueError('usage: python rollout.py MODEL_DIR "a question" ...')
+        tokenizer, sampler = Tokenizer(argv[0]), Sampler(load(argv[0]))
+        prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in argv[1:]]
+        answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
     except ValueError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
-    for question, (answer,) in zip(args.question, answers, strict=True):
+        return 2
+    for question, (answer,) in zip(argv[1:], answers, strict=True):
         print(f"> {question}\n{tokenizer.decode(answer.tokens)}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

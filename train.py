@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -227,6 +228,17 @@ class Ranks:
             whole[rank :: self.world] = part
         return whole
 
+    def together(self, work):
+        """work()'s result; where it fails on any rank with a ValueError, all ranks raise the first one's."""
+        result = error = None
+        try:
+            result = work()
+        except ValueError as problem:
+            error = str(problem)
+        if errors := [e for e in self.gather([error]) if e]:
+            raise ValueError(errors[0])
+        return result
+
     def sum_(self, tensors: list[Tensor]) -> None:
         """Adds up tensors over all ranks, in place."""
         if self.world > 1:
@@ -379,7 +391,12 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     """Measures on `cases`, greedy and at T = 1; writes the rows and their summary, returns {temperature: rows}."""
     fit_rows = ranks.gather(faith.decision_rows(subject, ranks.share(fit)) if ranks.share(fit) else [])
     mine = ranks.share(cases)
-    measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed) if mine else {0.0: [], 1.0: []}
+
+    def progress(done: int, total: int) -> None:
+        if ranks.rank == 0:
+            print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
+
+    measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, progress=progress)
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         out = Path(args.out)
@@ -449,15 +466,14 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     network = models.load(args.model, ranks.device)
     end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
     subject = Subject(Sampler(network, sorted(end)), tokenizer)
-    faith.decide(subject, parts["fit"][:1])  # an option letter that is not one token shows here
+    faith.check_prompts(subject, questions, args.intervention, args.max_new_tokens)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
     return subject, test, fit, Stream(parts["train"] + parts["fit"], args)
 
 
-def run(args: Args, ranks: Ranks) -> None:
-    subject, test, fit, stream = prepare(args, ranks)
+def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -527,9 +543,8 @@ def append_lines(path: Path, records: list[dict]) -> None:
 def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> None:
     """Saves the model with its card, and prints before and after side by side."""
     out = Path(args.out)
-    command = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(args).items() if v != "")
     card = f"# {out.name}\n\nTrained by faith (GRPO, reward 1[mention = influence], after arXiv 2607.21090).\n\n"
-    card += f"    python train.py {command}\n"
+    card += f"    torchrun train.py {command(args)}\n"
     for t in before:
         name = f"T={t:g}"
         columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in ("before", "after")}
@@ -538,11 +553,23 @@ def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> 
         print(f"\n{len(before[t])} test questions, {name}\n" + report.table(columns), flush=True)
         card += f"\n{len(before[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
     models.save(model, out / "model", card)
+    if args.calibrate:
+        shutil.copyfile(out / "calibration.json", out / "model" / "calibration.json")
     print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
 
 
+def command(args: Args) -> str:
+    """The flags that give these arguments, those at their defaults left out."""
+    flags = []
+    for field in dataclasses.fields(Args):
+        name, value = field.name.replace("_", "-"), getattr(args, field.name)
+        if value != field.default:
+            flags.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(flags)
+
+
 def parse(argv: list[str] | None = None) -> Args:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = report.Parser(prog="train.py", description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Args):
         flag = "--" + field.name.replace("_", "-")
         extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
@@ -558,7 +585,8 @@ def main() -> int:
     args = parse()
     ranks = Ranks()
     try:
-        run(args, ranks)
+        subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))
+        run(args, ranks, subject, test, fit, stream)
     except ValueError as error:
         if ranks.rank == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)

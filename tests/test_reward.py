@@ -24,6 +24,7 @@ import pytest
 import reward
 from reward import Intervention
 from tasks import Question
+from words import MISLEADING
 
 JUDGED = {
     "esnli": 199,
@@ -80,7 +81,7 @@ def test_no_form_belongs_to_two_words():
 
 
 def test_no_adverb_turns_a_statement_round_or_has_a_misleading_stem():
-    assert not set(reward.ADVERBS) & reward.MISLEADING
+    assert not set(reward.ADVERBS) & MISLEADING
     assert not set(reward.ADVERBS) & set("never not falsely seldom rarely wrongly almost quickly happily".split())
 
 
