@@ -64,62 +64,52 @@ class Config:
         family = raw.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             refuse(f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads", "rms_norm_eps", "max_position_embeddings")
-                   if raw.get(k) is None]  # fmt: skip
-        if missing:
+        names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+                 "layers": "num_hidden_layers", "heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
+                 "context": "max_position_embeddings"}  # fmt: skip
+        if missing := [theirs for theirs in names.values() if raw.get(theirs) is None]:
             refuse(f"lacks {', '.join(missing)}; use the config.json that came with the weights")
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
         rope = raw.get("rope_parameters")
         if rope is None:
-            if raw.get("rope_theta") is None:
-                refuse("has neither rope_parameters nor rope_theta; a guessed theta would be silently wrong")
-            rope = {**(raw.get("rope_scaling") or {}), "rope_theta": raw["rope_theta"]}
+            rope = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
+        if rope.get("rope_theta") is None:
+            refuse("has no rope_theta, in rope_parameters or by itself; a guessed one would be silently wrong")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            refuse(f"rope_type {rope_type!r} is not implemented; only 'default' and 'llama3' are")
-        if rope.get("rope_theta") is None:
-            refuse("rope_parameters lacks rope_theta; a guessed theta would be silently wrong")
-        scaling = None
-        if rope_type == "llama3":
-            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            if lacking := [k for k in keys if rope.get(k) is None]:
-                refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}")
-            scaling = {k: float(rope[k]) for k in keys}
+            refuse(f"rope_type {rope_type!r} is not implemented; use a model with 'default' or 'llama3'")
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        keys = keys if rope_type == "llama3" else ()
+        if lacking := [k for k in keys if rope.get(k) is None]:
+            refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}; use the config.json of the weights")
         sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
         for there, what in (
             (sliding, "sliding-window attention (use_sliding_window)"),
             (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
-            (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1, "partial_rotary_factor"),
+            ((rope | raw).get("partial_rotary_factor") not in (None, 1), "partial_rotary_factor"),
             (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
             (raw.get("quantization_config"), "quantization_config"),
         ):
             if there:
                 refuse(f"{what} is not implemented; use a model without it")
-        end = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
-        end = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+        end = (generation or {}).get("eos_token_id")
+        end = raw.get("eos_token_id") if end is None else end
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
         if heads % kv_heads:
             refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         return cls(
+            **{ours: raw[theirs] for ours, theirs in names.items()},
             family=family,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            layers=raw["num_hidden_layers"],
-            heads=heads,
             kv_heads=kv_heads,
             # Qwen3-4B: hidden 2560, 32 heads, head_dim 128, so head_dim is a field of its own.
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            norm_eps=raw["rms_norm_eps"],
-            context=raw["max_position_embeddings"],
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             rope_theta=float(rope["rope_theta"]),
-            rope_scaling=scaling,
-            end_of_turn=end,
+            rope_scaling={k: float(rope[k]) for k in keys} or None,
+            end_of_turn=() if end is None else (end,) if isinstance(end, int) else tuple(end),
             raw=raw,
         )
 
@@ -145,12 +135,9 @@ def rope_frequencies(config: Config) -> Tensor:
     if config.rope_scaling is None:
         return frequencies
     s = config.rope_scaling
-    wavelength = 2 * math.pi / frequencies
-    # 0 where the wavelength exceeds original / low (divide by factor), 1 below original / high (keep).
-    smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (
-        s["high_freq_factor"] - s["low_freq_factor"]
-    )
-    smooth = smooth.clamp(0, 1)
+    turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the original context
+    # 0 for fewer turns than low (divide the frequency by factor), 1 for more than high (keep it).
+    smooth = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     return (1 - smooth) * frequencies / s["factor"] + smooth * frequencies
 
 
@@ -301,10 +288,7 @@ def locate(path: str | Path) -> Path:
     ref = repo / "refs" / "main"
     if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
         return snapshot
-    raise ValueError(
-        f"no model at {path}: it is neither a directory nor a hub id in {hub}; "
-        f"download it first (hf download {path}) or pass its directory"
-    )
+    raise ValueError(f"no model at {path}: no such directory, nor a hub id in {hub}; hf download {path} fetches one")
 
 
 def read_json(path: Path) -> dict:
@@ -370,24 +354,24 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     if model.config.tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if "embed_tokens.weight" in tensors and not torch.equal(head, tensors["embed_tokens.weight"]):
-            raise ValueError(f"{folder} ties the head to the embedding but its files hold two that differ")
+            raise ValueError(f"{folder} ties the head to the embedding, but its files hold two that differ; "
+                             "set tie_word_embeddings to false in config.json")  # fmt: skip
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder} lacks the tensor {name} {tuple(shape)}; fetch the weights again")
         if tensors[name].shape != shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {tuple(tensors[name].shape)}, config.json says {tuple(shape)}"
-            )
+            found = tuple(tensors[name].shape)
+            raise ValueError(f"{folder}: {name} has shape {found}, config.json says {tuple(shape)}; fetch both again")
     if extra := sorted(set(tensors) - set(expected)):
-        raise ValueError(f"{folder} holds {extra[0]} (of {len(extra)}), which config.json has no place for")
+        raise ValueError(f"{folder} holds {extra[0]}, for which config.json has no place; fetch both again")
     model.load_state_dict(tensors, strict=True, assign=True)
     model.frequencies = rope_frequencies(model.config).to(device)
     model.source = folder
     return model
 
 
-# Whatever a tokenizer may consist of; copied as it is from the model that was trained.
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+# Whatever a tokenizer may consist of, and how to generate; copied as it is from the model that was trained.
+COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
 
 
@@ -402,39 +386,32 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, shards, size = {}, [{}], 0
+    shards, size = [{}], 0
     for name, parameter in model.named_parameters():
-        tensors[name if name == "lm_head.weight" else "model." + name] = parameter.detach().cpu().contiguous()
-    for name, tensor in tensors.items():
+        tensor = parameter.detach().cpu().contiguous()
         if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
+            shards, size = [*shards, {}], 0
+        shards[-1][name if name == "lm_head.weight" else "model." + name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], partial / "model.safetensors", metadata={"format": "pt"})
-    else:
-        where = {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, partial / file, metadata={"format": "pt"})
-            where.update(dict.fromkeys(shard, file))
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, partial / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = dict(model.config.raw)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": list(model.config.end_of_turn)}
-    if model.source and (model.source / "generation_config.json").exists():
-        generation = read_json(model.source / "generation_config.json")
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in COMPANIONS:
         if model.source and (model.source / name).exists():
             shutil.copyfile(model.source / name, partial / name)
     (partial / "README.md").write_text(card or "A model saved by faith's model.save.\n")
-    if path.exists():
-        path.rmdir()
-    os.replace(partial, path)
+    os.replace(partial, path)  # an empty folder gives way
 
 
 class Tokenizer:
@@ -478,23 +455,17 @@ class Tokenizer:
         # Llama-3.1's full template always writes a system turn with dates (`render`).
         self.dates = ""
         if "Cutting Knowledge Date" in template:
-            today = re.search(r'date_string = "([^"]+)"', template)
-            today = today.group(1) if today else "26 Jul 2024"
-            self.dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
+            today = re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"]
+            self.dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today[0]}\n\n"
         config = folder / "config.json"
         size = read_json(config).get("vocab_size") if config.exists() else None
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         if size is not None and highest >= size:
-            raise ValueError(
-                f"{folder}: tokenizer.json has ids up to {highest} but config.json's vocab_size is {size}; "
-                "they belong to different models, fetch both again"
-            )
+            raise ValueError(f"{folder}: tokenizer.json's ids reach {highest}, config.json's vocab_size is {size}; "
+                             "they belong to different models, fetch both again")  # fmt: skip
         self.end_of_turn = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
         if self.end_of_turn is None:
-            raise ValueError(
-                f"{folder / 'tokenizer.json'} lacks the chat template's end-of-turn token; "
-                "they belong to different models, fetch both again"
-            )
+            raise ValueError(f"{folder}: tokenizer.json lacks the chat template's end-of-turn token; fetch both again")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, special tokens recognised, none added (`render` writes begin-of-text itself)."""
@@ -536,19 +507,16 @@ class Tokenizer:
             return text + (header.format("assistant") + begin if opened else "")
         if turns[0][0] != "system" and self.default_system is not None:
             turns.insert(0, ("system", self.default_system))
-        if self.think:
-            # Only a closing answer keeps its thoughts, in a block that stands there even when empty.
-            turns = [(role, without_thoughts(content) if role == "assistant" else content) for role, content in turns]
-            if not opened:
-                thoughts = messages[-1]["content"].rpartition("</think>")[0].rpartition("<think>")[2].strip("\n")
-                turns[-1] = ("assistant", f"<think>\n{thoughts}\n</think>\n\n" + turns[-1][1].lstrip("\n"))
+        for i, (role, content) in enumerate(turns):
+            if self.think and role == "assistant":
+                thoughts, block, answer = content.rpartition("</think>")
+                answer = answer.lstrip("\n") if block else content  # history loses its think block,
+                if i == len(turns) - 1:  # a closing answer has one, if an empty one
+                    thoughts = thoughts.rpartition("<think>")[2].strip("\n")
+                    answer = f"<think>\n{thoughts}\n</think>\n\n" + answer.lstrip("\n")
+                turns[i] = (role, answer)
         text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
         return text + ("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * self.think + begin if opened else "")
-
-
-def without_thoughts(content: str) -> str:
-    """What follows the think block of an answer, if it has one."""
-    return content.rpartition("</think>")[2].lstrip("\n") if "</think>" in content else content
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ empty margin) is NaN here, null in JSON and "undefined" in print, never 0.  N ro
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np

@@ -39,8 +39,11 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*SPECIAL, "A", "B", "C", *reward.words("bias"), *words]))
 
 
-def build(folder: Path, seed: int = 0, context: int = 512, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes config, weights, tokenizer and chat template into `folder`, and returns it."""
+def build(folder: Path, seed: int = 17, context: int = 512, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes config, weights, tokenizer and chat template into `folder`, and returns it.
+
+    With seed 17 about a third of the bias edits change the answer, and answers are of all lengths.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     words = vocabulary()
