@@ -68,13 +68,13 @@ class Config:
                  "layers": "num_hidden_layers", "heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
                  "context": "max_position_embeddings"}  # fmt: skip
         if missing := [theirs for theirs in names.values() if raw.get(theirs) is None]:
-            refuse(f"lacks {', '.join(missing)}; use the config.json that came with the weights")
+            refuse(f"lacks {', '.join(missing)}; use the config.json of the weights")
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
         rope = raw.get("rope_parameters")
         if rope is None:
             rope = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
         if rope.get("rope_theta") is None:
-            refuse("has no rope_theta, in rope_parameters or by itself; a guessed one would be silently wrong")
+            refuse("has no rope_theta, in rope_parameters or by itself; use the config.json of the weights")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             refuse(f"rope_type {rope_type!r} is not implemented; use a model with 'default' or 'llama3'")
@@ -82,9 +82,9 @@ class Config:
         keys = keys if rope_type == "llama3" else ()
         if lacking := [k for k in keys if rope.get(k) is None]:
             refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}; use the config.json of the weights")
-        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
         for there, what in (
-            (sliding, "sliding-window attention (use_sliding_window)"),
+            (raw.get("use_sliding_window"), "use_sliding_window (attention to the last tokens only)"),
+            ("sliding_attention" in (raw.get("layer_types") or ()), "sliding_attention (in layer_types)"),
             (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
             ((rope | raw).get("partial_rotary_factor") not in (None, 1), "partial_rotary_factor"),
             (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
@@ -97,7 +97,7 @@ class Config:
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            refuse(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}; fetch it again")
         return cls(
             **{ours: raw[theirs] for ours, theirs in names.items()},
             family=family,
@@ -296,7 +296,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; a model directory needs it") from None
+        raise ValueError(f"{path} is missing; fetch it, a model's folder needs one") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
@@ -312,14 +312,12 @@ def read_config(folder: Path) -> Config:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those its index names, or the one file."""
-    index = folder / "model.safetensors.index.json"
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{index} has no weight_map; fetch it again")
         files = [folder / name for name in sorted(set(shards.values()))]
-    else:
-        files = [folder / "model.safetensors"]
     if absent := [f.name for f in files if not f.is_file()]:
         pickles = any(folder.glob("*.bin")) and "; .bin files are pickles and are not read, convert them" or ""
         raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
@@ -333,8 +331,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     every tensor in the files is used; ValueError, naming the tensor, otherwise.
     """
     folder = locate(path)
-    device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Transformer(read_config(folder), dtype)
     expected = {name: p.shape for name, p in model.named_parameters()}
@@ -354,14 +351,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     if model.config.tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if "embed_tokens.weight" in tensors and not torch.equal(head, tensors["embed_tokens.weight"]):
-            raise ValueError(f"{folder} ties the head to the embedding, but its files hold two that differ; "
-                             "set tie_word_embeddings to false in config.json")  # fmt: skip
+            raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder} lacks the tensor {name} {tuple(shape)}; fetch the weights again")
-        if tensors[name].shape != shape:
-            found = tuple(tensors[name].shape)
-            raise ValueError(f"{folder}: {name} has shape {found}, config.json says {tuple(shape)}; fetch both again")
+        if (found := tensors[name].shape) != shape:
+            what = f"{name} has shape {tuple(found)}, config.json says {tuple(shape)}"
+            raise ValueError(f"{folder}: {what}; fetch both again")
     if extra := sorted(set(tensors) - set(expected)):
         raise ValueError(f"{folder} holds {extra[0]}, for which config.json has no place; fetch both again")
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -371,8 +367,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 # Whatever a tokenizer may consist of, and how to generate; copied as it is from the model that was trained.
-COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+COMPANIONS = ("generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+              "chat_template.jinja chat_template.json vocab.json merges.txt tokenizer.model").split()  # fmt: skip
 
 
 def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9) -> None:
@@ -419,7 +415,6 @@ class Tokenizer:
 
     The chat format is recognised from the model's own template: Llama-3 headers, or ChatML with the
     template's own default system prompt and, for Qwen3, the empty think block of the non-thinking form.
-    Tools and multi-part contents are not for us.
     """
 
     def __init__(self, path: str | Path):
@@ -453,10 +448,9 @@ class Tokenizer:
         system = re.findall(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
         self.default_system = system[-1] if system else None
         # Llama-3.1's full template always writes a system turn with dates (`render`).
-        self.dates = ""
-        if "Cutting Knowledge Date" in template:
-            today = re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"]
-            self.dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today[0]}\n\n"
+        today = re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"]
+        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today[0]}\n\n"
+        self.dates = dates if "Cutting Knowledge Date" in template else ""
         config = folder / "config.json"
         size = read_json(config).get("vocab_size") if config.exists() else None
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
@@ -477,12 +471,12 @@ class Tokenizer:
 
     def letter_ids(self, begin: str, count: int) -> list[int]:
         """Ids of the letters A, B, … (count of them) as they follow `begin`; each must be one token."""
-        prefix, ids = self.encode(begin), []
+        ids = []
         for letter in "ABCDEFGHIJ"[:count]:
-            extended = self.encode(begin + letter)
-            if len(extended) != len(prefix) + 1 or extended[:-1] != prefix:
-                raise ValueError(f"the option letter {letter!r} is not one token after {begin!r} in this tokenizer")
-            ids.append(extended[-1])
+            *before, last = self.encode(begin + letter)
+            if before != self.encode(begin):
+                raise ValueError(f"the option letter {letter!r} is not one token after {begin!r}; use another model")
+            ids.append(last)
         return ids
 
     def render(self, messages: list[dict], begin: str = "") -> str:
@@ -526,6 +520,6 @@ if __name__ == "__main__":
         print("usage: python model.py DIR" if isinstance(error, IndexError) else error, file=sys.stderr)
         sys.exit(2)
     shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
+    shown["parameters"] = f"{sum(p.numel() for p in network.parameters()):,}"
+    shown["chat"] = f"{tok.chat}, end of turn {tok.end_of_turn}, system {tok.default_system!r}"
     print(*(f"{k:18} {v}" for k, v in shown.items()), sep="\n")
-    print(f"{'parameters':18} {sum(p.numel() for p in network.parameters()):,}")
-    print(f"{'chat':18} {tok.chat}, end of turn {tok.end_of_turn}, system {tok.default_system!r}")

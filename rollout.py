@@ -112,7 +112,7 @@ class Sampler:
         if samples < 1 or max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1")
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
-        if len(temperatures) != samples or min(temperatures) < 0:
+        if len(temperatures) != samples or not all(t >= 0 for t in temperatures):  # NaN, too, fails
             raise ValueError(f"temperature must be one number or one per sample, none below 0, not {temperature}")
         self.check(prompts, max_new_tokens)
         keys = list(range(len(prompts))) if keys is None else keys

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -87,9 +88,16 @@ class Args:
     updates: int = option(1, "optimizer updates per batch of explanations")
     micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
+    eval_before: bool = option(True, "measure the initial model too; not needed where another run has")
     fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
     save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
     seed: int = option(0, "of everything drawn")
+
+
+# The smallest values of flags. Batches are half and half, and groups compare samples: so 2 of each.
+LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
+         "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
+         "save_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "weight_decay": 0}  # fmt: skip
 
 
 # ---- pure functions: the seams for an ablation --------------------------------------------------------------
@@ -270,6 +278,8 @@ class Stream:
                 order = tasks.shuffled(self.questions, self.seed + self.epoch)
                 seed = self.seed * 1000 + self.epoch
                 self.cases = faith.draw_cases(order, self.kind, seed, self.words)
+                if not self.cases:
+                    raise ValueError("no training question has a place for an edit; choose another --intervention")
             taken.append(self.cases.pop(0))
         self.position += n
         return taken
@@ -286,14 +296,15 @@ def balance(labelled: list[tuple[Case, dict]], size: int) -> list[tuple[Case, di
 def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case, dict]]:
     """Each case with its decision row under the current model, the work shared among ranks."""
     mine = ranks.share(cases)
-    rows = faith.decision_rows(subject, mine) if mine else []
+    rows = ranks.together(lambda: faith.decision_rows(subject, mine) if mine else [])
     return list(zip(cases, ranks.gather(rows), strict=True))
 
 
 def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tuple[list, list]:
     """A batch balanced by current influence, and all that was labelled to find it."""
     labelled: list = []
-    while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
+    wanted = args.prompts // 2 * 2
+    while len(batch := balance(labelled, wanted)) < wanted and len(labelled) < args.candidates:
         labelled += label(subject, stream.take(min(2 * args.prompts, args.candidates - len(labelled))), ranks)
     return batch, labelled
 
@@ -349,7 +360,7 @@ def update(
     counts = counts.to(ranks.device)
     ranks.sum_([counts])
     sequences, tokens = counts.tolist()
-    totals = torch.zeros(5, dtype=torch.float64, device=ranks.device)  # loss, kl, clipped, gap, entropy proxy
+    totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
     gap_max = 0.0
     if reference is None:  # a group whose rewards are all equal has no advantage, and so no gradient
         live = [i for i, r in enumerate(rewards) if min(r) < max(r)]
@@ -376,12 +387,13 @@ def update(
         clipped = ((ratio < 1 - args.clip_low) & (A < 0)) | ((ratio > 1 + args.clip_high) & (A > 0))
         gap = (logprobs.detach() - old).abs()
         gap_max = max(gap_max, float(gap.max()))
-        totals += torch.stack([loss.detach(), kl.detach().sum() / tokens, clipped.sum() / tokens,
-                               gap.sum() / tokens, -logprobs.detach().sum() / tokens]).double()  # fmt: skip
+        sums = (loss.detach(), kl.detach().sum(), clipped.sum(), gap.sum(), -logprobs.detach().sum(), lengths.sum())
+        totals += torch.stack([x.double().to(ranks.device) for x in sums])
     ranks.sum_([totals])
     norm = optimizer.step(lr, args.clip_norm, ranks)
-    names = ("loss", "kl", "clipped", "sampler_gap", "nll")
-    return {**dict(zip(names, totals.tolist(), strict=True)), "sampler_gap_max": gap_max, "grad_norm": norm}
+    totals[1:] /= totals[-1].clone()  # means over the tokens scored; NaN where all groups are flat
+    figures = dict(zip(("loss", "kl", "clipped", "sampler_gap", "nll"), totals.tolist(), strict=False))
+    return {**figures, "sampler_gap_max": max(ranks.gather([gap_max])), "grad_norm": norm}
 
 
 # ---- the run -------------------------------------------------------------------------------------------------
@@ -389,14 +401,16 @@ def update(
 
 def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, args: Args, ranks: Ranks) -> dict:
     """Measures on `cases`, greedy and at T = 1; writes the rows and their summary, returns {temperature: rows}."""
-    fit_rows = ranks.gather(faith.decision_rows(subject, ranks.share(fit)) if ranks.share(fit) else [])
+    fit_rows = [row for _, row in label(subject, fit, ranks)]
     mine = ranks.share(cases)
 
     def progress(done: int, total: int) -> None:
         if ranks.rank == 0:
             print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
 
-    measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, progress=progress)
+    measured = ranks.together(
+        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, progress=progress)
+    )
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         out = Path(args.out)
@@ -434,10 +448,12 @@ def step_metrics(log: list[dict], labelled: list, size: int) -> dict:
     M = np.array([e["mention"] for e in log], bool)
     groups = (M == I).reshape(-1, size)
     influence = [row["influence"] for _, row in labelled]
+    picks = np.array([row["y"] for _, row in labelled])
     return {
         "reward": float((M == I).mean()), "phi": reward.phi(I.tolist(), M.tolist()),
         "mention_1": float(M[I].mean()), "mention_0": float(M[~I].mean()),
         "influence_rate": float(np.mean(influence)), "labelled": len(influence),
+        "picks": (np.bincount(picks, minlength=len(labelled[0][1]["p"])) / len(picks)).round(3).tolist(),
         "flat_groups": float((groups.all(1) | ~groups.any(1)).mean()),
         "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
     }  # fmt: skip
@@ -447,15 +463,14 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
     if not args.model or not args.data or not args.out:
         raise ValueError("--model, --data and --out are needed; see python train.py --help")
-    if args.prompts < 2 or args.samples < 2:
-        raise ValueError(
-            "--prompts and --samples must be at least 2: batches are half and half, groups compare samples"
-        )
-    for name in ("steps", "micro", "updates", "max_new_tokens", "fit_questions", "candidates"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.temperature <= 0 or args.lr <= 0 or args.eval_questions < 0:
-        raise ValueError("--temperature and --lr must be above 0, --eval-questions at least 0")
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:  # so written, NaN fails too
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    for name in ("temperature", "lr", "clip_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if not 0 <= args.beta2 < 1:
+        raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
@@ -486,7 +501,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     reference = None
     if args.kl:
         reference = models.load(args.model, ranks.device).requires_grad_(False)
-    before = evaluate(subject, test, fit, "before", args, ranks) if args.eval_questions else {}
+    measured = bool(args.eval_questions)
+    before = evaluate(subject, test, fit, "before", args, ranks) if measured and args.eval_before else {}
     frozen = None
     if args.labels == "frozen":
         frozen = label(subject, stream.take(args.frozen_questions), ranks)
@@ -500,9 +516,13 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
             batch = balance(labelled, args.prompts)
         if not batch:
-            raise ValueError(f"step {step}: none or all of {len(labelled)} edits moved the model; nothing to balance")
+            raise ValueError(
+                f"step {step}: none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
+                "raise --candidates, or try --calibrate or another --intervention"
+            )
         clock.append(time.time())
-        groups, rewards, log = groups_of(subject, ranks.share(batch), step, args)
+        mine = ranks.share(batch)
+        groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
         clock.append(time.time())
         for _ in range(args.updates):
             figures = update(model, reference, optimizer, groups, rewards, learning_rate(step, args), args, ranks)
@@ -528,7 +548,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             )
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 models.save(model, out / f"step-{step + 1}", f"# {out.name}, after {step + 1} of {args.steps} steps\n")
-    after = evaluate(subject, test, fit, "after", args, ranks) if args.eval_questions else {}
+    after = evaluate(subject, test, fit, "after", args, ranks) if measured else {}
     if ranks.rank == 0:
         finish(args, model, before, after)
 
@@ -545,13 +565,15 @@ def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> 
     out = Path(args.out)
     card = f"# {out.name}\n\nTrained by faith (GRPO, reward 1[mention = influence], after arXiv 2607.21090).\n\n"
     card += f"    torchrun train.py {command(args)}\n"
-    for t in before:
+    for t in after:
         name = f"T={t:g}"
-        columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in ("before", "after")}
-        columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
-        report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
-        print(f"\n{len(before[t])} test questions, {name}\n" + report.table(columns), flush=True)
-        card += f"\n{len(before[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
+        phases = ("before", "after") if before else ("after",)
+        columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in phases}
+        if before:
+            columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
+            report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
+        print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
+        card += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
     models.save(model, out / "model", card)
     if args.calibrate:
         shutil.copyfile(out / "calibration.json", out / "model" / "calibration.json")
@@ -564,8 +586,8 @@ def command(args: Args) -> str:
     for field in dataclasses.fields(Args):
         name, value = field.name.replace("_", "-"), getattr(args, field.name)
         if value != field.default:
-            flags.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
-    return " ".join(flags)
+            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return shlex.join(flags)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -587,7 +609,7 @@ def main() -> int:
     try:
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))
         run(args, ranks, subject, test, fit, stream)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if ranks.rank == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2

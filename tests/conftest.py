@@ -1,0 +1,57 @@
+"""What several test files need: small folders with a tokenizer in them, and SmolLM2-135M-Instruct, a real model.
+
+FAITH_SMOLLM2 names SmolLM2's folder (default ~/.cache/faith/smollm2-135m-instruct). Where it is empty, the
+model is made there by `../shared/tools/fetch_smollm2.py`, beside the checkout; without that the tests that
+need it are skipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>",
+           "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")  # fmt: skip
+
+
+def write_tokenizer(folder: Path, template: str | None, merges=(), special=SPECIAL, **settings) -> Path:
+    """tokenizer.json (special tokens from id 0, then the 256 bytes, then merges) and tokenizer_config.json."""
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    vocabulary = {symbol: i for i, symbol in enumerate([*special, *symbols])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(merges)))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    if template is not None:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """The function above."""
+    return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct's folder, made if need be."""
+    default = Path.home() / ".cache" / "faith" / "smollm2-135m-instruct"
+    folder = Path(os.environ.get("FAITH_SMOLLM2") or default)
+    if not (folder / "tokenizer_config.json").exists():  # the last file that the tool writes
+        tool = SHARED / "tools" / "fetch_smollm2.py"
+        if not tool.exists():
+            pytest.skip(f"no SmolLM2 in {folder}, and no ../shared to make it with; set FAITH_SMOLLM2")
+        (folder / "model.safetensors").unlink(missing_ok=True)  # of an attempt that was cut off
+        made = subprocess.run([sys.executable, tool, folder], capture_output=True, text=True)
+        assert made.returncode == 0, f"{tool} {folder} failed:\n{made.stderr[-2000:]}"
+    return folder
