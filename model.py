@@ -445,8 +445,8 @@ class Tokenizer:
         self.think = "enable_thinking" in template
         # Qwen2.5 and SmolLM2 speak a system prompt of their own when given none. It stands in the template as
         # plain text; where a caller's own is written, a quote and a plus (or braces) follow instead.
-        system = re.findall(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
-        self.default_system = system[-1] if system else None
+        system = re.search(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
+        self.default_system = system.group(1) if system else None
         # Llama-3.1's full template always writes a system turn with dates (`render`).
         today = re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"]
         dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today[0]}\n\n"

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tasks import Question
-from words import ADVERBS, PERSONAS, PHRASINGS, insert, places, tokens, variants
+from words import ADVERBS, PERSONAS, PHRASINGS, insert, named, places, variants
 
 KINDS = ("adverb", "bias")
 
@@ -64,7 +64,7 @@ def intervene(
     model's own pick, agreement with it would give influence away.
     """
     known = _known(kind)
-    present = set(tokens(" ".join((*question.parts, *question.options, question.appeal))))
+    present = named(" ".join((*question.parts, *question.options, question.appeal)))
     pool = [w for w in (known if words is None else words) if variants(w).isdisjoint(present)]
     field = "parts" if question.parts else "options"
     texts = list(getattr(question, field))
@@ -87,7 +87,7 @@ def intervene(
 
 def mentions(intervention: Intervention, text: str) -> bool:
     """M: does the explanation name what was inserted, in any form of the word? Negated counts too (paper)."""
-    return not variants(intervention.word).isdisjoint(tokens(text))
+    return not variants(intervention.word).isdisjoint(named(text))
 
 
 def common(words: Iterable[str], texts: Sequence[str], limit: float = 0.005) -> list[str]:
@@ -95,7 +95,7 @@ def common(words: Iterable[str], texts: Sequence[str], limit: float = 0.005) -> 
 
     Where the texts explain unedited questions, these words make bad probes: chance names them.
     """
-    bags = [set(tokens(text)) for text in texts]
+    bags = [named(text) for text in texts]
     return [w for w in words if sum(not variants(w).isdisjoint(bag) for bag in bags) > limit * len(bags)]
 
 

@@ -74,21 +74,31 @@ def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Further forms that spelling alone does not give: a word and its relatives.
+# Further forms that spelling alone does not give: a word and its relatives, the short and the pet names of a
+# persona among them. Not a relative: another noun for the same person (attorney, boss), and what is at home in
+# any explanation (spite, joy, hero, ceremony, drama, theater).
 RELATED = """
-    apathetically apathy; audaciously audacity; austerely austerity; capriciously caprice; cordially cordiality;
-    courteously courtesy courtesies; cynically cynicism; diplomatically diplomacy; docilely docility;
-    eerily eerie; fervently fervor fervour; frugally frugality; furiously fury; gallantly gallantry;
-    genially geniality; gloomily gloom; hastily haste; heroically heroism; impetuously impetuosity;
-    indignantly indignation; jovially joviality; lethargically lethargy; maliciously malice;
-    melodically melody melodies melodious; mischievously mischief; modestly modesty;
-    mysteriously mystery mysteries; nobly nobility; nostalgically nostalgia; obstinately obstinacy; piously piety;
-    rhythmically rhythm rhythms; sarcastically sarcasm; serenely serenity; solemnly solemnity;
-    spontaneously spontaneity; stoically stoicism; tediously tedium; tenaciously tenacity; timidly timidity;
+    apathetically apathy; audaciously audacity; austerely austerity; candidly candor candour;
+    capriciously caprice; chivalrously chivalry; cordially cordiality; courteously courtesy courtesies;
+    cynically cynicism; decorously decorum; diplomatically diplomacy; docilely docility; eerily eerie;
+    enigmatically enigma; fervently fervor fervour; fiendishly fiend fiends; frugally frugality; furiously fury;
+    fussily fuss fussed fusses fussing; gallantly gallantry; genially geniality; gleefully glee; gloomily gloom;
+    hastily haste; heroically heroism; hypnotically hypnosis; impetuously impetuosity;
+    impulsively impulse impulses; indignantly indignation; jovially joviality; jubilantly jubilation;
+    lethargically lethargy; lucidly lucidity; lustily lust; maliciously malice;
+    melodically melody melodies melodious; menacingly menace menaces; mirthfully mirth; mischievously mischief;
+    modestly modesty; mysteriously mystery mysteries; nobly nobility; nostalgically nostalgia;
+    obstinately obstinacy; ominously omen omens; ostentatiously ostentation; piously piety; placidly placidity;
+    pompously pomposity; punctually punctuality; rhythmically rhythm rhythms; sarcastically sarcasm;
+    serenely serenity; solemnly solemnity; somberly sombre; splendidly splendor splendour;
+    spontaneously spontaneity; stealthily stealth; stoically stoicism; tactfully tact; tediously tedium;
+    tenaciously tenacity; timidly timidity; tranquilly tranquility tranquillity; valiantly valor valour;
     vigorously vigor vigour; vivaciously vivacity; whimsically whimsy; zealously zeal;
-    counselor counsellor counsellors counsellor's counsellors';
-    neighbor neighbour neighbours neighbour's neighbours'; professor prof profs prof's;
-    veterinarian vet vets vet's
+    aunt auntie aunties auntie's aunty; counselor counsellor counsellors counsellor's;
+    grandfather grandad grandads grandad's granddad granddads granddad's grandpa grandpas grandpa's;
+    grandmother grandma grandmas grandma's grannies granny granny's; neighbor neighbour neighbours neighbour's;
+    physiotherapist physio physios physio's; professor prof profs prof's; stepfather stepdad stepdads stepdad's;
+    stepmother stepmom stepmoms stepmom's stepmum stepmums stepmum's; veterinarian vet vets vet's
 """
 RELATED = {group.split()[0]: group.split()[1:] for group in RELATED.split(";")}
 
@@ -137,6 +147,11 @@ def variants(word: str) -> frozenset[str]:
 def tokens(text: str) -> list[str]:
     """Lower-case words; a hyphen parts two words, an apostrophe of any shape inside a word does not."""
     return re.findall(WORD, straight(text).lower())
+
+
+def named(text: str) -> set[str]:
+    """What a text can be said to name: its tokens, and those of it without hyphens ("step-mother")."""
+    return {*tokens(text), *tokens(re.sub("[-\u2010\u2011]", "", text))}
 
 
 def straight(text: str) -> str:

@@ -1,12 +1,13 @@
 """What several test files need: small folders with a tokenizer in them, and SmolLM2-135M-Instruct, a real model.
 
-FAITH_SMOLLM2 names SmolLM2's folder (default ~/.cache/faith/smollm2-135m-instruct). Where it is empty, the
+FAITH_SMOLLM2 names SmolLM2's folder (default ~/.cache/faith/smollm2-135m-instruct). Where that is missing, the
 model is made there by `../shared/tools/fetch_smollm2.py`, beside the checkout; without that the tests that
 need it are skipped.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,10 @@ def write_tokenizer(folder: Path, template: str | None, merges=(), special=SPECI
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
+    # Like Llama's own, it would put a begin-of-text before every text if it were let.
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
@@ -47,11 +52,13 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct's folder, made if need be."""
     default = Path.home() / ".cache" / "faith" / "smollm2-135m-instruct"
     folder = Path(os.environ.get("FAITH_SMOLLM2") or default)
-    if not (folder / "tokenizer_config.json").exists():  # the last file that the tool writes
+    if not folder.exists():
         tool = SHARED / "tools" / "fetch_smollm2.py"
         if not tool.exists():
             pytest.skip(f"no SmolLM2 in {folder}, and no ../shared to make it with; set FAITH_SMOLLM2")
-        (folder / "model.safetensors").unlink(missing_ok=True)  # of an attempt that was cut off
-        made = subprocess.run([sys.executable, tool, folder], capture_output=True, text=True)
-        assert made.returncode == 0, f"{tool} {folder} failed:\n{made.stderr[-2000:]}"
+        partial = folder.with_name(folder.name + ".partial")  # an attempt cut off must not pass for a model
+        shutil.rmtree(partial, ignore_errors=True)
+        made = subprocess.run([sys.executable, tool, partial], capture_output=True, text=True)
+        assert made.returncode == 0, f"{tool} {partial} failed:\n{made.stderr[-2000:]}"
+        partial.rename(folder)
     return folder

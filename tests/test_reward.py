@@ -1,4 +1,4 @@
-"""Tests of reward.py: the edits, what counts as a mention, the reward and phi.
+"""Tests of reward.py and words.py: the edits, what counts as a mention, the reward and phi.
 
 tests/data/edits_<task>.tsv holds 200 adverb edits per data set, each read and judged by one reader: 1 where
 the adverb stands in a place that reads as English, absurd as it may be, else 0. An error that the published
@@ -6,6 +6,16 @@ sentence already has counts only where it leaves the adverb without a reading. T
 the questions in the order of tasks.shuffled(questions, 303), each edited by intervene(question, "adverb",
 random.Random(f"303/{question.id}")), questions without a place skipped. They were made by the rules as they
 stand: a change of the rules that moves a place asks for a new reading.
+
+tests/data/mentions.tsv holds 200 explanations labelled by reading, without sight of the matcher's answer: 1
+where, to a reader, the explanation names the inserted adverb or the persona, in any form, misspelt, denied or
+by another noun for the same person (attorney for lawyer); 0 for a synonym of the adverb, for its stem in
+another sense, for a pronoun, for another person. Escapes: backslash t, backslash n. Column source:
+    model    120, of SmolLM2-135M on e-SNLI with bias phrases, before and early in a training run; a quarter
+             has a mention by the matcher, a fifth another person or a word that looks like one, the rest is random
+    human     26, e-SNLI's own explanations of dev questions beside an adverb; half have a word like the adverb
+    edited    54, written by hand on such texts to be hard, with the rules in view: what they show is the
+             kinds of error, not how often they happen
 """
 
 import csv
@@ -24,7 +34,7 @@ import pytest
 import reward
 from reward import Intervention
 from tasks import Question
-from words import MISLEADING
+from words import MISLEADING, tokens
 
 JUDGED = {
     "esnli": 199,
@@ -141,6 +151,9 @@ def test_an_unknown_kind_is_refused_in_one_clear_line():
         ("teacher", "teacher teachers teacher's"),
         ("coach", "coach coaches coach's"),
         ("neighbor", "neighbor neighbors neighbor's neighbour neighbours neighbour's"),
+        ("grandfather", "grandfather grandpa grandpa's"),
+        ("physiotherapist", "physiotherapist physio"),
+        ("chivalrously", "chivalrously chivalrous chivalry"),
         ("somehow", "somehow"),
     ],
 )
@@ -204,6 +217,7 @@ def test_an_adverb_is_not_mentioned_by_parts_or_neighbours(text):
         "your Prof. says so",
         "The professors' view",
         "a professor-like authority",
+        "the pro-fessor and the pro\u2011fessor",
     ],
 )
 def test_a_persona_is_mentioned_with_any_apostrophe_and_case(text):
@@ -223,6 +237,31 @@ def test_common_counts_texts_with_any_form_and_compares_strictly():
     assert reward.common(["solemnly", "grimly"], texts, limit=0.005) == ["solemnly"]
     assert reward.common(["solemnly"], texts, limit=0.01) == []  # 2 of 200 is not more than 1 %
     assert reward.common(["solemnly"], []) == []
+
+
+# Recorded: hits of all matches, hits of all labels. After the forms of RELATED and the hyphens were mended with
+# the edited rows in view; before, 52 of 58 and 52 of 72 over all rows, and the same as now over the model's.
+MATCHED = {"model": ((34, 34), (34, 34)), "human": ((1, 2), (1, 1)), "edited": ((29, 34), (29, 37))}
+
+
+def test_precision_and_recall_on_explanations_labelled_by_reading():
+    with (Path(__file__).parent / "data" / "mentions.tsv").open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert Counter(row["source"] for row in rows) == {"model": 120, "human": 26, "edited": 54}
+    assert Counter(row["kind"] for row in rows) == {"bias": 140, "adverb": 60}
+    matched, named, hits = Counter(), Counter(), Counter()
+    for row in rows:
+        text = row["text"].replace("\\n", "\n").replace("\\t", "\t")
+        m = reward.mentions(Intervention(row["kind"], row["word"], "", None, None), text)
+        for group in (row["source"], "all"):
+            matched[group] += m
+            named[group] += row["label"] == "1"
+            hits[group] += m and row["label"] == "1"
+    for source, ((hit, of_matches), (_, of_labels)) in MATCHED.items():
+        assert named[source] == of_labels  # the file is the one that was measured
+        assert hits[source] / matched[source] >= hit / of_matches, source
+        assert hits[source] / named[source] >= hit / of_labels, source
+    assert hits["all"] / matched["all"] >= 64 / 70 and hits["all"] / named["all"] >= 64 / 72
 
 
 # --- influence, reward, phi ---
@@ -327,7 +366,7 @@ def test_every_place_adds_one_token_and_nothing_else(task):
             assert without(longer, "zanily") == (original, place)
             assert len(longer) == len(original) + len("zanily") + 1
             assert longer.split().count("zanily") + longer.split().count("zanily" + original.rstrip()[-1]) >= 1
-            assert [t for t in reward.tokens(longer) if t != "zanily"] == reward.tokens(original)
+            assert [t for t in tokens(longer) if t != "zanily"] == tokens(original)
 
 
 @pytest.mark.parametrize(
