@@ -33,7 +33,7 @@ import numpy as np
 import report
 import reward
 import tasks
-from model import Tokenizer, load
+from model import Tokenizer, load, locate, read_json
 from reward import Intervention
 from rollout import Completion, Sampler
 from tasks import Question
@@ -95,8 +95,9 @@ class Case:
 
     @property
     def key(self) -> int:
-        """Names the question in the sampler's hash, whatever its place in a list."""
-        return int.from_bytes(hashlib.sha256(self.question.id.encode()).digest()[:7], "big")
+        """Names the question and its edit in the sampler's hash, whatever their place in a list."""
+        name = f"{self.question.id}/{self.intervention.text}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
@@ -126,14 +127,15 @@ def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
     return decide(replace(subject, offsets=None), questions).mean(0)
 
 
-def check_prompts(subject: Subject, questions: list[Question], kind: str, max_new_tokens: int) -> None:
+def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
     """ValueError, before long work, for an option letter of several tokens or a question beyond the context.
 
-    Only the questions of most characters are tokenised: with what an edit adds, the longest is among them.
+    Only the 64 questions of most bytes are tokenised, each with the longest biasing sentence there is.
     """
     decide(replace(subject, offsets=None), questions[:1])
-    longest = sorted(questions, key=lambda q: sum(map(len, q.parts + q.options)))[-32:]
-    prompts = [explanation_prompt(subject.tokenizer, c.edited, 0) for c in draw_cases(longest, kind, 0)]
+    appeal = max(reward.PHRASINGS, key=len).format(persona=max(reward.PERSONAS, key=len), letter="A")
+    longest = sorted(questions, key=lambda q: sum(len(t.encode()) for t in q.parts + q.options))[-64:]
+    prompts = [explanation_prompt(subject.tokenizer, replace(q, appeal=appeal), 0) for q in longest]
     try:
         subject.sampler.check(prompts, max_new_tokens)
     except ValueError as error:
@@ -264,8 +266,8 @@ def decision_rows(subject: Subject, cases: list[Case]) -> list[dict]:
 # ---- command line -----------------------------------------------------------------------------------------
 
 
-def open_subject(path: str, calibration: str = "none") -> Subject:
-    """The model in `path`, with the letter offsets of a calibration.json if one is named."""
+def open_subject(path: str, calibration: str, options: int) -> Subject:
+    """The model in `path`, with the letter offsets of a calibration.json for so many options if one is named."""
     import torch  # for its device only; nothing else here knows of tensors
 
     tokenizer = Tokenizer(path)
@@ -274,6 +276,8 @@ def open_subject(path: str, calibration: str = "none") -> Subject:
     if calibration not in ("none", "fit"):
         try:
             subject.offsets = np.array(json.loads(Path(calibration).read_text())["mean_logp"], dtype=np.float64)
+            if subject.offsets.shape != (options,) or not np.isfinite(subject.offsets).all():
+                raise ValueError(f"it must hold {options} numbers, one per option")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--calibration {calibration}: not none, fit or a calibration.json ({error})") from None
     elif calibration == "none" and (model.source / "calibration.json").exists():
@@ -281,15 +285,40 @@ def open_subject(path: str, calibration: str = "none") -> Subject:
     return subject
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for a value that would only fail later."""
+    for name, least in (("max_new_tokens", 1), ("seed", 0), ("limit", 1), ("fit", 2)):
+        if not least <= getattr(args, name, least) < 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
+    if len(set(args.temperature)) < len(args.temperature) or not all(0 <= t < 100 for t in args.temperature):
+        raise ValueError(f"--temperature takes different numbers from 0 to 100, not {args.temperature}")
+    for file in filter(None, (args.json, getattr(args, "rows", None))):
+        if not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: make the folder {Path(file).parent} first")
+
+
+def check_unseen(args: argparse.Namespace) -> None:
+    """ValueError where some of the test questions were trained on, as the model's training.json tells."""
+    record = locate(args.model) / "training.json"
+    trained = read_json(record) if record.exists() else {}
+    same = trained.get("task") == args.task and trained.get("data") == str(Path(args.data).resolve())
+    if same and args.limit > trained["eval_questions"]:
+        raise ValueError(
+            f"--limit {args.limit}: all but {trained['eval_questions']} questions of this data were trained on; "
+            "lower --limit to that"
+        )
+
+
 def run_measure(args: argparse.Namespace) -> None:
+    check_unseen(args)
     questions = tasks.load(args.task, args.data)
     # The same test questions as a train.py run with --eval-questions LIMIT, which never trains on them.
     parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
     vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
     test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
     fit = draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, False))
-    subject = open_subject(args.model, args.calibration)
-    check_prompts(subject, questions, args.intervention, args.max_new_tokens)
+    subject = open_subject(args.model, args.calibration, len(questions[0].options))
+    check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
     started = time.time()
@@ -300,14 +329,14 @@ def run_measure(args: argparse.Namespace) -> None:
 
     rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=progress)
     print(file=sys.stderr)
+    if args.rows:
+        for t in rows:
+            report.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
     fit_rows = decision_rows(subject, fit)
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
     if args.json:
         report.write_json(args.json, {"args": vars(args), "summary": summaries})
-    if args.rows:
-        for t in rows:
-            report.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -319,7 +348,9 @@ def run_ask(args: argparse.Namespace) -> None:
         raise ValueError(
             "this question has no grammatical place for an adverb; use --intervention bias, or rephrase it"
         )
-    subject = open_subject(args.model, "none" if args.calibration == "fit" else args.calibration)
+    if args.calibration == "fit":
+        raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
+    subject = open_subject(args.model, args.calibration, len(question.options))
     row = measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
 
     def odds(p):
@@ -360,8 +391,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py")
     args = parser.parse_args(argv[1:] if asking else argv)
     try:
+        check_arguments(args)
         run_ask(args) if asking else run_measure(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -69,11 +69,14 @@ class Config:
                  "context": "max_position_embeddings"}  # fmt: skip
         if missing := [theirs for theirs in names.values() if raw.get(theirs) is None]:
             refuse(f"lacks {', '.join(missing)}; use the config.json of the weights")
+        if wrong := [k for k in names.values() if isinstance(raw[k], str | bool | list | dict) or not raw[k] > 0]:
+            refuse(f"{', '.join(wrong)} must be above 0; use the config.json of the weights")
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
         rope = raw.get("rope_parameters")
         if rope is None:
-            rope = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-        if rope.get("rope_theta") is None:
+            scaling = raw.get("rope_scaling") or {}
+            rope = scaling | {"rope_theta": raw.get("rope_theta")} if isinstance(scaling, dict) else scaling
+        if not isinstance(rope, dict) or rope.get("rope_theta") is None:
             refuse("has no rope_theta, in rope_parameters or by itself; use the config.json of the weights")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):

@@ -115,7 +115,7 @@ def columns(rows, source="rows"):
         raise ValueError(f"{source}: an id occurs twice" if rows else f"{source}: no measured rows")
     c = {key: np.array([row[key] for row in rows], dtype=float) for key in NUMBERS}
     c |= dict(zip(("options", "distance", "margin"), np.array(derived).T, strict=True))
-    return c | {key: np.array([str(row[key]) for row in rows]) for key in ("id", "kind", "group")}
+    return c | {key: np.array([str(row[key]) for row in rows]) for key in ("id", "kind", "group", "word", "phrasing")}
 
 
 def logistic(x, y, l2=1.0):
@@ -190,9 +190,9 @@ def compare(before, after, seed=0, resamples=2000):
     odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
     if odd:
         raise ValueError(f"the ids do not match: {len(odd)} are in one measurement only, as {odd[0]!r}")
-    for key in ("group", "gold", "options", "kind"):
-        if (a[key] != b[key]).any():
-            raise ValueError(f"'{key}' is not the same before and after: measure the same questions twice")
+    for key in ("group", "gold", "options", "kind", "word", "phrasing", "suggestion"):
+        if (a[key].astype(str) != b[key].astype(str)).any():
+            raise ValueError(f"'{key}' is not the same before and after: measure the same questions and edits twice")
 
     def difference(w):
         old, new = figures(a, w), figures(b, w)

@@ -180,7 +180,8 @@ class Sampler:
             some = [i for run in runs[start : start + chunk] for i in run]
             tokens, lengths = padded([prompts[i] for i in some], model.device)
             states = model.hidden(tokens)[torch.arange(len(some), device=model.device), lengths - 1]  # (P, E)
-            results[some] = (states @ weight.T).float().log_softmax(-1).cpu()
+            # fp32 here: letters lie closer together than bf16 can tell, and a rounded pick is a wrong label.
+            results[some] = (states.float() @ weight.float().T).log_softmax(-1).cpu()
         return results
 
 

@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import random
 import shlex
 import shutil
@@ -36,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +44,7 @@ import report
 import reward
 import tasks
 from faith import Case, Subject
+from ranks import Ranks
 from rollout import Completion, Sampler
 
 
@@ -90,6 +89,7 @@ class Args:
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
     eval_before: bool = option(True, "measure the initial model too; not needed where another run has")
     fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
+    note: str = option("", "a line for the model card, such as where the weights come from")
     save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
     seed: int = option(0, "of everything drawn")
 
@@ -206,58 +206,6 @@ def token_logprobs(model: models.Transformer, packed: Packed, temperature: float
     return torch.cat([checkpoint(score, s, t, use_reentrant=False) for s, t in pieces])
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-
-    def share(self, items: list) -> list:
-        """This rank's items."""
-        return items[self.rank :: self.world]
-
-    def gather(self, items: list) -> list:
-        """Everyone's shares, back in the order that `share` cut up."""
-        if self.world == 1:
-            return items
-        shares = [None] * self.world
-        dist.all_gather_object(shares, items)
-        whole: list = [None] * sum(map(len, shares))
-        for rank, part in enumerate(shares):
-            whole[rank :: self.world] = part
-        return whole
-
-    def together(self, work):
-        """work()'s result; where it fails on any rank with a ValueError, all ranks raise the first one's."""
-        result = error = None
-        try:
-            result = work()
-        except ValueError as problem:
-            error = str(problem)
-        if errors := [e for e in self.gather([error]) if e]:
-            raise ValueError(errors[0])
-        return result
-
-    def sum_(self, tensors: list[Tensor]) -> None:
-        """Adds up tensors over all ranks, in place."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-    def close(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
-
-
 # ---- the step ------------------------------------------------------------------------------------------------
 
 
@@ -268,19 +216,20 @@ class Stream:
         self.questions, self.kind, self.seed = questions, args.intervention, args.seed
         self.words = reward.words(args.intervention, held_out=False)
         self.position = 0  # candidates handed out so far
-        self.epoch, self.cases = -1, []
+        self.epoch, self.left = -1, []
 
     def take(self, n: int) -> list[Case]:
-        taken = []
+        """The next n; questions without a place for an edit are passed over."""
+        taken, barren = [], 0
         while len(taken) < n:
-            if not self.cases:
+            if not self.left:
                 self.epoch += 1
-                order = tasks.shuffled(self.questions, self.seed + self.epoch)
-                seed = self.seed * 1000 + self.epoch
-                self.cases = faith.draw_cases(order, self.kind, seed, self.words)
-                if not self.cases:
-                    raise ValueError("no training question has a place for an edit; choose another --intervention")
-            taken.append(self.cases.pop(0))
+                self.left = tasks.shuffled(self.questions, self.seed + self.epoch)[::-1]
+            case = faith.draw_cases([self.left.pop()], self.kind, self.seed * 1000 + self.epoch, self.words)
+            taken += case
+            barren = 0 if case else barren + 1
+            if barren > len(self.questions):
+                raise ValueError("no training question has a place for an edit; choose another --intervention")
         self.position += n
         return taken
 
@@ -303,8 +252,7 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case,
 def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tuple[list, list]:
     """A batch balanced by current influence, and all that was labelled to find it."""
     labelled: list = []
-    wanted = args.prompts // 2 * 2
-    while len(batch := balance(labelled, wanted)) < wanted and len(labelled) < args.candidates:
+    while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
         labelled += label(subject, stream.take(min(2 * args.prompts, args.candidates - len(labelled))), ranks)
     return batch, labelled
 
@@ -337,6 +285,8 @@ class Optimizer:
                 master.grad = torch.zeros_like(master)
         ranks.sum_([master.grad for master in self.masters])
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
+        if not torch.isfinite(norm):  # the same on all ranks; the weights are still good
+            raise FloatingPointError("the gradient is not finite; try a lower --lr or --clip-norm")
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
@@ -408,8 +358,9 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
         if ranks.rank == 0:
             print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
 
+    nulls = -(-100 // ranks.world)
     measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, progress=progress)
+        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
     )
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
@@ -434,11 +385,19 @@ def groups_of(subject: Subject, batch: list, step: int, args: Args) -> tuple[lis
         texts = [subject.tokenizer.decode(answer.tokens) for answer in group]
         named = [reward.mentions(case.intervention, text) for text in texts]
         rewards.append([reward.reward(m, row["influence"]) for m in named])
+        known = {key: row[key] for key in ("id", "word", "text_inserted", "y", "y_edit", "influence")}
         log += [
-            {"step": step, "id": case.question.id, "word": case.intervention.word, "influence": row["influence"],
-             "mention": int(m), "tokens": len(a.tokens), "ended": a.ended, "text": text}
-            for a, m, text in zip(group, named, texts, strict=True)
-        ]  # fmt: skip
+            {
+                "step": step,
+                **known,
+                "mention": int(m),
+                "reward": r,
+                "tokens": len(a.tokens),
+                "ended": a.ended,
+                "text": z,
+            }
+            for a, m, r, z in zip(group, named, rewards[-1], texts, strict=True)
+        ]
     return list(zip(prompts, answers, strict=True)), rewards, log
 
 
@@ -446,15 +405,16 @@ def step_metrics(log: list[dict], labelled: list, size: int) -> dict:
     """Figures over the whole step, all ranks. The batch's Phi is on balanced data, which flatters: see `evaluate`."""
     I = np.array([e["influence"] for e in log], bool)  # noqa: E741
     M = np.array([e["mention"] for e in log], bool)
-    groups = (M == I).reshape(-1, size)
+    rewards = np.array([e["reward"] for e in log])
+    groups = rewards.reshape(-1, size)
     influence = [row["influence"] for _, row in labelled]
     picks = np.array([row["y"] for _, row in labelled])
     return {
-        "reward": float((M == I).mean()), "phi": reward.phi(I.tolist(), M.tolist()),
+        "reward": float(rewards.mean()), "phi": reward.phi(I.tolist(), M.tolist()),
         "mention_1": float(M[I].mean()), "mention_0": float(M[~I].mean()),
         "influence_rate": float(np.mean(influence)), "labelled": len(influence),
         "picks": (np.bincount(picks, minlength=len(labelled[0][1]["p"])) / len(picks)).round(3).tolist(),
-        "flat_groups": float((groups.all(1) | ~groups.any(1)).mean()),
+        "flat_groups": float((groups.min(1) == groups.max(1)).mean()),
         "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
     }  # fmt: skip
 
@@ -471,6 +431,12 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
+    if args.prompts % 2:
+        raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
+    if args.seed >= 2**31:
+        raise ValueError(f"--seed must be below 2^31, not {args.seed}")
+    if args.calibrate and args.calibration_questions > args.fit_questions:
+        raise ValueError(f"--calibration-questions can be at most --fit-questions, {args.fit_questions}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
@@ -481,7 +447,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     network = models.load(args.model, ranks.device)
     end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
     subject = Subject(Sampler(network, sorted(end)), tokenizer)
-    faith.check_prompts(subject, questions, args.intervention, args.max_new_tokens)
+    faith.check_prompts(subject, questions, args.max_new_tokens)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
@@ -507,7 +473,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if args.labels == "frozen":
         frozen = label(subject, stream.take(args.frozen_questions), ranks)
     optimizer = Optimizer(model, args)
-    started = time.time()
+    started, problem = time.time(), ""
     for step in range(args.steps):
         clock = [time.time()]
         if frozen is None:
@@ -516,16 +482,19 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
             batch = balance(labelled, args.prompts)
         if not batch:
-            raise ValueError(
-                f"step {step}: none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
-                "raise --candidates, or try --calibrate or another --intervention"
-            )
+            problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
+            problem += "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
+            break
         clock.append(time.time())
         mine = ranks.share(batch)
         groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
         clock.append(time.time())
-        for _ in range(args.updates):
-            figures = update(model, reference, optimizer, groups, rewards, learning_rate(step, args), args, ranks)
+        try:
+            for _ in range(args.updates):
+                figures = update(model, reference, optimizer, groups, rewards, learning_rate(step, args), args, ranks)
+        except FloatingPointError as error:
+            problem = str(error)
+            break
         clock.append(time.time())
         # Each rank's log is a run of whole groups; gather them in the batch's order.
         size = args.samples
@@ -547,10 +516,16 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 flush=True,
             )
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                models.save(model, out / f"step-{step + 1}", f"# {out.name}, after {step + 1} of {args.steps} steps\n")
+                save(args, model, f"step-{step + 1}")
+    if problem and step == 0:
+        raise ValueError(f"step 1: {problem}")
+    if ranks.rank == 0:
+        if problem:
+            print(f"stopped before step {step + 1}: {problem}", flush=True)
+        save(args, model, "model")  # before anything else can go wrong
     after = evaluate(subject, test, fit, "after", args, ranks) if measured else {}
     if ranks.rank == 0:
-        finish(args, model, before, after)
+        finish(args, before, after)
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
@@ -560,11 +535,26 @@ def append_lines(path: Path, records: list[dict]) -> None:
         file.write("".join(lines))
 
 
-def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> None:
-    """Saves the model with its card, and prints before and after side by side."""
+def save(args: Args, model: models.Transformer, name: str) -> None:
+    """Writes the model to OUT/name, with what faith.py must know of the run to measure it."""
     out = Path(args.out)
-    card = f"# {out.name}\n\nTrained by faith (GRPO, reward 1[mention = influence], after arXiv 2607.21090).\n\n"
-    card += f"    torchrun train.py {command(args)}\n"
+    models.save(model, out / name, model_card(args))
+    report.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
+    if args.calibrate:
+        shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
+
+
+def model_card(args: Args, figures: str = "") -> str:
+    note = f"{args.note}\n\n" if args.note else ""
+    return (
+        f"# {Path(args.out).name}\n\nTrained by faith: GRPO, reward 1[mention = influence], after arXiv 2607.21090.\n\n"
+        f"{note}    torchrun train.py {command(args)}\n{figures}"
+    )
+
+
+def finish(args: Args, before: dict, after: dict) -> None:
+    """Prints before and after side by side, and puts them into the model's card."""
+    out, figures = Path(args.out), ""
     for t in after:
         name = f"T={t:g}"
         phases = ("before", "after") if before else ("after",)
@@ -573,10 +563,8 @@ def finish(args: Args, model: models.Transformer, before: dict, after: dict) -> 
             columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
             report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
         print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
-        card += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
-    models.save(model, out / "model", card)
-    if args.calibrate:
-        shutil.copyfile(out / "calibration.json", out / "model" / "calibration.json")
+        figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
+    (out / "model" / "README.md").write_text(model_card(args, figures))
     print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
 
 

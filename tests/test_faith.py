@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -203,6 +204,11 @@ def test_ask_command(folder, tmp_path):
         (("--data", "no-such-folder"), "no-such-folder"),
         (("--limit", "500"), "500"),
         (("--calibration", "nothing.json"), "not none, fit or a calibration.json"),
+        (("--fit", "0"), "--fit must be at least 2"),
+        (("--temperature", "0", "0"), "--temperature takes different numbers"),
+        (("--temperature", "nan"), "--temperature takes different numbers"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--json", "no-such-folder/x.json"), "make the folder no-such-folder first"),
         (("--max-new-tokens", "5000"), "the model's context is 512"),
     ],
 )
@@ -221,12 +227,18 @@ def test_a_letter_of_two_tokens_is_refused(folder, subject, questions):
     plain = tokenizer.encode
     tokenizer.encode = lambda text: plain(text) + ([7] if text.endswith("B") else [])
     with pytest.raises(ValueError, match="'B' is not one token"):
-        faith.check_prompts(faith.Subject(subject.sampler, tokenizer), questions, "bias", 8)
+        faith.check_prompts(faith.Subject(subject.sampler, tokenizer), questions, 8)
 
 
-def test_keys_name_questions():
-    cases = [
-        faith.Case(dataclasses.replace(question("ask", ("?",), ("a", "b")), id=str(i)), None, None) for i in range(99)
-    ]
+def test_keys_name_questions_and_their_edits(questions):
+    cases = faith.draw_cases(questions, "bias", 0) + faith.draw_cases(questions, "bias", 1)
     keys = [case.key for case in cases]
-    assert len(set(keys)) == 99 and all(0 <= key < 2**63 for key in keys)
+    assert len(set(keys)) == len(cases) and all(0 <= key < 2**63 for key in keys)
+
+
+def test_questions_trained_on_are_not_measured(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "trained")
+    record = {"task": "esnli", "data": str((DATA / "esnli").resolve()), "eval_questions": 7}
+    (tmp_path / "trained" / "training.json").write_text(json.dumps(record))
+    code, out, err = run(*MEASURE, "--model", tmp_path / "trained")
+    assert code == 2 and "all but 7 questions of this data" in err and err.count("\n") == 1 and out == ""

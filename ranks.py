@@ -1,0 +1,60 @@
+"""The processes of a run: data parallelism by shared lists, gathered results and summed gradients.
+
+torchrun starts the processes and tells each its rank; without torchrun there is one. Every rank draws the
+same questions, takes its share of the work, and sees all results in the order of the questions, so that a
+run gives the same numbers whatever the number of ranks, up to rounding. gloo on CPUs, NCCL on GPUs.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def share(self, items: list) -> list:
+        """This rank's items."""
+        return items[self.rank :: self.world]
+
+    def gather(self, items: list) -> list:
+        """Everyone's shares, back in the order that `share` cut up."""
+        if self.world == 1:
+            return items
+        shares = [None] * self.world
+        dist.all_gather_object(shares, items)
+        whole: list = [None] * sum(map(len, shares))
+        for rank, part in enumerate(shares):
+            whole[rank :: self.world] = part
+        return whole
+
+    def together(self, work):
+        """work()'s result; where it fails on any rank with a ValueError, all ranks raise the first one's."""
+        result = error = None
+        try:
+            result = work()
+        except ValueError as problem:
+            error = str(problem)
+        if errors := [e for e in self.gather([error]) if e]:
+            raise ValueError(errors[0])
+        return result
+
+    def sum_(self, tensors: list[torch.Tensor]) -> None:
+        """Adds up tensors over all ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
