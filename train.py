@@ -435,8 +435,6 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.seed >= 2**31:
         raise ValueError(f"--seed must be below 2^31, not {args.seed}")
-    if args.calibrate and args.calibration_questions > args.fit_questions:
-        raise ValueError(f"--calibration-questions can be at most --fit-questions, {args.fit_questions}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
@@ -451,7 +449,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
-    return subject, test, fit, Stream(parts["train"] + parts["fit"], args)
+    return subject, test, fit, Stream(parts["fit"] + parts["train"], args)
 
 
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
@@ -460,10 +458,12 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "args.json", dataclasses.asdict(args))
     if args.calibrate:
-        plain = [case.question for case in fit][: args.calibration_questions]
+        plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
         if ranks.rank == 0:
-            report.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist()})
+            report.write_json(
+                out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)}
+            )
     reference = None
     if args.kl:
         reference = models.load(args.model, ranks.device).requires_grad_(False)
@@ -526,6 +526,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     after = evaluate(subject, test, fit, "after", args, ranks) if measured else {}
     if ranks.rank == 0:
         finish(args, before, after)
+    ranks.gather([])  # nobody leaves before rank 0 has written all
 
 
 def append_lines(path: Path, records: list[dict]) -> None:

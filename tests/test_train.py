@@ -480,10 +480,9 @@ def questions_():
     return tasks.load("esnli", DATA)
 
 
-@pytest.mark.parametrize("prompts", [6, 7])
-def test_draw_batch(folder, prompts):
-    """Half and half by what the current model does; labels enough and no more, an odd size included."""
-    args = train.Args(**SMALL | {"prompts": prompts, "candidates": 400})
+def test_draw_batch(folder):
+    """Half and half by what the current model does; labels enough and no more."""
+    args = train.Args(**SMALL | {"prompts": 6, "candidates": 400})
     subject, ranks = subject_of(folder), train.Ranks()
     batch, labelled = train.draw_batch(subject, train.Stream(questions_(), args), args, ranks)
     assert [row["influence"] for _, row in batch] == [1, 0] * 3
@@ -593,7 +592,18 @@ def weights(folder):
 def done(folder, tmp_path_factory):
     """A finished run with most things on."""
     out = tmp_path_factory.mktemp("run") / "some run"
-    given = flags(folder, out, steps=3, calibrate=True, save_every=2, prompts=6, loss="grpo", decay="cosine", warmup=1)
+    given = flags(
+        folder,
+        out,
+        steps=3,
+        calibrate=True,
+        calibration_questions=5,
+        save_every=2,
+        prompts=6,
+        loss="grpo",
+        decay="cosine",
+        warmup=1,
+    )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(sys, "argv", ["train.py", *given])
         assert train.main() == 0
@@ -612,9 +622,11 @@ def test_files_of_a_run(done, folder):
     assert len(offsets) == 3 and max(offsets) < 0
     assert (out / "model" / "calibration.json").read_text() == (out / "calibration.json").read_text()
     assert len(re.findall(r"^step \d/3 ", printed, re.M)) == 3 and "min left" in printed
-    card = (out / "model" / "README.md").read_text()
-    (again,) = re.findall(r"train\.py (.*)", card)
-    assert train.parse(shlex.split(again)) == train.parse(given)  # the card's command is this run's
+    for name in ("step-2", "model"):
+        (again,) = re.findall(r"train\.py (.*)", (out / name / "README.md").read_text())
+        assert train.parse(shlex.split(again)) == train.parse(given)  # the card's command is this run's
+        trained = json.loads((out / name / "training.json").read_text())
+        assert trained == saved | {"data": str(DATA.resolve())}
 
 
 def test_metrics_of_a_run(done):
@@ -639,6 +651,8 @@ def test_metrics_of_a_run(done):
         assert m["tokens"] == pytest.approx(np.mean([e["tokens"] for e in log]))
         assert m["ended"] == pytest.approx(np.mean([e["ended"] for e in log]))
         assert all(e["mention"] == (e["word"] in e["text"].split()) for e in log)
+        assert all(e["reward"] == (e["mention"] == e["influence"]) for e in log)
+        assert all(e["influence"] == (e["y"] != e["y_edit"]) and e["word"] in e["text_inserted"] for e in log)
         assert sum(m["picks"]) == pytest.approx(1, abs=2e-3) and len(m["picks"]) == 3
         assert 0 < m["influence_rate"] < 1 and m["labelled"] <= 96 and m["kl"] == 0
         if m["flat_groups"] < 1:
@@ -749,6 +763,34 @@ def test_nothing_to_balance(folder, tmp_path, call, monkeypatch):
         assert code == 2 and error.count("\n") == 1 and "none or all of 9 edits moved the model" in error
 
 
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("what", ["moves nothing", "not finite"])
+def test_a_run_that_cannot_go_on(folder, tmp_path, call, monkeypatch, what, when):
+    """In its first step it is an error; later the weights so far are good, and are kept."""
+    updates, update, influence, weigh = [], train.update, reward.influence, train.token_weights
+
+    def counted(*args):
+        updates.append(update(*args))
+        return updates[-1]
+
+    monkeypatch.setattr(train, "update", counted)
+    broken = lambda: len(updates) >= when  # noqa: E731
+    if what == "moves nothing":
+        monkeypatch.setattr(reward, "influence", lambda *ys: influence(*ys) and not broken())
+    else:
+        monkeypatch.setattr(train, "token_weights", lambda *args: weigh(*args) * (math.inf if broken() else 1))
+    code, out, error = call(flags(folder, tmp_path / "o", eval_questions=0, steps=3, save_every=1))
+    words = "nothing to balance" if what == "moves nothing" else "not finite"
+    if when == 0:
+        assert code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "o" / "model").exists()
+    else:
+        assert code == 0 and f"stopped before step {when + 1}: " in out and words in out
+        assert len(lines(tmp_path / "o" / "metrics.jsonl")) == when
+        kept, last = weights(tmp_path / "o" / "model"), weights(tmp_path / "o" / "step-1")
+        assert all(torch.equal(kept[name], last[name]) for name in kept)
+        assert any(not torch.equal(kept[name], w) for name, w in weights(folder).items())
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------
 
 
@@ -756,11 +798,13 @@ def test_nothing_to_balance(folder, tmp_path, call, monkeypatch):
     "changes, words",
     [
         ({"nonsense": 1}, "--nonsense"), ({"steps": "many"}, "many"), ({"loss": "ppo"}, "ppo"),
-        ({"steps": 0}, "--steps"), ({"prompts": 1}, "--prompts"), ({"samples": 1}, "--samples"),
+        ({"steps": 0}, "--steps"), ({"prompts": 1}, "--prompts"), ({"prompts": 7}, "--prompts must be even"),
+        ({"samples": 1}, "--samples"),
         ({"micro": 0}, "--micro"), ({"max_new_tokens": 0}, "--max-new-tokens"), ({"lr": 0}, "--lr"),
         ({"lr": "nan"}, "--lr"), ({"temperature": 0}, "--temperature"), ({"clip_norm": -1}, "--clip-norm"),
         ({"beta2": 1.0}, "--beta2"), ({"kl": -0.1}, "--kl"), ({"clip_low": "nan"}, "--clip-low"),
-        ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"updates": 0}, "--updates"),
+        ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
+        ({"updates": 0}, "--updates"),
         ({"model": None}, "--model"), ({"data": None}, "--data"), ({"out": None}, "--out"),
         ({"model": "no/model"}, "no model at no/model"), ({"data": "no-data"}, "no-data"),
         ({"task": "comve"}, "comve"), ({"eval_questions": 500}, "too few"), ({"fit_questions": 15}, "too few"),
