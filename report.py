@@ -241,6 +241,13 @@ def write_json(path, obj):
     write_jsonl(path, [obj], indent=1)
 
 
+def append_jsonl(path, records):
+    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN becomes null."""
+    lines = [json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n" for record in records]
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
 def read_jsonl(path):
     """The values of a JSON-lines file; ValueError names the file, and the line that is not JSON."""
     values, where = [], path

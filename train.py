@@ -464,14 +464,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             report.write_json(
                 out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)}
             )
-    reference = None
-    if args.kl:
-        reference = models.load(args.model, ranks.device).requires_grad_(False)
-    measured = bool(args.eval_questions)
-    before = evaluate(subject, test, fit, "before", args, ranks) if measured and args.eval_before else {}
-    frozen = None
-    if args.labels == "frozen":
-        frozen = label(subject, stream.take(args.frozen_questions), ranks)
+    reference = models.load(args.model, ranks.device).requires_grad_(False) if args.kl else None
+    before = evaluate(subject, test, fit, "before", args, ranks) if test and args.eval_before else {}
+    frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
     optimizer = Optimizer(model, args)
     started, problem = time.time(), ""
     for step in range(args.steps):
@@ -504,8 +499,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
             record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
                       "lr": learning_rate(step, args), "prompts": len(batch), "position": stream.position}  # fmt: skip
-            append_lines(out / "metrics.jsonl", [record])
-            append_lines(out / "explanations.jsonl", log)
+            report.append_jsonl(out / "metrics.jsonl", [record])
+            report.append_jsonl(out / "explanations.jsonl", log)
             left = (time.time() - started) / (step + 1) * (args.steps - step - 1)
             print(
                 f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
@@ -523,17 +518,10 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         if problem:
             print(f"stopped before step {step + 1}: {problem}", flush=True)
         save(args, model, "model")  # before anything else can go wrong
-    after = evaluate(subject, test, fit, "after", args, ranks) if measured else {}
+    after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
         finish(args, before, after)
     ranks.gather([])  # nobody leaves before rank 0 has written all
-
-
-def append_lines(path: Path, records: list[dict]) -> None:
-    """Adds JSON lines in one write, so that a reader never sees half a line; NaN becomes null."""
-    lines = [json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n" for record in records]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
 
 
 def save(args: Args, model: models.Transformer, name: str) -> None:
