@@ -72,7 +72,7 @@ class Args:
     frozen_questions: int = option(1000, "with --labels frozen: training questions labelled at the start")
     max_new_tokens: int = option(48, "an explanation is cut here")
     temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
-    lr: float = option(2e-5, "AdamW's peak learning rate")
+    lr: float = option(1e-5, "AdamW's peak learning rate")
     warmup: int = option(5, "steps of linear warm-up")
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = option(0.0, "AdamW's")
