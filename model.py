@@ -67,10 +67,8 @@ class Config:
         names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
                  "layers": "num_hidden_layers", "heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
                  "context": "max_position_embeddings"}  # fmt: skip
-        if missing := [theirs for theirs in names.values() if raw.get(theirs) is None]:
-            refuse(f"lacks {', '.join(missing)}; use the config.json of the weights")
-        if wrong := [k for k in names.values() if isinstance(raw[k], str | bool | list | dict) or not raw[k] > 0]:
-            refuse(f"{', '.join(wrong)} must be above 0; use the config.json of the weights")
+        if wrong := [k for k in names.values() if not isinstance(raw.get(k), int | float) or not raw[k] > 0]:
+            refuse(f"needs a number above 0 for {', '.join(wrong)}; use the config.json of the weights")
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
         rope = raw.get("rope_parameters")
         if rope is None:
@@ -85,7 +83,11 @@ class Config:
         keys = keys if rope_type == "llama3" else ()
         if lacking := [k for k in keys if rope.get(k) is None]:
             refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}; use the config.json of the weights")
+        end = (generation or {}).get("eos_token_id")
+        end = raw.get("eos_token_id") if end is None else end
+        end = tuple(end) if isinstance(end, list) else () if end is None else (end,)
         for there, what in (
+            (not all(isinstance(i, int) for i in end), f"eos_token_id {end}"),
             (raw.get("use_sliding_window"), "use_sliding_window (attention to the last tokens only)"),
             ("sliding_attention" in (raw.get("layer_types") or ()), "sliding_attention (in layer_types)"),
             (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
@@ -95,8 +97,6 @@ class Config:
         ):
             if there:
                 refuse(f"{what} is not implemented; use a model without it")
-        end = (generation or {}).get("eos_token_id")
-        end = raw.get("eos_token_id") if end is None else end
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -112,7 +112,7 @@ class Config:
             qk_norm=family == "qwen3",
             rope_theta=float(rope["rope_theta"]),
             rope_scaling={k: float(rope[k]) for k in keys} or None,
-            end_of_turn=() if end is None else (end,) if isinstance(end, int) else tuple(end),
+            end_of_turn=end,
             raw=raw,
         )
 
@@ -523,6 +523,6 @@ if __name__ == "__main__":
         print("usage: python model.py DIR" if isinstance(error, IndexError) else error, file=sys.stderr)
         sys.exit(2)
     shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
-    shown["parameters"] = f"{sum(p.numel() for p in network.parameters()):,}"
-    shown["chat"] = f"{tok.chat}, end of turn {tok.end_of_turn}, system {tok.default_system!r}"
+    size = sum(p.numel() for p in network.parameters())
+    shown |= {"parameters": size, "chat": tok.chat, "system": tok.default_system}
     print(*(f"{k:18} {v}" for k, v in shown.items()), sep="\n")

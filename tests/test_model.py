@@ -471,12 +471,20 @@ def refusal(call, *arguments) -> str:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": None, "rms_norm_eps": None}, "num_hidden_layers, rms_norm_eps"),
+        ({"num_hidden_layers": "2", "hidden_size": 0}, "hidden_size, num_hidden_layers"),
+        ({"rope_parameters": [1]}, "rope_theta"),
+        ({"rope_parameters": None, "rope_scaling": "x"}, "rope_theta"),
     ],
 )
 def test_configs_that_are_refused(folder, changes, named):
     edit(folder / "config.json", **changes)
     message = refusal(models.load, folder)
     assert str(folder / "config.json") in message and named in message
+
+
+def test_an_end_of_turn_that_is_no_id_is_refused(folder):
+    edit(folder / "generation_config.json", eos_token_id=["x"])
+    assert "eos_token_id" in refusal(models.load, folder)
 
 
 def test_missing_folder(tmp_path):
