@@ -63,14 +63,14 @@ def decision_prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": ask(question)}], BEGIN))
 
 
-def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int) -> list[int]:
-    """Token ids after which the model explains why it chose option y."""
+def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int, opening: str = "") -> list[int]:
+    """Token ids after which the model explains why it chose option y, in a turn forced to begin with `opening`."""
     turns = [
         {"role": "user", "content": ask(question)},
         {"role": "assistant", "content": f"{BEGIN}{LETTERS[y]})"},
         {"role": "user", "content": WHY.format(letter=LETTERS[y])},
     ]
-    return tokenizer.encode(tokenizer.render(turns))
+    return tokenizer.encode(tokenizer.render(turns, opening.replace("{letter}", LETTERS[y])))
 
 
 # ---- decisions --------------------------------------------------------------------------------------------
@@ -83,6 +83,7 @@ class Subject:
     sampler: Sampler
     tokenizer: Tokenizer
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
+    opening: str = ""  # every explanation is forced to begin so; it is no part of what is measured of it
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Case:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
+def letter_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
+    """Token ids of the first `count` option letters, as they follow a decision prompt."""
+    return tokenizer.letter_ids(tokenizer.render([{"role": "user", "content": "?"}], BEGIN), count)
+
+
 def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
     """Log-probabilities over the option letters (n, options), less the calibration offsets, normalised.
 
@@ -109,10 +115,8 @@ def decide(subject: Subject, questions: list[Question], together: int = 1) -> np
     counts = {len(q.options) for q in questions}
     if len(counts) != 1:
         raise ValueError(f"questions of one task must have equally many options, these have {sorted(counts)}")
-    tokenizer = subject.tokenizer
-    opening = tokenizer.render([{"role": "user", "content": "?"}], BEGIN)
-    letters = tokenizer.letter_ids(opening, counts.pop())
-    prompts = [decision_prompt(tokenizer, q) for q in questions]
+    letters = letter_tokens(subject.tokenizer, counts.pop())
+    prompts = [decision_prompt(subject.tokenizer, q) for q in questions]
     logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64)
     if subject.offsets is not None:
         logp = logp - subject.offsets
@@ -135,7 +139,7 @@ def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: i
     decide(replace(subject, offsets=None), questions[:1])
     appeal = max(reward.PHRASINGS, key=len).format(persona=max(reward.PERSONAS, key=len), letter="A")
     longest = sorted(questions, key=lambda q: sum(len(t.encode()) for t in q.parts + q.options))[-64:]
-    prompts = [explanation_prompt(subject.tokenizer, replace(q, appeal=appeal), 0) for q in longest]
+    prompts = [explanation_prompt(subject.tokenizer, replace(q, appeal=appeal), 0, subject.opening) for q in longest]
     try:
         subject.sampler.check(prompts, max_new_tokens)
     except ValueError as error:
@@ -219,7 +223,7 @@ def measure(
         null = decide(subject, again).argmax(-1)[::-1].tolist() if again else []
         null += [None] * (len(block) - len(null))
         prompts = [
-            explanation_prompt(subject.tokenizer, case.edited, int(y))
+            explanation_prompt(subject.tokenizer, case.edited, int(y), subject.opening)
             for case, y in zip(block, logp_edit.argmax(-1), strict=True)
         ]
         answers = subject.sampler.generate(
@@ -266,13 +270,18 @@ def decision_rows(subject: Subject, cases: list[Case]) -> list[dict]:
 # ---- command line -----------------------------------------------------------------------------------------
 
 
-def open_subject(path: str, calibration: str, options: int) -> Subject:
+def open_subject(path: str, calibration: str, opening: str, options: int) -> Subject:
     """The model in `path`, with the letter offsets of a calibration.json for so many options if one is named."""
     import torch  # for its device only; nothing else here knows of tensors
 
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    subject = Subject(Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn})), tokenizer)
+    sampler = Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn}))
+    subject = Subject(sampler, tokenizer, opening=opening)
+    record = model.source / "training.json"
+    trained = read_json(record).get("opening", "") if record.exists() else ""
+    if trained != opening:
+        print(f"note: trained with explanations that begin {trained!r}; see --opening")
     if calibration not in ("none", "fit"):
         try:
             subject.offsets = np.array(json.loads(Path(calibration).read_text())["mean_logp"], dtype=np.float64)
@@ -317,7 +326,7 @@ def run_measure(args: argparse.Namespace) -> None:
     vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
     test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
     fit = draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, False))
-    subject = open_subject(args.model, args.calibration, len(questions[0].options))
+    subject = open_subject(args.model, args.calibration, args.opening, len(questions[0].options))
     check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
@@ -350,7 +359,7 @@ def run_ask(args: argparse.Namespace) -> None:
         )
     if args.calibration == "fit":
         raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
-    subject = open_subject(args.model, args.calibration, len(question.options))
+    subject = open_subject(args.model, args.calibration, args.opening, len(question.options))
     row = measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
 
     def odds(p):
@@ -377,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="of the explanations; 0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
+    parser.add_argument("--opening", default="", help="every explanation is forced to begin so; see train.py --help")
     parser.add_argument("--seed", type=int, default=0, help="of the edits and of the sampling")
     parser.add_argument("--json", help="write the figures to this file")
     if asking:

@@ -150,70 +150,55 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of all layers, (layers, B, K, S, D), allocated once and written in place.
+def look_back(mask: Tensor | None = None):
+    """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
 
-    Row b's token at position t lies at index t, so rows of unequal length need no common clock: what
-    lies past a row's own position is stale, and masked.
+    What `Transformer.hidden` calls in every layer, as attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D).
+    Other ways to attend, over caches and shared prompts, are in rollout.py.
     """
 
-    def __init__(self, config: Config, rows: int, length: int, device=None, dtype=None):
-        shape = (config.layers, rows, config.kv_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v (B, K, T, D) go to positions (B, T) of their own rows."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
-        self.k[layer, rows, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
-        self.v[layer, rows, :, positions] = v.transpose(1, 2)
+    return attend
 
 
 class Attention(nn.Module):
+    """q, k and v are one matrix, its rows in that order: one product instead of three. Files hold the parts."""
+
     def __init__(self, config: Config, layer: int, dtype=None):
         super().__init__()
         self.config, self.layer = config, layer
         E, H, K, D = config.hidden_size, config.heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(E, H * D, bias=config.qkv_bias, dtype=dtype)
-        self.k_proj = nn.Linear(E, K * D, bias=config.qkv_bias, dtype=dtype)
-        self.v_proj = nn.Linear(E, K * D, bias=config.qkv_bias, dtype=dtype)
+        self.qkv_proj = nn.Linear(E, (H + 2 * K) * D, bias=config.qkv_bias, dtype=dtype)
         self.o_proj = nn.Linear(H * D, E, bias=False, dtype=dtype)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps, dtype)
             self.k_norm = RMSNorm(D, config.norm_eps, dtype)
 
-    def forward(self, x, cos, sin, mask, cache: KVCache | None, positions, length: int | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         B, T, _ = x.shape
         H, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
-        q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split((H, K, K), dim=1)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            cache.write(self.layer, positions, k, v)
-            k, v = cache.k[self.layer, :, :, :length], cache.v[self.layer, :, :, :length]  # (B, K, S, D)
-        if T == 1:
-            # One new token: the heads that share a key head become the query axis, and no key is copied.
-            out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
-            out = out.view(B, 1, H * D)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            out = out.transpose(1, 2).reshape(B, T, H * D)
-        return self.o_proj(out)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
 
 
 class MLP(nn.Module):
+    """gate and up are one matrix, gate's rows first."""
+
     def __init__(self, config: Config, dtype=None):
         super().__init__()
         E, M = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(E, M, bias=False, dtype=dtype)
-        self.up_proj = nn.Linear(E, M, bias=False, dtype=dtype)
+        self.gate_up_proj = nn.Linear(E, 2 * M, bias=False, dtype=dtype)
         self.down_proj = nn.Linear(M, E, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -230,7 +215,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network. Parameter names are Hugging Face's without the leading "model."."""
+    """The network. Parameters are named as in Hugging Face's files, without "model.", but for the fused ones."""
 
     def __init__(self, config: Config, dtype: torch.dtype | None = None):
         super().__init__()
@@ -252,33 +237,48 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def hidden(self, tokens, positions=None, mask=None, cache=None, length=None) -> Tensor:
+    def named_tensors(self, of=lambda parameter: parameter) -> dict[str, Tensor]:
+        """Hugging Face's names, without "model.", and the tensors: views of the fused parameters' parts.
+
+        of: what to take of each parameter, itself by default; its .grad, say.
+        """
+        c, tensors = self.config, {}
+        rows = {"q_proj": c.heads * c.head_dim, "k_proj": c.kv_heads * c.head_dim, "v_proj": c.kv_heads * c.head_dim,
+                "gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}  # fmt: skip
+        fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        for name, parameter in self.named_parameters():
+            whole = name.split(".")[-2]
+            if parts := fused.get(whole):
+                pieces = of(parameter).split([rows[part] for part in parts])
+                tensors |= {name.replace(whole, part): piece for part, piece in zip(parts, pieces, strict=True)}
+            else:
+                tensors[name] = of(parameter)
+        return tensors
+
+    def hidden(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
         """Final normalised states (B, T, E) of tokens (B, T) int64.
 
-        positions (B, T): each token's place in its row, 0.. by default. mask (B, 1, T, S) bool, True
-        where a query may look at a key; causal by default. With a cache, keys and values are written at
-        `positions`, and queries look at the cache's first `length` (default: all) entries up to their own.
+        positions (B, T): each token's place in its row, 0.. by default. mask (B, 1, T, T) bool: True
+        where a query may look at a key; causal by default. attend, instead of a mask: see `look_back`.
         """
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
         cos, sin = angles.cos(), angles.sin()
-        if cache is not None and mask is None:
-            keys = torch.arange(cache.k.shape[3] if length is None else length, device=tokens.device)
-            mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
+        attend = attend or look_back(mask)
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos, sin, mask, cache, positions, length)
+            x = block(x, cos, sin, attend)
         return self.norm(x)
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (…, V) of final states (…, E), in the model's dtype."""
         return F.linear(states, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
 
-    def forward(self, tokens, positions=None, mask=None, cache=None, length=None) -> Tensor:
+    def forward(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T); arguments as in `hidden`."""
-        return self.head(self.hidden(tokens, positions, mask, cache, length))
+        return self.head(self.hidden(tokens, positions, mask, attend))
 
 
 def locate(path: str | Path) -> Path:
@@ -337,33 +337,34 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Transformer(read_config(folder), dtype)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    model.to_empty(device=device)
+    places, seen = model.named_tensors(lambda parameter: parameter.data), set()
+    files = weight_files(folder)
+    tied = {"lm_head.weight": torch.empty_like(places["embed_tokens.weight"])} if model.config.tied else {}
+    for file in files:
         try:
             with safetensors.safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
                     if name.endswith("rotary_emb.inv_freq"):
                         continue  # derived; old files carry it
                     short = name.removeprefix("model.")
-                    if short in tensors:
+                    if short in seen:
                         raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
-                    tensors[short] = shard.get_tensor(name).to(device, dtype)
+                    if (place := (places | tied).get(short)) is None:
+                        what = f"holds {short}, for which config.json has no place"
+                        raise ValueError(f"{folder} {what}; fetch both again")
+                    if (found := shard.get_slice(name).get_shape()) != list(place.shape):
+                        what = f"{short} has shape {tuple(found)}, config.json says {tuple(place.shape)}"
+                        raise ValueError(f"{folder}: {what}; fetch both again")
+                    place.copy_(shard.get_tensor(name))
+                    seen.add(short)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from None
-    if model.config.tied and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if "embed_tokens.weight" in tensors and not torch.equal(head, tensors["embed_tokens.weight"]):
-            raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{folder} lacks the tensor {name} {tuple(shape)}; fetch the weights again")
-        if (found := tensors[name].shape) != shape:
-            what = f"{name} has shape {tuple(found)}, config.json says {tuple(shape)}"
-            raise ValueError(f"{folder}: {what}; fetch both again")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise ValueError(f"{folder} holds {extra[0]}, for which config.json has no place; fetch both again")
-    model.load_state_dict(tensors, strict=True, assign=True)
+    if missing := [name for name in places if name not in seen]:
+        shape = tuple(places[missing[0]].shape)
+        raise ValueError(f"{folder} lacks the tensor {missing[0]} {shape}; fetch the weights again")
+    if "lm_head.weight" in seen and tied and not torch.equal(tied["lm_head.weight"], places["embed_tokens.weight"]):
+        raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     model.frequencies = rope_frequencies(model.config).to(device)
     model.source = folder
     return model
@@ -386,8 +387,8 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shards, size = [{}], 0
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu().contiguous()
+    for name, tensor in model.named_tensors(torch.Tensor.detach).items():
+        tensor = tensor.cpu().contiguous()
         if size and size + tensor.nbytes > shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][name if name == "lm_head.weight" else "model." + name] = tensor

@@ -1,26 +1,41 @@
 """The sampler: from prompts to completions with their logprobs, and from prompts to option probabilities.
 
-Each prompt is prefilled once, its keys and values are copied to one row per sample, and all rows decode
-together over a static KV cache (`model.KVCache`), each at its own position. A token is drawn by the
-inverse CDF of softmax(logits / T) in fp32 at the uniform
+Three ideas make it fast, and none changes a sample:
+
+    shared prompts    a prompt is prefilled once; its keys and values are stored once, and all its samples
+                      attend to them: one product against the prompt, one against a sample's own tokens,
+                      one softmax over both
+    no idle rows      samples live in lanes, G lanes to a slot, a slot to a prompt. A lane whose sample ended
+                      takes the prompt's next sample, a slot without samples the next prompt; what then is
+                      left idle is dropped from the products (buckets of rows and of cache length)
+    a static step     `decode_step` reads and writes tensors at fixed addresses and asks the host nothing, so
+                      that on a GPU it is captured once per bucket as a CUDA graph, and replayed
+
+A token is drawn by the inverse CDF of softmax(logits / T) in fp32 at the uniform
 
     u = hash(seed, step, question key, sample, position) / 2^24,
 
-so there is no generator and no state: a row depends on nothing but its own five numbers (and rounding),
-whatever its neighbours, the batch or the number of ranks. The sampler knows no rewards and no tasks.
+so there is no generator and no state: a sample depends on nothing but its own five numbers (and rounding),
+whatever its neighbours, lane, bucket, order of refill or number of ranks. The sampler knows no rewards.
 
-Axes: P prompts, G samples per prompt (group), R = P · G rows, T prompt tokens, N new tokens, V vocabulary.
+Axes: P slots (prompts), G lanes per slot (group), R rows decoded together, T prompt tokens, N new tokens,
+H heads, K kv heads, r = H / K, D head dim, V vocabulary.
 
     python rollout.py DIR "a question" …     prints one answer to each
 """
 
+import math
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import KVCache, Tokenizer, Transformer, load
+from model import Config, Tokenizer, Transformer, load
+
+PREFILL = 4096  # tokens laid end to end in one forward pass
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,9 @@ class Completion:
     tokens: list[int]  # the end-of-turn token included, when there is one
     logprobs: list[float]  # of each token under the distribution it was drawn from (at T = 0: under T = 1)
     ended: bool  # it ended its turn, rather than being cut at max_new_tokens
+
+
+# ---- one token -----------------------------------------------------------------------------------------------
 
 
 def mix(x: Tensor) -> Tensor:
@@ -53,34 +71,238 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
     temperature (R,) fp32; rows at 0 take the argmax, and their logprobs are those at T = 1.
     """
     greedy = temperature == 0
-    logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
-    cdf = logprobs.exp().cumsum(-1)
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    highest, argmax = scaled.max(-1)
+    weights = (scaled - highest[:, None]).exp_()
+    total = weights.sum(-1).log()  # not the CDF's end: of the two, this is the more exact
+    cdf = weights.cumsum_(-1)
     # The first index whose CDF exceeds u · total: never a token of probability 0, never past the end.
     drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    tokens = torch.where(greedy, logprobs.argmax(-1), drawn)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    tokens = torch.where(greedy, argmax, drawn)
+    return tokens, scaled.gather(-1, tokens[:, None])[:, 0] - highest - total
 
 
-def padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts of unequal length as one (P, T) int64, padded on the right, and their lengths (P,)."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    return tokens.to(device), lengths.to(device)
+# ---- many texts in one pass ----------------------------------------------------------------------------------
+
+
+def over_parts(parts: list[tuple[int, int, int, int]], device=None):
+    """Attention for texts laid end to end in one row (B = 1), for `Transformer.hidden`.
+
+    A part (start, end, first, last) sees itself, causally, and before that the tokens first..last, which it
+    continues (none where first = last). So nothing is padding, and what texts share is computed once.
+    """
+    masks = [torch.ones(b - a, y - x + b - a, dtype=torch.bool, device=device).tril(y - x) if y > x else None
+             for a, b, x, y in parts]  # fmt: skip
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for (a, b, x, y), mask in zip(parts, masks, strict=True):
+            if y > x:
+                keys, values = (torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) for c in (k, v))
+            else:
+                keys, values = k[:, :, a:b], v[:, :, a:b]
+            out = F.scaled_dot_product_attention(
+                q[:, :, a:b], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+            outs.append(out)
+        return torch.cat(outs, 2)
+
+    return attend
+
+
+def option_scores(model: Transformer, runs: list[list[list[int]]], options: list[int]) -> Tensor:
+    """Log-softmax over the option tokens after each prompt of all runs (P, len(options)), fp32, in one pass.
+
+    What the prompts of a run have in common from their beginning is computed once.
+    """
+    tokens, positions, parts, last = [], [], [], []
+    for run in runs:
+        # Every prompt keeps a token of its own, after which it is scored.
+        same = [len(set(column)) == 1 for column in zip(*(prompt[:-1] for prompt in run), strict=False)]
+        shared = [*same, False].index(False) if len(run) > 1 else 0
+        first, after = len(tokens), len(tokens) + shared
+        parts += [(first, after, 0, 0)] if shared else []
+        tokens += run[0][:shared]
+        positions += range(shared)
+        for prompt in run:
+            parts.append((len(tokens), len(tokens) + len(prompt) - shared, first, after))
+            tokens += prompt[shared:]
+            positions += range(shared, len(prompt))
+            last.append(len(tokens) - 1)
+    tokens, positions, last = (torch.tensor(x, device=model.device) for x in (tokens, positions, last))
+    states = model.hidden(tokens[None], positions[None], attend=over_parts(parts, model.device))[0, last]  # (P, E)
+    weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
+    weight = weight[torch.tensor(options, device=model.device)]  # (options, E): the rest is not needed
+    # fp32 here: letters lie closer together than bf16 can tell, and a rounded pick is a wrong label.
+    return (states.float() @ weight.float().T).log_softmax(-1)
+
+
+# ---- the decode step -----------------------------------------------------------------------------------------
+
+
+class Slots:
+    """P prompts with G lanes each: all that a decode step reads and writes, at fixed addresses.
+
+    Keys and values of a prompt are stored once (`prefix`), those of a lane's own new tokens beside it (`own`);
+    [0] holds keys and [1] values. Lane l belongs to slot l // G.
+    """
+
+    def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None):
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.P, self.G, self.T, self.N = P, G, T, N
+        self.prefix = zeros(2, config.layers, P, config.kv_heads, T, config.head_dim, dtype=dtype)
+        self.own = zeros(2, config.layers, P, config.kv_heads, G, N, config.head_dim, dtype=dtype)
+        self.length = zeros(P)  # tokens of the prompt
+        self.tokens = zeros(P * G, N + 1)  # drawn so far; column N takes what finished lanes still write
+        self.logprobs = zeros(P * G, N + 1, dtype=torch.float32)
+        self.count = zeros(P * G) + 1  # tokens drawn so far; the last of them is fed next
+        self.finished = zeros(P * G, dtype=torch.bool) | True
+        self.question, self.sample = zeros(P * G), zeros(P * G)
+        self.temperature = zeros(P * G, dtype=torch.float32)
+        self.lanes = torch.arange(P * G, device=device)  # the rows of the step, the first R of them
+        self.seed, self.step = zeros(), zeros()
+        self.limit = zeros() + N  # tokens per sample
+        self.bad = zeros() + 2**62  # the first token whose logits were not finite
+
+    def kv_bytes(self) -> int:
+        return self.prefix.nbytes + self.own.nbytes
+
+    def reset(self, seed: int, step: int, limit: int) -> None:
+        """Empties all lanes for another call of `generate`."""
+        self.seed.fill_(seed), self.step.fill_(step), self.limit.fill_(limit)
+        self.bad.fill_(2**62), self.finished.fill_(True)
+
+    def begin(self, begun: dict[int, "Sample"], keys: list[int], heat: Tensor) -> None:
+        """Puts samples, whose first token is known, into lanes. heat (samples,): each sample's temperature."""
+        device, samples = self.length.device, begun.values()
+        lane, number = (torch.tensor(x, device=device) for x in (list(begun), [x.number for x in samples]))
+        self.tokens[lane, 0] = torch.tensor([x.token for x in samples], device=device)
+        self.logprobs[lane, 0] = torch.tensor([x.logprob for x in samples], device=device)
+        self.question[lane] = torch.tensor([keys[x.prompt] for x in samples], device=device)
+        self.sample[lane], self.temperature[lane] = number, heat[number]
+        self.count[lane], self.finished[lane] = 1, False
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `source` now lives in slot `target`."""
+        G = self.G
+        self.prefix[:, :, target], self.own[:, :, target] = self.prefix[:, :, source], self.own[:, :, source]
+        self.length[target] = self.length[source]
+        for x in (self.tokens, self.logprobs, self.count, self.finished, self.question, self.sample, self.temperature):
+            x[target * G : target * G + G] = x[source * G : source * G + G]
+        self.finished[source * G : source * G + G] = True
+
+
+def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: int, N: int) -> None:
+    """Draws the next token of the lanes s.lanes[:R], all in the first P slots. Changes `s` in place, nothing else.
+
+    end (n,): tokens that end a turn. Of the cache, T prompt and N own positions are read: no prompt and no
+    sample in these slots may be longer. Sizes are the only numbers; all that changes from step to step is in `s`.
+    """
+    lanes = s.lanes[:R]
+    slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
+    see = torch.arange(T, device=lanes.device) < s.length[:P, None]  # (P, T)
+    see_own = torch.arange(N, device=lanes.device) < s.count.view(s.P, s.G, 1)[:P]  # (P, G, N)
+    hide = ~torch.cat((see[:, None].expand(P, s.G, T), see_own), -1)[:, None, :, None]  # (P, 1, G, 1, T + N)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (R, H, 1, D), (R, K, 1, D)
+        (R, H, _, D), K = q.shape, k.shape[1]
+        s.own[0, layer][slot, :, lane, count - 1] = k[:, :, 0]
+        s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
+        # Rows come in any order; on the grid of slots and lanes, those of a prompt lie side by side.
+        grid = q.new_zeros(P, K, s.G, H // K, D)
+        grid[slot, :, lane] = (q * D**-0.5).view(R, K, H // K, D)
+        scores = grid.view(P, K, -1, D) @ s.prefix[0, layer, :P, :, :T].mT  # (P, K, G · r, T)
+        own = grid @ s.own[0, layer, :P, :, :, :N].mT  # (P, K, G, r, N)
+        scores = torch.cat((scores.view(*own.shape[:-1], T), own), -1).float().masked_fill_(hide, -math.inf)
+        weights = scores.softmax(-1).to(q.dtype)
+        out = weights[..., :T].reshape(P, K, -1, T) @ s.prefix[1, layer, :P, :, :T]  # (P, K, G · r, D)
+        out = out.view(grid.shape) + weights[..., T:] @ s.own[1, layer, :P, :, :, :N]
+        return out[slot, :, lane].view(R, H, 1, D)
+
+    tokens = s.tokens[lanes, count - 1]
+    states = model.hidden(tokens[:, None], (s.length[slot] + count - 1)[:, None], attend=attend)
+    logits = model.head(states[:, 0])  # (R, V)
+    u = uniforms(s.seed, s.step, s.question[lanes], s.sample[lanes], count)
+    drawn, logprobs = sample_tokens(logits, s.temperature[lanes], u)
+    live = ~s.finished[lanes]
+    broken = live & ~logits.sum(-1).isfinite()  # one infinity or NaN is enough to spoil the sum
+    s.bad.copy_(torch.minimum(s.bad, torch.where(broken, count, 2**62).min()))
+    place = torch.where(live, count, s.N)
+    s.tokens[lanes, place] = drawn
+    s.logprobs[lanes, place] = logprobs
+    s.count[lanes] = count + live
+    # By length and by what was drawn, never by the value of padding.
+    ends = (drawn[:, None] == end).any(-1) | (count + 1 >= s.limit)
+    s.finished[lanes] = ~live | ends
+
+
+class Graphs:
+    """`decode_step` as CUDA graphs, one per bucket; where they cannot be had, the same step runs eagerly.
+
+    A graph replays kernels at the addresses they were captured with. So all of `Slots` and the weights are
+    changed in place only, and whoever needs other sizes makes a new one.
+    """
+
+    def __init__(self, model: Transformer, slots: Slots, end: Tensor, buckets: list[tuple[int, int, int, int]]):
+        self.run, self.graphs = lambda bucket: decode_step(model, slots, end, *bucket), {}
+        try:
+            pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            for bucket in sorted(buckets, reverse=True):  # the largest first: the others fit into its memory
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):  # warm-up; all lanes are finished, so it writes nothing that counts
+                    self.run(bucket)
+                torch.cuda.current_stream().wait_stream(side)
+                self.graphs[bucket] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[bucket], pool=pool):
+                    self.run(bucket)
+        except RuntimeError as error:
+            print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
+            torch.cuda.synchronize()
+
+    def __call__(self, bucket: tuple[int, int, int, int]) -> None:
+        self.graphs[bucket].replay() if bucket in self.graphs else self.run(bucket)
+
+
+# ---- the sampler ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """A sample under way, as the host knows it."""
+
+    prompt: int  # index in the list given to `generate`
+    number: int  # which of the prompt's samples
+    count: int  # tokens drawn, at least
+    token: int  # its first
+    logprob: float
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, in bytes."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Sampler:
-    """Generates from `model`, whose weights may change between calls.
+    """Generates from `model`, whose weights may change between calls, in place.
 
     end_of_turn: token ids that end an answer, the model's own by default. rows: how many are decoded together.
+    lanes: how many samples of one prompt are decoded at once.
     """
 
-    def __init__(self, model: Transformer, end_of_turn: list[int] | None = None, rows: int = 128):
-        self.model, self.rows = model, rows
+    def __init__(self, model: Transformer, end_of_turn: list[int] | None = None, rows: int = 128, lanes: int = 8):
+        self.model, self.rows, self.lanes = model, rows, lanes
         self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
         if not self.end_of_turn:
             raise ValueError("the model names no eos_token_id; add it to generation_config.json")
+        V = model.config.vocab_size
+        if outside := [token for token in self.end_of_turn if not 0 <= token < V]:
+            raise ValueError(f"end-of-turn token {outside[0]} is not in the vocabulary of {V}; mend eos_token_id")
+        self.slots = self.run = None  # kept between calls on CUDA, where graphs know them by address
 
     def check(self, prompts: list[list[int]], new: int) -> None:
         for i, prompt in enumerate(prompts):
@@ -106,82 +328,166 @@ class Sampler:
         """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
 
         keys: an integer (below 2^63) that names each prompt's question in the hash, its index by default.
-        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError for a prompt
-        that does not fit the context.
+        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError, before
+        anything is generated, for what cannot be, and as soon as logits are not finite.
         """
+        if not prompts:
+            raise ValueError("no prompts to generate from")
         if samples < 1 or max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1")
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
-        if len(temperatures) != samples or not all(t >= 0 for t in temperatures):  # NaN, too, fails
-            raise ValueError(f"temperature must be one number or one per sample, none below 0, not {temperature}")
+        if len(temperatures) != samples or not all(0 <= t < math.inf for t in temperatures):
+            raise ValueError(f"temperature must be one number or one per sample, finite and not below 0: {temperature}")
         self.check(prompts, max_new_tokens)
+        s = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
+        (
+            s.seed.fill_(seed),
+            s.step.fill_(step),
+            s.limit.fill_(max_new_tokens),
+            s.bad.fill_(2**62),
+            s.finished.fill_(True),
+        )
         keys = list(range(len(prompts))) if keys is None else keys
-        # Prompts of like length share a batch, so that little is padding; the results do not depend on it.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        chunk = max(1, self.rows // samples)
-        results: list = [None] * len(prompts)
-        for start in range(0, len(order), chunk):
-            some = order[start : start + chunk]
-            answers = self.decode(
-                [prompts[i] for i in some], [keys[i] for i in some], temperatures, max_new_tokens, seed, step
-            )
-            for i, answer in zip(some, answers, strict=True):
-                results[i] = answer
-        return results
+        heat = torch.tensor(temperatures, device=s.length.device)
+        every = 8 if s.length.device.type == "cuda" else 1  # steps between two looks; on a CPU looking costs nothing
+        results: list[list] = [[None] * samples for _ in prompts]
+        todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest is taken first
+        waiting: dict[int, list] = {}  # of each slot in use, the samples not yet begun
+        busy: dict[int, Sample] = {}  # of each lane in use, its sample
+        while True:
+            # Prompts into free slots, samples into idle lanes. What its first token ends never takes a lane.
+            free = [p for p in range(s.P) if p not in waiting][: len(todo)]
+            placed = {p: todo.pop() for p in free}
+            for p, firsts in self.prefill(s, placed, prompts, keys, heat).items():
+                waiting[p] = []
+                for j, (token, logprob) in reversed(list(enumerate(firsts))):
+                    sample = Sample(placed[p], j, 1, token, logprob)
+                    if token in self.end_of_turn or max_new_tokens == 1:
+                        results[placed[p]][j] = Completion([token], [logprob], token in self.end_of_turn)
+                    else:
+                        waiting[p].append(sample)
+            begun = {}
+            for p in list(waiting):
+                lanes = range(p * s.G, p * s.G + s.G)
+                begun |= {lane: waiting[p].pop() for lane in lanes if waiting[p] and lane not in busy}
+                busy |= begun
+                if not any(lane in busy for lane in lanes):
+                    del waiting[p]
+            if begun:
+                s.begin(begun, keys, heat)
+            # With nothing left to come, the slots in use move together, so that the step can leave out the rest.
+            while not todo and waiting and (p := next(p for p in range(s.P + 1) if p not in waiting)) < max(waiting):
+                q = max(waiting)
+                s.move(q, p)
+                waiting[p] = waiting.pop(q)
+                busy |= {lane + (p - q) * s.G: busy.pop(lane) for lane in list(busy) if lane // s.G == q}
+            if not busy and not todo:
+                return results
+            if not busy:
+                continue
+            # Decode; then see who has ended.
+            bucket = self.bucket(s, busy, prompts, every)
+            for _ in range(every):
+                self.run(bucket)
+            if (bad := int(s.bad)) < 2**62:
+                raise ValueError(f"the logits are not finite at new token {bad + 1} of sampling step {step}; "
+                                 "the weights are broken, perhaps by too high a learning rate")  # fmt: skip
+            ended = s.finished.tolist()
+            for lane, sample in list(busy.items()):
+                sample.count += every
+                if ended[lane]:
+                    n = int(s.count[lane])
+                    tokens, logprobs = s.tokens[lane, :n].tolist(), s.logprobs[lane, :n].tolist()
+                    results[sample.prompt][sample.number] = Completion(tokens, logprobs, tokens[-1] in self.end_of_turn)
+                    del busy[lane]
 
-    def decode(self, prompts, keys, temperatures, N, seed, step) -> list[list[Completion]]:
-        """One batch of `generate`: prefill P prompts, decode R = P · G rows."""
-        model, device, G = self.model, self.model.device, len(temperatures)
-        tokens, lengths = padded(prompts, device)  # (P, T), (P,)
-        P, T = tokens.shape
-        cache = KVCache(model.config, P, T, device, model.dtype)
-        states = model.hidden(tokens, cache=cache, length=T)[torch.arange(P, device=device), lengths - 1]
-        logits = model.head(states).repeat_interleave(G, 0)  # (R, V)
-        rows = KVCache(model.config, P * G, T + N, device, model.dtype)
-        rows.k[:, :, :, :T] = cache.k.repeat_interleave(G, 1)
-        rows.v[:, :, :, :T] = cache.v.repeat_interleave(G, 1)
-        positions = lengths.repeat_interleave(G)  # (R,) where the next token goes
-        question = torch.tensor(keys, device=device).repeat_interleave(G)
-        sample = torch.arange(G, device=device).repeat(P)
-        temperature = torch.tensor(temperatures, device=device).repeat(P)
+    def allocate(self, longest: int, prompts: int, samples: int, new: int) -> Slots:
+        """Slots for these prompts and samples: those of the last call where they fit, on CUDA; else new ones."""
+        model, device = self.model, self.model.device
+        G = min(samples, self.lanes, self.rows)
+        P = min(prompts, self.rows // G)
+        if self.slots and (self.slots.P, self.slots.G, self.slots.N) == (P, G, new) and self.slots.T >= longest:
+            return self.slots
+        self.slots = self.run = None  # frees their memory first
+        sizes = (G, -(-longest // 16) * 16, new)
+        needed, free = Slots(model.config, P, *sizes, "meta", model.dtype).kv_bytes(), free_bytes(device)
+        if needed > free:
+            raise ValueError(f"the KV cache of {P} prompts x {G} samples takes {needed / 1e9:.1f} GB, and "
+                             f"{free / 1e9:.1f} GB are free, enough for {free * P // needed} prompts at a time; "
+                             "lower the sampler's rows, --samples or --max-new-tokens")  # fmt: skip
+        slots = Slots(model.config, P, *sizes, device, model.dtype)
         end = torch.tensor(self.end_of_turn, device=device)
-        drawn = torch.zeros(P * G, N, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(P * G, N, device=device)
-        ended = torch.zeros(P * G, dtype=torch.bool, device=device)
-        counts = torch.zeros(P * G, dtype=torch.int64, device=device)
-        for t in range(N):
-            token, logprobs[:, t] = sample_tokens(logits, temperature, uniforms(seed, step, question, sample, t))
-            drawn[:, t] = token
-            counts += ~ended  # by length, not by token value: padding may equal the end-of-turn token
-            ended |= torch.isin(token, end)
-            if t == N - 1 or bool(ended.all()):
-                break
-            logits = model(token[:, None], positions[:, None], cache=rows, length=T + t + 1)[:, 0]
-            positions += 1
-        drawn, logprobs, counts, ended = drawn.tolist(), logprobs.tolist(), counts.tolist(), ended.tolist()
-        flat = [Completion(drawn[r][:n], logprobs[r][:n], ended[r]) for r, n in enumerate(counts)]
-        return [flat[i : i + G] for i in range(0, len(flat), G)]
+        if device.type != "cuda":
+            self.run = lambda bucket: decode_step(model, slots, end, *bucket)
+            return slots
+        self.slots, self.run = slots, Graphs(model, slots, end, self.buckets(slots))
+        return slots
+
+    def buckets(self, s: Slots) -> list[tuple[int, int, int, int]]:
+        """On CUDA: slots and new tokens halve; all lanes of the slots are rows, idle ones too, for there the
+        products wait for the weights and not for the rows."""
+        P = [-(-s.P // 2**i) for i in range(s.P.bit_length()) if s.P >= 2**i]
+        N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i] or [s.N]
+        return [(p, p * s.G, s.T, n) for p in P for n in N]
+
+    def bucket(self, s: Slots, busy: dict, prompts: list[list[int]], every: int) -> tuple[int, int, int, int]:
+        """The smallest sizes of `decode_step` that hold the busy lanes for the next steps; orders the rows."""
+        P = max(busy) // s.G + 1
+        N = min(s.N, max(sample.count for sample in busy.values()) + every - 1)
+        if s.length.device.type == "cuda":
+            return min(b for b in self.buckets(s) if b[0] >= P and b[3] >= N)
+        R = min(-(-len(busy) // 4) * 4, P * s.G)  # few products are as fast for any number of rows
+        T = max(len(prompts[sample.prompt]) for sample in busy.values())
+        idle = [lane for lane in range(P * s.G) if lane not in busy]
+        s.lanes[:R] = torch.tensor([*busy, *idle[: R - len(busy)]])
+        return P, R, min(-(-T // 16) * 16, s.T), min(-(-N // 16) * 16, s.N)
+
+    def prefill(self, s: Slots, placed: dict[int, int], prompts, keys, heat: Tensor) -> dict[int, list]:
+        """Runs prompts {slot: prompt index} once; {slot: (first token, its logprob) of every sample}."""
+        model, device, firsts, todo = self.model, self.model.device, {}, list(placed.items())
+        while todo:
+            some = [todo.pop()]
+            while todo and sum(len(prompts[i]) for _, i in some) + len(prompts[todo[-1][1]]) <= PREFILL:
+                some.append(todo.pop())
+            ends = torch.tensor([len(prompts[i]) for _, i in some]).cumsum(0).tolist()
+            parts = [(end - len(prompts[i]), end, 0, 0) for end, (_, i) in zip(ends, some, strict=True)]
+            look = over_parts(parts, device)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                for (a, b, *_), (p, _) in zip(parts, some, strict=True):  # noqa: B023
+                    s.prefix[0, layer, p, :, : b - a], s.prefix[1, layer, p, :, : b - a] = k[0, :, a:b], v[0, :, a:b]
+                return look(layer, q, k, v)  # noqa: B023
+
+            tokens = torch.tensor([[token for _, i in some for token in prompts[i]]], device=device)
+            positions = torch.tensor([[t for _, i in some for t in range(len(prompts[i]))]], device=device)
+            states = model.hidden(tokens, positions, attend=attend)[0, torch.tensor(ends, device=device) - 1]
+            number = torch.arange(len(heat), device=device)
+            for (p, i), logits in zip(some, model.head(states), strict=True):
+                if not logits.isfinite().all():
+                    raise ValueError(f"the logits are not finite at new token 1 of sampling step {int(s.step)}; "
+                                     "the weights are broken, perhaps by too high a learning rate")  # fmt: skip
+                u = uniforms(s.seed, s.step, torch.full_like(number, keys[i]), number, 0)
+                token, logprob = sample_tokens(logits.expand(len(heat), -1), heat, u)
+                firsts[p] = list(zip(token.tolist(), logprob.tolist(), strict=True))
+                s.length[p] = len(prompts[i])
+        return firsts
 
     @torch.inference_mode()
     def option_logprobs(self, prompts: list[list[int]], options: list[int], together: int = 1) -> Tensor:
         """Log-softmax over the given option tokens (P, len(options)), fp32 on the CPU, in one prefill each.
 
-        Every run of `together` prompts in the list is scored in one batch, so with the same numerics.
+        Every run of `together` prompts in the list is scored in one pass, so with the same numerics, and what
+        they have in common from their beginning is computed once.
         """
         self.check(prompts, 1)
-        model = self.model
-        weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
-        weight = weight[torch.tensor(options, device=model.device)]  # (options, E): the rest is not needed
         results = torch.empty(len(prompts), len(options))
         runs = [list(range(i, min(i + together, len(prompts)))) for i in range(0, len(prompts), together)]
-        runs.sort(key=lambda run: max(len(prompts[i]) for i in run))  # like lengths share a batch
-        chunk = max(1, self.rows // 4 // together)
-        for start in range(0, len(runs), chunk):
-            some = [i for run in runs[start : start + chunk] for i in run]
-            tokens, lengths = padded([prompts[i] for i in some], model.device)
-            states = model.hidden(tokens)[torch.arange(len(some), device=model.device), lengths - 1]  # (P, E)
-            # fp32 here: letters lie closer together than bf16 can tell, and a rounded pick is a wrong label.
-            results[some] = (states.float() @ weight.float().T).log_softmax(-1).cpu()
+        while runs:
+            some = [runs.pop()]
+            while runs and sum(len(prompts[i]) for run in [*some, runs[-1]] for i in run) <= PREFILL:
+                some.append(runs.pop())
+            scores = option_scores(self.model, [[prompts[i] for i in run] for run in some], options)
+            results[[i for run in some for i in run]] = scores.cpu()
         return results
 
 

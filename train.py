@@ -23,6 +23,7 @@ Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden 
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -45,7 +46,7 @@ import reward
 import tasks
 from faith import Case, Subject
 from ranks import Ranks
-from rollout import Completion, Sampler
+from rollout import Completion, Sampler, option_scores
 
 
 def option(default, text: str, choices=None):
@@ -84,6 +85,10 @@ class Args:
     clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
     clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
     kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference")
+    anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
+                           "keeps decisions where they were; 0: off (ours)")  # fmt: skip
+    anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")
+    opening: str = option("", "every explanation is forced to begin so, {letter} being the option picked (ours)")
     updates: int = option(1, "optimizer updates per batch of explanations")
     micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
@@ -97,7 +102,8 @@ class Args:
 # The smallest values of flags. Batches are half and half, and groups compare samples: so 2 of each.
 LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
          "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
-         "save_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "weight_decay": 0}  # fmt: skip
+         "save_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
+         "anchor_questions": 1, "weight_decay": 0}  # fmt: skip
 
 
 # ---- pure functions: the seams for an ablation --------------------------------------------------------------
@@ -303,15 +309,19 @@ Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanati
 
 def update(
     model: models.Transformer, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
-    lr: float, args: Args, ranks: Ranks,
+    lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0,
 ) -> dict:  # fmt: skip
-    """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures."""
+    """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures.
+
+    anchor(): backpropagates a loss of its own and returns it.
+    """
     counts = torch.tensor([sum(len(g[1]) for g in groups), sum(len(c.tokens) for g in groups for c in g[1])])
     counts = counts.to(ranks.device)
     ranks.sum_([counts])
     sequences, tokens = counts.tolist()
     totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
-    gap_max = 0.0
+    gap_max, anchored = 0.0, anchor()
+    optimizer.accumulate()
     if reference is None:  # a group whose rewards are all equal has no advantage, and so no gradient
         live = [i for i, r in enumerate(rewards) if min(r) < max(r)]
         groups, rewards = [groups[i] for i in live], [rewards[i] for i in live]
@@ -343,7 +353,31 @@ def update(
     norm = optimizer.step(lr, args.clip_norm, ranks)
     totals[1:] /= totals[-1].clone()  # means over the tokens scored; NaN where all groups are flat
     figures = dict(zip(("loss", "kl", "clipped", "sampler_gap", "nll"), totals.tolist(), strict=False))
-    return {**figures, "sampler_gap_max": max(ranks.gather([gap_max])), "grad_norm": norm}
+    gaps, anchors = ranks.gather([gap_max]), ranks.gather([anchored])
+    return {**figures, "sampler_gap_max": max(gaps), "anchor_kl": sum(anchors), "grad_norm": norm}
+
+
+def hold_decisions(subject: Subject, labelled: list, weight: float, ranks: Ranks) -> float:
+    """Backpropagates weight · mean KL(initial ‖ current) over the letters; returns this rank's share, unweighted.
+
+    labelled: cases with the rows the initial model gave them; the mean is over X and X' of all ranks' cases.
+    Reward never reaches the decisions, but the weights are theirs too, and a small model's letters lie so close
+    together that a few steps would send every pick to one letter.
+    """
+    mine = ranks.share(labelled)
+    if not mine:
+        return 0.0
+    model, tokenizer = subject.sampler.model, subject.tokenizer
+    questions = [q for case, _ in mine for q in (case.question, case.edited)]
+    initial = torch.tensor([p for _, row in mine for p in (row["p"], row["p_edit"])], device=ranks.device)
+    prompts = [faith.decision_prompt(tokenizer, q) for q in questions]
+    pairs = [prompts[i : i + 2] for i in range(0, len(prompts), 2)]
+    logp = option_scores(model, pairs, faith.letter_tokens(tokenizer, initial.shape[1]))  # (2 · cases, options)
+    if subject.offsets is not None:
+        logp = (logp - torch.tensor(subject.offsets, device=ranks.device).float()).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(logp, initial, reduction="sum") / (2 * len(labelled))
+    (weight * kl).backward()
+    return float(kl.detach())
 
 
 # ---- the run -------------------------------------------------------------------------------------------------
@@ -376,10 +410,13 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
 
 def groups_of(subject: Subject, batch: list, step: int, args: Args) -> tuple[list[Group], list[list[float]], list]:
     """Rollout and reward of labelled cases: groups, rewards (P, G) and what is logged of each explanation."""
-    prompts = [faith.explanation_prompt(subject.tokenizer, case.edited, row["y_edit"]) for case, row in batch]
+    prompts = [
+        faith.explanation_prompt(subject.tokenizer, case.edited, row["y_edit"], subject.opening) for case, row in batch
+    ]
+    keys = [case.key for case, _ in batch]
     answers = subject.sampler.generate(
-        prompts, args.samples, args.max_new_tokens, args.temperature, args.seed, step + 1, [c.key for c, _ in batch]
-    )
+        prompts, args.samples, args.max_new_tokens, args.temperature, args.seed, step + 1, keys
+    ) if batch else []  # fmt: skip
     rewards, log = [], []
     for (case, row), group in zip(batch, answers, strict=True):
         texts = [subject.tokenizer.decode(answer.tokens) for answer in group]
@@ -444,7 +481,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     tokenizer = models.Tokenizer(args.model)
     network = models.load(args.model, ranks.device)
     end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
-    subject = Subject(Sampler(network, sorted(end)), tokenizer)
+    subject = Subject(Sampler(network, sorted(end)), tokenizer, opening=args.opening)
     faith.check_prompts(subject, questions, args.max_new_tokens)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
@@ -467,6 +504,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     reference = models.load(args.model, ranks.device).requires_grad_(False) if args.kl else None
     before = evaluate(subject, test, fit, "before", args, ranks) if test and args.eval_before else {}
     frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
+    anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
     optimizer = Optimizer(model, args)
     started, problem = time.time(), ""
     for step in range(args.steps):
@@ -484,9 +522,12 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         mine = ranks.share(batch)
         groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
         clock.append(time.time())
+        held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
+        anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
+        lr = learning_rate(step, args)
         try:
             for _ in range(args.updates):
-                figures = update(model, reference, optimizer, groups, rewards, learning_rate(step, args), args, ranks)
+                figures = update(model, reference, optimizer, groups, rewards, lr, args, ranks, anchor)
         except FloatingPointError as error:
             problem = str(error)
             break
@@ -498,7 +539,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         if ranks.rank == 0:
             seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
             record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
-                      "lr": learning_rate(step, args), "prompts": len(batch), "position": stream.position}  # fmt: skip
+                      "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
             report.append_jsonl(out / "metrics.jsonl", [record])
             report.append_jsonl(out / "explanations.jsonl", log)
             left = (time.time() - started) / (step + 1) * (args.steps - step - 1)

@@ -15,7 +15,6 @@ import train
 from rollout import Sampler
 
 BITS = 2.0**-24
-UNUSED = -1  # a token that no sampler can draw, so that nothing ever ends
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +48,13 @@ def same(a, b):
     assert [[c.ended for c in group] for group in a] == [[c.ended for c in group] for group in b]
     for x, y in zip((c for g in a for c in g), (c for g in b for c in g), strict=True):
         assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+
+
+def endless(network, rows=128):
+    """A sampler whose answers never end."""
+    sampler = Sampler(network, rows=rows)
+    sampler.end_of_turn = [-1]  # a token that no sampler can draw
+    return sampler
 
 
 def p_value(counts, probabilities):
@@ -177,7 +183,7 @@ def test_sampling_follows_the_softmax(network, sampler, temperature):
     prompt, n = [tiny.START, 60, 70, 80], 4000
     answers = [
         c.tokens
-        for group in Sampler(network, [UNUSED], rows=n).generate([prompt] * 3, n, 2, temperature, keys=[3, 5, 7])
+        for group in endless(network, rows=n).generate([prompt] * 3, n, 2, temperature, keys=[3, 5, 7])
         for c in group
     ]
     with torch.no_grad():
@@ -277,22 +283,33 @@ def test_option_logprobs(network, sampler, prompts):
 
 
 @pytest.mark.parametrize("together", [2, 3, 50])
-def test_option_logprobs_in_runs(network, prompts, together):
-    """The figures are the same; each run of prompts shares one batch, however small batches are."""
-    batches = []
+def test_option_logprobs_in_runs(network, prompts, together, monkeypatch):
+    """The figures are the same; each run of prompts is scored in one pass, and what it shares is computed once."""
+    passes = []
 
     class Watching(models.Transformer):
-        def hidden(self, tokens, *rest):
-            batches.append([row[row != 0].tolist() for row in tokens])
-            return super().hidden(tokens, *rest)
+        def hidden(self, tokens, *rest, **more):
+            passes.append(tokens[0].tolist())
+            return super().hidden(tokens, *rest, **more)
 
+    monkeypatch.setattr(rollout, "PREFILL", 300)  # so that there are several passes
+    prompts = [*prompts, *(prompt[:-4] + [90 + i] for i, prompt in enumerate(prompts[:-1])), prompts[0], prompts[0]]
     watched = Watching(network.config)
     watched.load_state_dict(network.state_dict())
-    scored = Sampler(watched, rows=4).option_logprobs(prompts, [5, 6], together)
-    assert (scored - Sampler(network).option_logprobs(prompts, [5, 6])).abs().max() < 1e-4
-    for start in range(0, len(prompts), together):
-        run = [[t for t in prompt if t] for prompt in prompts[start : start + together]]
-        assert any(all(prompt in batch for prompt in run) for batch in batches)
+    scored = Sampler(watched).option_logprobs(prompts, [5, 6], together)
+    alone = torch.cat([Sampler(network).option_logprobs([prompt], [5, 6]) for prompt in prompts])
+    assert (scored - alone).abs().max() < 1e-4
+    shares, runs = [], [prompts[i : i + together] for i in range(0, len(prompts), together)]
+    for run in runs:
+        columns = list(zip(*(prompt[:-1] for prompt in run), strict=False))
+        shared = next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+        shares.append(shared * (len(run) > 1))
+        laid = run[0][: shares[-1]] + [token for prompt in run for token in prompt[shares[-1] :]]
+        assert any(laid == p[i : i + len(laid)] for p in passes for i in range(len(p)))
+    assert max(shares) > 4 or together == 50
+    assert sum(map(len, passes)) == sum(map(len, prompts)) - sum(
+        n * (len(r) - 1) for n, r in zip(shares, runs, strict=True)
+    )
 
 
 # ---- the end of a turn ---------------------------------------------------------------------------------------
@@ -300,7 +317,7 @@ def test_option_logprobs_in_runs(network, prompts, together):
 
 def test_ends_at_any_token_of_the_set(network, prompts):
     """Against the same samples from a sampler that never ends. Token 0, among the ends, also pads prompts."""
-    free = Sampler(network, [UNUSED]).generate(prompts, 6, 16, 2.0)
+    free = endless(network).generate(prompts, 6, 16, 2.0)
     assert not any(c.ended for group in free for c in group) and {len(c.tokens) for g in free for c in g} == {16}
     drawn = {token for group in free for c in group for token in c.tokens}
     ends = [0, tiny.END, *sorted(drawn)[10:40:3]]
@@ -316,7 +333,7 @@ def test_ends_at_any_token_of_the_set(network, prompts):
 
 
 def test_an_end_at_the_last_position_counts(network, prompts):
-    (answer,) = Sampler(network, [UNUSED]).generate(prompts[:1], 1, 5)[0]
+    (answer,) = endless(network).generate(prompts[:1], 1, 5)[0]
     (cut,) = Sampler(network, [answer.tokens[4]]).generate(prompts[:1], 1, answer.tokens.index(answer.tokens[4]) + 1)[0]
     assert cut.ended and cut.tokens[-1] == answer.tokens[4]
     (one,) = Sampler(network, [answer.tokens[0]]).generate(prompts[:1], 1, 5)[0]
@@ -359,7 +376,8 @@ def test_empty_prompts(sampler):
         sampler.generate([[1], []])
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         sampler.option_logprobs([[]], [5, 6])
-    assert sampler.generate([]) == []
+    with pytest.raises(ValueError, match="no prompts"):
+        sampler.generate([])
     assert sampler.option_logprobs([], [5, 6]).shape == (0, 2)
 
 

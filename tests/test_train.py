@@ -143,7 +143,7 @@ class Keep:
         pass
 
     def step(self, lr, clip_norm, ranks):
-        self.gradient = {name: p.grad.clone() for name, p in self.network.named_parameters()}
+        self.gradient = {name: g.clone() for name, g in self.network.named_tensors(lambda p: p.grad).items()}
         return math.sqrt(sum(float(g.square().sum()) for g in self.gradient.values()))
 
 
@@ -189,8 +189,8 @@ def by_hand(network, groups, rewards, reference=None, **changes):
     live = [(g, r) for g, r in zip(groups, rewards, strict=True) if reference is not None or min(r) < max(r)]
     scored = sum(len(c.tokens) for (_, answers), _ in live for c in answers)
     figures = {"loss": loss.item(), "kl": kl, "clipped": clipped / scored, "sampler_gap": gap / scored,
-               "nll": nll / scored, "sampler_gap_max": largest}  # fmt: skip
-    gradient = {name: p.grad.clone() for name, p in network.named_parameters()}
+               "nll": nll / scored, "sampler_gap_max": largest, "anchor_kl": 0.0}  # fmt: skip
+    gradient = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
     figures["grad_norm"] = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
     return figures, gradient
 
@@ -346,7 +346,7 @@ def trl_trainer(folder, other, tmp_path_factory):
         },  # fmt: skip
         reward_funcs=lambda completions, **_: fed["rewards"],
     )
-    trainer.ref_model.load_state_dict({hf_name(name): w for name, w in other.state_dict().items()})
+    trainer.ref_model.load_state_dict({hf_name(name): w.detach() for name, w in other.named_tensors().items()})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer, fed
@@ -525,6 +525,7 @@ def test_groups_of(folder):
             words = subject.tokenizer.decode(answer.tokens).split()
             assert (entry["id"], entry["text"].split()) == (case.question.id, words)
             assert value == float((case.intervention.word in words) == row["influence"])
+    assert train.groups_of(subject, [], 0, args) == ([], [], [])  # a rank without work
     backwards = train.groups_of(subject, batch[::-1], 0, args)[0][::-1]
     assert [[c.tokens for c in g[1]] for g in backwards] == [[c.tokens for c in g[1]] for g in groups]
     for again in (
@@ -532,6 +533,51 @@ def test_groups_of(folder):
         train.groups_of(subject, batch, 0, train.Args(**SMALL, seed=1)),
     ):
         assert sum(a["text"] == b["text"] for a, b in zip(log, again[2], strict=True)) < 5
+
+
+def test_opening(folder):
+    """A forced beginning stands in the prompt, with the letter of the pick, and nowhere in what is measured."""
+    args, subject = train.Args(**SMALL), subject_of(folder)
+    batch = train.label(subject, train.Stream(questions_(), args).take(6), train.Ranks())
+    plain = train.groups_of(subject, batch, 0, args)
+    subject.opening = "the hypothesis ({letter}) is true"
+    groups, _, log = train.groups_of(subject, batch, 0, args)
+    for (_, row), (prompt, _), (before, _) in zip(batch, groups, plain[0], strict=True):
+        opening = subject.opening.replace("{letter}", "ABC"[row["y_edit"]])
+        assert prompt == before + subject.tokenizer.encode(opening)
+    assert not any("hypothesis" in e["text"][:12] for e in log) and log != plain[2]
+
+
+@pytest.mark.parametrize("offsets", [None, [-1.0, -2.0, -0.5]])
+def test_anchor_by_hand(folder, offsets):
+    """Loss and gradient of KL(initial ‖ current) over the letters of X and X', against each prompt alone."""
+    subject = subject_of(folder)
+    subject.offsets = None if offsets is None else np.array(offsets)
+    labelled = train.label(subject, train.Stream(questions_(), train.Args(**SMALL)).take(3), train.Ranks())
+    network, tokenizer = subject.sampler.model, subject.tokenizer
+    for w in network.parameters():
+        w.grad = None
+    assert abs(train.hold_decisions(subject, labelled, 2.0, train.Ranks())) < 1e-6  # nothing has moved yet
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for w in network.parameters():
+            w += 0.3 * torch.randn(w.shape, generator=generator)
+    network.zero_grad()
+    figure = train.hold_decisions(subject, labelled, 2.0, train.Ranks())
+    ours = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
+    network.zero_grad()
+    kl = 0.0
+    for case, row in labelled:
+        for question, p in ((case.question, row["p"]), (case.edited, row["p_edit"])):
+            prompt = faith.decision_prompt(tokenizer, question)
+            logits = network(torch.tensor([prompt]))[0, -1, faith.letter_tokens(tokenizer, 3)]
+            q = (logits - torch.tensor(offsets or [0.0] * 3)).softmax(-1)
+            kl = kl + (torch.tensor(p) * (torch.tensor(p).log() - q.log())).sum() / 6
+    (2 * kl).backward()
+    theirs = {name: g for name, g in network.named_tensors(lambda p: p.grad).items()}
+    assert kl > 0.01
+    close(({"kl": figure}, ours), ({"kl": kl.item()}, theirs))
+    assert train.hold_decisions(subject, [], 2.0, train.Ranks()) == 0.0
 
 
 def test_stream():
@@ -853,7 +899,19 @@ def torchrun(n, script, given, timeout=300):
     "n, changes",
     [
         (2, {"prompts": 6, "candidates": 192}),  # three groups each: an odd number
-        (3, {"prompts": 2, "kl": 0.05, "updates": 2, "eval_questions": 2, "labels": "frozen"}),  # one has none
+        (
+            3,
+            {
+                "prompts": 2,
+                "kl": 0.05,
+                "updates": 2,
+                "eval_questions": 2,
+                "labels": "frozen",
+                "anchor": 3.0,
+                "anchor_questions": 5,
+                "opening": "the hypothesis",
+            },
+        ),  # one has none
     ],
 )
 def test_ranks_change_nothing(folder, tmp_path, call, n, changes):
