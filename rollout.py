@@ -302,7 +302,10 @@ class Sampler:
         V = model.config.vocab_size
         if outside := [token for token in self.end_of_turn if not 0 <= token < V]:
             raise ValueError(f"end-of-turn token {outside[0]} is not in the vocabulary of {V}; mend eos_token_id")
-        self.slots = self.run = None  # kept between calls on CUDA, where graphs know them by address
+        # On CUDA the step is captured, for few sizes, and the host looks at its results now and then. On a CPU
+        # looking costs nothing, and the sizes may follow the samples closely.
+        self.static = model.device.type == "cuda"
+        self.slots = self.run = None  # kept between calls where static: graphs know them by address
 
     def check(self, prompts: list[list[int]], new: int) -> None:
         for i, prompt in enumerate(prompts):
@@ -340,16 +343,10 @@ class Sampler:
             raise ValueError(f"temperature must be one number or one per sample, finite and not below 0: {temperature}")
         self.check(prompts, max_new_tokens)
         s = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
-        (
-            s.seed.fill_(seed),
-            s.step.fill_(step),
-            s.limit.fill_(max_new_tokens),
-            s.bad.fill_(2**62),
-            s.finished.fill_(True),
-        )
+        s.reset(seed, step, max_new_tokens)
         keys = list(range(len(prompts))) if keys is None else keys
         heat = torch.tensor(temperatures, device=s.length.device)
-        every = 8 if s.length.device.type == "cuda" else 1  # steps between two looks; on a CPU looking costs nothing
+        every = 8 if self.static else 1  # steps between two looks
         results: list[list] = [[None] * samples for _ in prompts]
         todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest is taken first
         waiting: dict[int, list] = {}  # of each slot in use, the samples not yet begun
@@ -417,7 +414,7 @@ class Sampler:
                              "lower the sampler's rows, --samples or --max-new-tokens")  # fmt: skip
         slots = Slots(model.config, P, *sizes, device, model.dtype)
         end = torch.tensor(self.end_of_turn, device=device)
-        if device.type != "cuda":
+        if not self.static:
             self.run = lambda bucket: decode_step(model, slots, end, *bucket)
             return slots
         self.slots, self.run = slots, Graphs(model, slots, end, self.buckets(slots))
@@ -434,7 +431,7 @@ class Sampler:
         """The smallest sizes of `decode_step` that hold the busy lanes for the next steps; orders the rows."""
         P = max(busy) // s.G + 1
         N = min(s.N, max(sample.count for sample in busy.values()) + every - 1)
-        if s.length.device.type == "cuda":
+        if self.static:
             return min(b for b in self.buckets(s) if b[0] >= P and b[3] >= N)
         R = min(-(-len(busy) // 4) * 4, P * s.G)  # few products are as fast for any number of rows
         T = max(len(prompts[sample.prompt]) for sample in busy.values())
