@@ -76,8 +76,8 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
     weights = (scaled - highest[:, None]).exp_()
     total = weights.sum(-1).log()  # not the CDF's end: of the two, this is the more exact
     cdf = weights.cumsum_(-1)
-    # The first index whose CDF exceeds u · total: never a token of probability 0, never past the end.
-    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    # The first index whose CDF exceeds u · total: never a token of probability 0. Past the end only for NaN.
+    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     tokens = torch.where(greedy, argmax, drawn)
     return tokens, scaled.gather(-1, tokens[:, None])[:, 0] - highest - total
 
@@ -254,9 +254,10 @@ class Graphs:
                 with torch.cuda.stream(side):  # warm-up; all lanes are finished, so it writes nothing that counts
                     self.run(bucket)
                 torch.cuda.current_stream().wait_stream(side)
-                self.graphs[bucket] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[bucket], pool=pool):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
                     self.run(bucket)
+                self.graphs[bucket] = graph
         except RuntimeError as error:
             print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
             torch.cuda.synchronize()

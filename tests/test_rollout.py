@@ -2,6 +2,7 @@
 
 import random
 
+import plain as plain_sampler
 import pytest
 import tiny
 import torch
@@ -115,6 +116,94 @@ def test_seed_step_and_key_change_samples(sampler, prompts, change):
     same([a], [again])
     assert all(x.tokens != y.tokens for x, y in zip(a, b, strict=True))
     assert len({tuple(c.tokens) for c in a}) == 4  # so does the sample's number
+
+
+# ---- against the plain sampler -------------------------------------------------------------------------------
+
+SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "head_dim": 16}  # fmt: skip
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2, "rope_theta": 1e4, "rope_scaling": SCALING},
+    "llama, one key head": {"model_type": "llama", "num_key_value_heads": 1, "rope_theta": 1e4},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "rope_theta": 1e6},
+}
+
+
+def eager(model, slots, end, buckets):
+    """In place of `rollout.Graphs`: nothing is captured."""
+    return lambda bucket: rollout.decode_step(model, slots, end, *bucket)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows, lanes, static", [(128, 8, False), (6, 2, False), (10, 3, True), (12, 4, True)])
+def test_equals_the_plain_sampler(family, rows, lanes, static, monkeypatch):
+    """The same samples, sampled and greedy, whatever the slots, buckets and refills; two calls with the same slots."""
+    torch.manual_seed(3)
+    network = models.Transformer(models.Config.from_json(SHAPE | FAMILIES[family] | {"eos_token_id": [5, 6, 7]}))
+    with torch.no_grad():
+        for w in network.parameters():
+            w.copy_(torch.randn(w.shape) * (0.3 if w.dim() > 1 else 1))
+    generator = random.Random(1)
+    texts = [[generator.randrange(97) for _ in range(n)] for n in (30, 1, 17, 44, 2, 30, 9, 61, 5)]
+    monkeypatch.setattr(rollout, "Graphs", eager)
+    moves = []
+    move = rollout.Slots.move
+    monkeypatch.setattr(rollout.Slots, "move", lambda *a: (moves.append(a[1:]), move(*a)))
+    plain, ours = plain_sampler.Sampler(network), Sampler(network, rows=rows, lanes=lanes)
+    ours.static = static
+    lengths = set()
+    for temperature in (1.0, [0.0, 0.8, 1.0, 1.5, 1.0]):
+        a = plain.generate(texts, 5, 24, temperature, seed=9, step=2)
+        same(a, ours.generate(texts, 5, 24, temperature, seed=9, step=2))
+        lengths |= {len(c.tokens) for group in a for c in group}
+    assert min(lengths) < 4 and max(lengths) == 24
+    assert moves or rows != 6  # slots in use did move together
+
+
+def test_smollm2_samples_equal_the_plain_samplers(smollm2, capsys):
+    """On a real model; samples part only where the uniform falls within 1e-4 of the border between two tokens."""
+    network, tokenizer = models.load(smollm2), models.Tokenizer(smollm2)
+    questions = tasks.load("esnli", tiny.ROOT / "tests" / "data" / "esnli")[:6]
+    texts = [faith.explanation_prompt(tokenizer, q, i % 3) for i, q in enumerate(questions)]
+    temperatures = [0.0, 1.0, 0.7, 1.0]
+    how = {"samples": 4, "max_new_tokens": 16, "temperature": temperatures, "seed": 4}
+    ties = 0
+    ours, plain = Sampler(network, rows=8).generate(texts, **how), plain_sampler.Sampler(network).generate(texts, **how)
+    for i, (prompt, group, other) in enumerate(zip(texts, ours, plain, strict=True)):
+        for j, (a, b) in enumerate(zip(group, other, strict=True)):
+            n = next((t for t, pair in enumerate(zip(a.tokens, b.tokens, strict=False)) if pair[0] != pair[1]), None)
+            if n is None:
+                assert len(a.tokens) == len(b.tokens)
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+                continue
+            ties += 1
+            assert a.logprobs[:n] == pytest.approx(b.logprobs[:n], abs=1e-4)
+            with torch.no_grad():
+                logits = network(torch.tensor([prompt + a.tokens[:n]]))[0, -1]
+            if temperatures[j] == 0:
+                assert abs(logits[a.tokens[n]] - logits[b.tokens[n]]) < 1e-4
+            else:
+                cdf = (logits.double() / temperatures[j]).softmax(-1).cumsum(-1)
+                u = rollout.uniforms(4, 0, torch.tensor([i]), torch.tensor([j]), n)
+                for token in (a.tokens[n], b.tokens[n]):
+                    assert (cdf[token - 1] if token else 0) - 1e-4 < u < cdf[token] + 1e-4
+    with capsys.disabled():
+        print(f" {ties} of 24 samples part at a tie", end="")
+    assert ties < 8
+
+
+def test_shared_keys_and_values_of_8b():
+    """64 prompts of 300 tokens x 16 samples of 200, Llama-3.1-8B in bf16: what the code allocates is the arithmetic."""
+    shape = SHAPE | {"num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128, "hidden_size": 4096}
+    config = models.Config.from_json(shape | {"model_type": "llama", "num_key_value_heads": 8, "rope_theta": 5e5})
+    token = 2 * 32 * 8 * 128 * 2  # keys and values, layers, key heads, head dim, bytes
+    shared = rollout.Slots(config, 64, 16, 300, 200, "meta", torch.bfloat16).kv_bytes()
+    copied = rollout.Slots(config, 64 * 16, 1, 300, 200, "meta", torch.bfloat16).kv_bytes()
+    assert shared == token * (64 * 300 + 64 * 16 * 200) == 29_360_128_000
+    assert copied == token * 64 * 16 * 500 == 67_108_864_000
 
 
 # ---- the uniforms --------------------------------------------------------------------------------------------
@@ -384,11 +473,43 @@ def test_empty_prompts(sampler):
 @pytest.mark.parametrize(
     "wrong",
     [{"samples": 0}, {"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")},
-     {"temperature": [1.0]}, {"temperature": [1.0, -1.0]}, {"temperature": [1.0, 1.0, 1.0]}],
+     {"temperature": float("inf")}, {"temperature": [1.0]},
+     {"temperature": [1.0, -1.0]}, {"temperature": [1.0, 1.0, 1.0]}],
 )  # fmt: skip
 def test_bad_numbers(sampler, wrong):
     with pytest.raises(ValueError, match="temperature|at least 1"):
         sampler.generate([[1, 2]], **{"samples": 2, **wrong})
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_an_end_of_turn_outside_the_vocabulary(network, token):
+    with pytest.raises(ValueError, match=f"end-of-turn token {token} is not in the vocabulary"):
+        Sampler(network, [tiny.END, token])
+
+
+def test_no_memory_for_the_cache(sampler, prompts, monkeypatch):
+    config = sampler.model.config
+    one = rollout.Slots(config, 1, 4, -(-max(map(len, prompts)) // 16) * 16, 10, "meta").kv_bytes()
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: 3 * one + one // 2)
+    with pytest.raises(ValueError, match=r"KV cache of \d+ prompts x 4 samples .* enough for 3 prompts"):
+        sampler.generate(prompts, 4, 10)
+    assert len(sampler.generate(prompts[:3], 4, 10)) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_weights_stop_the_run(folder, prompts, value):
+    network = models.load(folder)
+    sampler = endless(network)
+    tokens = sampler.generate(prompts[:1], 1, 8, step=6)[0][0].tokens
+    place = next(i for i, token in enumerate(tokens) if i > 1 and token not in prompts[0] + tokens[:i])
+    with torch.no_grad():
+        network.embed_tokens.weight[tokens[place]] = value  # broken as soon as this token is fed
+    with pytest.raises(ValueError, match=f"not finite at new token {place + 2} of sampling step 6"):
+        sampler.generate(prompts[:1], 1, 8, step=6)
+    with torch.no_grad():
+        network.lm_head.weight[3, 0] = value
+    with pytest.raises(ValueError, match="not finite at new token 1 of sampling step 6"):
+        sampler.generate(prompts, 2, 8, step=6)
 
 
 def test_command_line(folder, capsys):
