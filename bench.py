@@ -64,8 +64,9 @@ def product_rate(config: models.Config, rows: int, device, dtype, head: bool) ->
     total, operations = 0.0, 0.0
     for n, (out, inner) in [(config.layers, s) for s in shapes] + ([(1, (config.vocab_size, E))] if head else []):
         x = torch.randn(rows, inner, device=device, dtype=dtype)
-        # Several weights in turn, as in a model: one alone would stay in the processor's cache.
-        weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(min(n, 8))]
+        # One weight after another, as in a model: a few alone would stay in the processor's cache.
+        some = min(n, max(1, int(2e9 / (out * inner * 4))))
+        weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(some)]
         repeats = max(1, round(2e9 / (2 * rows * out * inner * len(weights))))
 
         def products():

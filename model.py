@@ -180,10 +180,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
-        q, k, v = qkv.split((H, K, K), dim=1)
+        qk, v = qkv.split((H + K, K), dim=1)
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
+            qk = torch.cat((self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])), dim=1)
+        q, k = rotate(qk, cos, sin).split((H, K), dim=1)
+        out = attend(self.layer, q, k, v)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
 
 

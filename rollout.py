@@ -35,7 +35,7 @@ from torch import Tensor
 
 from model import Config, Tokenizer, Transformer, load
 
-PREFILL = 4096  # tokens laid end to end in one forward pass
+PREFILL = 1024  # tokens laid end to end in one forward pass: enough for fast products, little enough for caches
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,19 @@ def uniforms(seed, step, question: Tensor, sample: Tensor, position) -> Tensor:
 def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32.
 
-    temperature (R,) fp32; rows at 0 take the argmax, and their logprobs are those at T = 1.
+    temperature (R,) fp32; rows at 0 take the argmax, and their logprobs are those at T = 1. Overwrites fp32 logits:
+    over a whole vocabulary, each new tensor costs as much as the arithmetic.
     """
     greedy = temperature == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    highest, argmax = scaled.max(-1)
-    weights = (scaled - highest[:, None]).exp_()
+    logits = logits.float().div_(torch.where(greedy, 1.0, temperature)[:, None])
+    highest, argmax = logits.max(-1)
+    weights = logits.sub_(highest[:, None]).exp()
     total = weights.sum(-1).log()  # not the CDF's end: of the two, this is the more exact
     cdf = weights.cumsum_(-1)
     # The first index whose CDF exceeds u · total: never a token of probability 0. Past the end only for NaN.
     drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     tokens = torch.where(greedy, argmax, drawn)
-    return tokens, scaled.gather(-1, tokens[:, None])[:, 0] - highest - total
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
 
 
 # ---- many texts in one pass ----------------------------------------------------------------------------------
@@ -224,10 +225,10 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     tokens = s.tokens[lanes, count - 1]
     states = model.hidden(tokens[:, None], (s.length[slot] + count - 1)[:, None], attend=attend)
     logits = model.head(states[:, 0])  # (R, V)
-    u = uniforms(s.seed, s.step, s.question[lanes], s.sample[lanes], count)
-    drawn, logprobs = sample_tokens(logits, s.temperature[lanes], u)
     live = ~s.finished[lanes]
     broken = live & ~logits.sum(-1).isfinite()  # one infinity or NaN is enough to spoil the sum
+    u = uniforms(s.seed, s.step, s.question[lanes], s.sample[lanes], count)
+    drawn, logprobs = sample_tokens(logits, s.temperature[lanes], u)
     s.bad.copy_(torch.minimum(s.bad, torch.where(broken, count, 2**62).min()))
     place = torch.where(live, count, s.N)
     s.tokens[lanes, place] = drawn
@@ -465,7 +466,7 @@ class Sampler:
                     raise ValueError(f"the logits are not finite at new token 1 of sampling step {int(s.step)}; "
                                      "the weights are broken, perhaps by too high a learning rate")  # fmt: skip
                 u = uniforms(s.seed, s.step, torch.full_like(number, keys[i]), number, 0)
-                token, logprob = sample_tokens(logits.expand(len(heat), -1), heat, u)
+                token, logprob = sample_tokens(logits.repeat(len(heat), 1), heat, u)
                 firsts[p] = list(zip(token.tolist(), logprob.tolist(), strict=True))
                 s.length[p] = len(prompts[i])
         return firsts

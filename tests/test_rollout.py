@@ -289,7 +289,7 @@ def test_sampling_follows_the_softmax(network, sampler, temperature):
 def test_inverse_cdf_by_hand():
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     u = torch.tensor([0.0, 0.1, 0.2499, 0.2501, 0.6, 0.7499, 0.7501, 1 - BITS])
-    tokens, logprobs = rollout.sample_tokens(p.log().expand(len(u), 6), torch.ones(len(u)), u)
+    tokens, logprobs = rollout.sample_tokens(p.log().repeat(len(u), 1), torch.ones(len(u)), u)
     assert tokens.tolist() == [1, 1, 1, 3, 3, 3, 4, 4]
     assert logprobs.tolist() == pytest.approx(p[tokens].log().tolist())
 
@@ -302,7 +302,7 @@ def test_impossible_tokens_are_never_drawn():
     logits[banned] = -torch.inf
     random_u = torch.rand(62, generator=generator)
     for u in (torch.zeros(64), torch.full((64,), 1 - BITS), torch.cat([random_u, torch.tensor([BITS, 0.5])])):
-        tokens, logprobs = rollout.sample_tokens(logits, torch.ones(64), u)
+        tokens, logprobs = rollout.sample_tokens(logits.clone(), torch.ones(64), u)
         assert not banned.gather(1, tokens[:, None]).any()
         assert logprobs.isfinite().all()
 
@@ -310,8 +310,8 @@ def test_impossible_tokens_are_never_drawn():
 @pytest.mark.parametrize("V", [1, 2, 3, 1000, 128_256])
 def test_extreme_uniforms_stay_inside(V):
     logits = torch.randn(16, V, generator=torch.Generator().manual_seed(V)) * 3
-    low, _ = rollout.sample_tokens(logits, torch.ones(16), torch.zeros(16))
-    high, _ = rollout.sample_tokens(logits, torch.ones(16), torch.full((16,), 1 - BITS))
+    low, _ = rollout.sample_tokens(logits.clone(), torch.ones(16), torch.zeros(16))
+    high, _ = rollout.sample_tokens(logits.clone(), torch.ones(16), torch.full((16,), 1 - BITS))
     assert (low == 0).all()
     assert ((0 <= high) & (high < V)).all()
     assert (logits.softmax(-1).cumsum(-1).gather(1, high[:, None]) > 1 - 1e-3).all()
