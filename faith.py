@@ -52,7 +52,8 @@ WHY = "Why did you choose ({letter})? In one sentence, say what or who in the qu
 
 def ask(question: Question) -> str:
     """The first user turn: the question's text, the biasing sentence if there is one, lettered options."""
-    text = ASK.get(question.task, "{0}").format(*question.parts)
+    template = ASK.get(question.task)
+    text = template.format(*question.parts) if template else " ".join(question.parts)
     text += " " + question.appeal if question.appeal else ""
     options = "".join(f"\n({LETTERS[i]}) {option}" for i, option in enumerate(question.options))
     return f"{text}{options}\nAnswer with the letter."

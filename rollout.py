@@ -86,18 +86,22 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
 # ---- many texts in one pass ----------------------------------------------------------------------------------
 
 
-def over_parts(parts: list[tuple[int, int, int, int]], device=None):
+def over_parts(parts: list[tuple[int, int, int, int, Tensor | None]], device=None):
     """Attention for texts laid end to end in one row (B = 1), for `Transformer.hidden`.
 
-    A part (start, end, first, last) sees itself, causally, and before that the tokens first..last, which it
-    continues (none where first = last). So nothing is padding, and what texts share is computed once.
+    A part (start, end, first, last, mask) sees the tokens first..last, which it continues (none where first = last),
+    and itself: causally, or where the mask (its tokens, those it continues and its own) is True. So nothing is
+    padding, and what texts share is computed once.
     """
-    masks = [torch.ones(b - a, y - x + b - a, dtype=torch.bool, device=device).tril(y - x) if y > x else None
-             for a, b, x, y in parts]  # fmt: skip
+    masks = []
+    for a, b, x, y, mask in parts:
+        if mask is None and y > x:
+            mask = torch.ones(b - a, y - x + b - a, dtype=torch.bool).tril(y - x)
+        masks.append(None if mask is None else mask.to(device))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
-        for (a, b, x, y), mask in zip(parts, masks, strict=True):
+        for (a, b, x, y, _), mask in zip(parts, masks, strict=True):
             if y > x:
                 keys, values = (torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) for c in (k, v))
             else:
@@ -122,11 +126,11 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
         same = [len(set(column)) == 1 for column in zip(*(prompt[:-1] for prompt in run), strict=False)]
         shared = [*same, False].index(False) if len(run) > 1 else 0
         first, after = len(tokens), len(tokens) + shared
-        parts += [(first, after, 0, 0)] if shared else []
+        parts += [(first, after, 0, 0, None)] if shared else []
         tokens += run[0][:shared]
         positions += range(shared)
         for prompt in run:
-            parts.append((len(tokens), len(tokens) + len(prompt) - shared, first, after))
+            parts.append((len(tokens), len(tokens) + len(prompt) - shared, first, after, None))
             tokens += prompt[shared:]
             positions += range(shared, len(prompt))
             last.append(len(tokens) - 1)
@@ -450,7 +454,7 @@ class Sampler:
             while todo and sum(len(prompts[i]) for _, i in some) + len(prompts[todo[-1][1]]) <= PREFILL:
                 some.append(todo.pop())
             ends = torch.tensor([len(prompts[i]) for _, i in some]).cumsum(0).tolist()
-            parts = [(end - len(prompts[i]), end, 0, 0) for end, (_, i) in zip(ends, some, strict=True)]
+            parts = [(end - len(prompts[i]), end, 0, 0, None) for end, (_, i) in zip(ends, some, strict=True)]
             look = over_parts(parts, device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

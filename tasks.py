@@ -29,12 +29,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TASKS = ("esnli", "social_iqa", "comve", "strategyqa")
+TASKS = ("esnli", "social_iqa", "comve", "strategyqa", "toy")
 FILES = {
     "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
     "social_iqa": ("train.jsonl", "dev.jsonl"),
     "comve": ("subtaskA_data_all.csv", "subtaskA_dev_data.csv", "subtaskA_test_data.csv"),
     "strategyqa": ("train.json", "dev.json"),
+    "toy": ("questions.jsonl",),
 }
 
 
@@ -59,7 +60,8 @@ def load(task: str, path: str | Path) -> list[Question]:
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    read = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa}[task]
+    read = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa,
+            "toy": _toy}[task]  # fmt: skip
     path = Path(path)
     try:
         files = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
@@ -160,6 +162,18 @@ def _strategyqa(file: Path) -> Iterator[Question]:
         parts = (_string(row, "question", where),)
         gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
         yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
+
+
+def _toy(file: Path) -> Iterator[Question]:
+    for line, text in enumerate(_lines(file), start=1):
+        where, row = f"{file}, line {line}", _json(text, file, line)
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), list) and row[key] for key in ("parts", "options")
+        ):
+            raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
+        gold = _choice(row.get("answer"), range(len(row["options"])), where)
+        group = _string(row, "group", where)
+        yield Question("toy", _string(row, "id", where), tuple(row["parts"]), tuple(row["options"]), gold, group)
 
 
 def _text(file: Path) -> str:

@@ -44,9 +44,10 @@ import model as models
 import report
 import reward
 import tasks
+import toy
 from faith import Case, Subject
 from ranks import Ranks
-from rollout import Completion, Sampler, option_scores
+from rollout import Completion, Sampler, option_scores, over_parts
 
 
 def option(default, text: str, choices=None):
@@ -57,11 +58,13 @@ def option(default, text: str, choices=None):
 class Args:
     """Everything a run depends on; each field is a flag, and all are saved with the run."""
 
-    model: str = option("", "Hugging Face directory, or hub id in the local cache")
-    task: str = option("esnli", "what the questions are", tasks.TASKS)
-    data: str = option("", "folder or file with the task's published data")
-    intervention: str = option("bias", "what is slipped into a question", reward.KINDS)
-    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run")
+    model: str = option("toy", "Hugging Face directory, hub id in the local cache, or the embedded toy (toy.py), made "
+                        "on first use; toy-qwen3 is its other shape")  # fmt: skip
+    task: str = option("toy", "what the questions are", tasks.TASKS)
+    data: str = option("", "folder or file with the task's published data; the toy brings its own")
+    intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
+    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. By default "
+                      "a new one in out/")  # fmt: skip
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
@@ -156,12 +159,12 @@ def learning_rate(step: int, args: Args) -> float:
 
 @dataclass
 class Packed:
-    """Groups as rows: a prompt once, then its completions side by side."""
+    """Groups laid end to end in one row: a prompt once, then its completions."""
 
-    tokens: Tensor  # (B, T)
-    positions: Tensor  # (B, T), each completion's continuing from its prompt's end
-    mask: Tensor  # (B, 1, T, T), True where a query may look
-    sources: Tensor  # (2, M): row and column of the state that predicts each completion token
+    tokens: Tensor  # (1, T)
+    positions: Tensor  # (1, T), each completion's continuing from its prompt's end
+    parts: list  # who sees whom: see rollout.over_parts
+    sources: Tensor  # (M,): place of the state that predicts each completion token
     targets: Tensor  # (M,): the completion tokens
 
 
@@ -169,31 +172,30 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packe
     """Packs (prompt, completions) groups; M runs over groups, then completions, then their tokens.
 
     A completion sees the prompt and itself, not its neighbours, so every logprob is what it would be alone,
-    while the prompt's work is done once. Groups of one completion give the plain, unshared form.
+    while the prompt's work is done once and nothing is padding. Groups of one completion give the plain form.
     """
-    rows = []
+    tokens, positions, parts, sources, targets = [], [], [], [], []
     for prompt, completions in groups:
-        tokens, positions, segments, sources = list(prompt), list(range(len(prompt))), [0] * len(prompt), []
-        for i, completion in enumerate(completions, 1):
+        first, after = len(tokens), len(tokens) + len(prompt)
+        tokens += prompt
+        positions += range(len(prompt))
+        parts.append((first, after, first, first, None))
+        segments = []
+        for i, completion in enumerate(completions):
             # Token t is predicted by token t − 1: the first by the prompt's last, and the last one is no input.
-            sources += [len(prompt) - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
+            sources += [after - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
+            targets += completion
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
             segments += [i] * (len(completion) - 1)
             tokens += completion[:-1]
-        rows.append((tokens, positions, segments, sources))
-    T = max(len(row[0]) for row in rows)
-    tokens, positions, segments = (
-        torch.tensor([row[k] + [fill] * (T - len(row[k])) for row in rows], device=device)
-        for k, fill in ((0, 0), (1, 0), (2, -1))
+        if segments:
+            own = torch.tensor(segments)
+            own = (own[:, None] == own).tril()  # (n, n) of the n completion tokens
+            parts.append((after, len(tokens), first, after, torch.cat((own.new_ones(len(own), len(prompt)), own), 1)))
+    tokens, positions, sources, targets = (
+        torch.tensor(x, device=device) for x in ([tokens], [positions], sources, targets)
     )
-    time_ = torch.arange(T, device=device)
-    own = segments[:, :, None] == segments[:, None, :]
-    mask = (time_[:, None] >= time_) & (own | (segments[:, None, :] == 0))  # (B, T, T)
-    sources = [(b, t) for b, row in enumerate(rows) for t in row[3]]
-    targets = [token for _, completions in groups for completion in completions for token in completion]
-    return Packed(
-        tokens, positions, mask[:, None], torch.tensor(sources, device=device).T, torch.tensor(targets, device=device)
-    )
+    return Packed(tokens, positions, parts, sources, targets)
 
 
 def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 256) -> Tensor:
@@ -202,7 +204,8 @@ def token_logprobs(model: models.Transformer, packed: Packed, temperature: float
     The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over
     the vocabulary, the peak of memory, never exist for more than `chunk` tokens.
     """
-    states = model.hidden(packed.tokens, packed.positions, packed.mask)[packed.sources[0], packed.sources[1]]
+    attend = over_parts(packed.parts, packed.tokens.device)
+    states = model.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
 
     def score(states: Tensor, targets: Tensor) -> Tensor:  # (m, E), (m,) -> (m,)
         logits = model.head(states).float() / temperature
@@ -456,10 +459,26 @@ def step_metrics(log: list[dict], labelled: list, size: int) -> dict:
     }  # fmt: skip
 
 
+def furnish(args: Args, ranks: Ranks) -> None:
+    """Fills in what the defaults leave open: the toy's folders, and a new folder for the run."""
+    if args.model.startswith("toy") and not Path(args.model).exists():
+        families = {"toy": "llama", "toy-qwen3": "qwen3"}
+        if args.model not in families:
+            raise ValueError(f"--model {args.model}: no such directory, and the toys are {' and '.join(families)}")
+        for rank in (0, ranks.rank):  # rank 0 makes it, the others find it made
+            folder = toy.prepare(families[args.model]) if ranks.rank == rank else None
+            ranks.gather([])
+        args.model = str(folder / "model")
+        args.data = args.data or (str(folder) if args.task == "toy" else "")
+    if not args.data:
+        raise ValueError("--task and --data are needed with a model of your own; see python train.py --help")
+    name = f"{args.task}-{args.intervention}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.out = args.out or ranks.gather([str(Path("out") / name)])[0]
+
+
 def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
-    if not args.model or not args.data or not args.out:
-        raise ValueError("--model, --data and --out are needed; see python train.py --help")
+    furnish(args, ranks)
     for name, least in LEAST.items():
         if not getattr(args, name) >= least:  # so written, NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -618,6 +637,8 @@ def parse(argv: list[str] | None = None) -> Args:
         else:
             extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
         parser.add_argument(flag, default=field.default, **extra)
+    if parser.parse_args(argv).model.startswith("toy"):
+        parser.set_defaults(**toy.SETTINGS)
     return Args(**vars(parser.parse_args(argv)))
 
 

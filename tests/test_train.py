@@ -229,26 +229,6 @@ def test_how_a_step_is_cut_up_changes_nothing(network, other, form, monkeypatch)
     close(stepped(network, groups, rewards, other, loss=form, kl=0.1, micro=2), wanted)
 
 
-def test_padding_changes_nothing(network, monkeypatch):
-    """What fills a row up is never looked at."""
-    groups, rewards = noisy_groups(network, 1.0, seed=2)
-    wanted = stepped(network, groups, rewards)
-    shared = train.pack
-
-    def filled(groups, device):
-        packed = shared([*groups, ([5] * 60, [[6]])], device)  # makes all rows longer, and is then taken out
-        tokens = packed.tokens[:-1].clone()
-        lengths = [len(p) + sum(len(c) - 1 for c in cs) for p, cs in groups]
-        for row, n in zip(tokens, lengths, strict=True):
-            row[n:] = tiny.END
-        inner = packed.sources[0] < len(groups)
-        return train.Packed(tokens, packed.positions[:-1], packed.mask[:-1], packed.sources[:, inner],
-                            packed.targets[inner])  # fmt: skip
-
-    monkeypatch.setattr(train, "pack", filled)
-    close(stepped(network, groups, rewards), wanted)
-
-
 def test_flat_groups_may_be_left_out(network):
     """Without a KL they are skipped, with a KL of weight 0 they are kept: the gradient is the same."""
     groups, rewards = noisy_groups(network, 1.0, seed=3)
@@ -312,9 +292,11 @@ def test_gradient_reaches_explanations_and_nothing_else(network):
     assert (gradient - wanted).abs().max() < 1e-7
     ends = (targets == tiny.END) & (A != 0)
     assert ends.sum() > 8 and (gradient[ends, tiny.END].abs() > 1e-4).all()
-    columns = packed.sources[1].split([sum(len(c.tokens) for c in cs) for _, cs in groups])
-    for (prompt, cs), at in zip(groups, columns, strict=True):  # the prompt gives its last state, once for each
-        assert (at >= len(prompt) - 1).all() and (at == len(prompt) - 1).sum() == len(cs)
+    start, sources = 0, packed.sources.split([sum(len(c.tokens) for c in cs) for _, cs in groups])
+    for (prompt, cs), at in zip(groups, sources, strict=True):  # the prompt gives its last state, once for each
+        last = start + len(prompt) - 1
+        assert (at >= last).all() and (at == last).sum() == len(cs)
+        start += len(prompt) + sum(len(c.tokens) - 1 for c in cs)
 
 
 # ---- against TRL ---------------------------------------------------------------------------------------------
