@@ -41,16 +41,14 @@ THINGS = [line.split() for line in (
     "chair pumpkin suitcase", "barrel anvil sofa", "piano boulder cow", "truck whale tractor",
 )]  # fmt: skip
 CLASS = {thing: level for level, things in enumerate(THINGS) for thing in things}
-SCENES = tuple(
-    f"The {{}} {verb} the {{}}."
-    for verb in ("stands beside", "lies near", "rests against", "hangs above", "stays behind", "falls toward", "sits on",
-                 "leans over", "rolls past", "waits under", "stops before", "lands by")
-)  # fmt: skip
+VERBS = ("stands beside", "lies near", "rests against", "hangs above", "stays behind", "falls toward", "sits on",
+         "leans over", "rolls past", "waits under", "stops before", "lands by")  # fmt: skip
+SCENES = tuple(f"The {{}} {verb} the {{}}." for verb in VERBS)
 OTHER_SCENES = ("Somebody carries the {} past the {}.", "Nobody moves the {} or the {}.")  # never trained on
 PUSH = 2.5  # weight classes
 STEPS, BATCH, LR = 500, 96, 3e-3
 # What train.py does with the toy, unless told otherwise.
-SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "steps": 320, "prompts": 32, "warmup": 5,
+SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "steps": 200, "prompts": 32, "warmup": 5,
             "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
