@@ -171,7 +171,7 @@ def _toy(file: Path) -> Iterator[Question]:
             isinstance(row.get(key), list) and row[key] for key in ("parts", "options")
         ):
             raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
-        gold = _choice(row.get("answer"), range(len(row["options"])), where)
+        gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(row["options"]))], where)
         group = _string(row, "group", where)
         yield Question("toy", _string(row, "id", where), tuple(row["parts"]), tuple(row["options"]), gold, group)
 

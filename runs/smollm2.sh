@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 exec torchrun --nproc-per-node 1 train.py --model "$1" --task esnli --data "$2" --out "$3" --intervention bias \
     --calibrate --calibration-questions 150 --fit-questions 150 --eval-questions 300 \
-    --steps 50 --prompts 16 --samples 8 --max-new-tokens 32 --lr 1e-5 --warmup 5 --save-every 10 \
+    --steps 150 --prompts 16 --samples 8 --max-new-tokens 24 --lr 1e-5 --warmup 10 --anchor 1 --save-every 25 \
     --note "${NOTE:-}"

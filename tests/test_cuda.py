@@ -72,7 +72,8 @@ def test_logprobs_are_the_trainers_in_bf16():
 
 def test_a_run(tmp_path):
     folder = tiny.build(tmp_path / "model")
-    given = {"model": folder, "data": tiny.ROOT / "tests" / "data" / "esnli", "out": tmp_path / "out", "prompts": 4,
+    given = {"task": "esnli", "intervention": "bias", "model": folder,
+             "data": tiny.ROOT / "tests" / "data" / "esnli", "out": tmp_path / "out", "prompts": 4,
              "samples": 4, "steps": 2, "eval-questions": 2, "fit-questions": 2, "max-new-tokens": 8}  # fmt: skip
     args = train.parse([str(x) for name, value in given.items() for x in (f"--{name}", value)])
     ranks = train.Ranks()

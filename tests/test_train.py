@@ -27,7 +27,8 @@ from rollout import Completion, Sampler
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 SMALL = {"steps": 2, "prompts": 4, "samples": 4, "candidates": 96, "frozen_questions": 40, "max_new_tokens": 10,
-         "lr": 1e-3, "warmup": 0, "eval_questions": 5, "fit_questions": 5}  # fmt: skip
+         "lr": 1e-3, "warmup": 0, "eval_questions": 5, "fit_questions": 5, "task": "esnli",
+         "intervention": "bias"}  # fmt: skip
 FORMS = ("grpo", "dapo", "dr_grpo")
 
 
@@ -577,7 +578,7 @@ def test_stream():
     assert train.Stream(questions_(), train.Args(**SMALL, seed=1)).take(40) != cases
     wordless = [tasks.Question("strategyqa", "1", ("Hm?",), ("yes", "no"), 0, "1")]
     with pytest.raises(ValueError, match="no training question has a place"):
-        train.Stream(wordless, train.Args(**SMALL, intervention="adverb")).take(1)
+        train.Stream(wordless, train.Args(**SMALL | {"intervention": "adverb"})).take(1)
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------
@@ -833,7 +834,7 @@ def test_a_run_that_cannot_go_on(folder, tmp_path, call, monkeypatch, what, when
         ({"beta2": 1.0}, "--beta2"), ({"kl": -0.1}, "--kl"), ({"clip_low": "nan"}, "--clip-low"),
         ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
         ({"updates": 0}, "--updates"),
-        ({"model": None}, "--model"), ({"data": None}, "--data"), ({"out": None}, "--out"),
+        ({"data": None}, "--data are needed"), ({"model": "toy-gpt"}, "toy-qwen3"),
         ({"model": "no/model"}, "no model at no/model"), ({"data": "no-data"}, "no-data"),
         ({"task": "comve"}, "comve"), ({"eval_questions": 500}, "too few"), ({"fit_questions": 15}, "too few"),
         ({"max_new_tokens": 500}, "context"),
