@@ -1,0 +1,112 @@
+"""The GRPO loss, as pure functions: advantages, weights, clipping, KL, and the logprobs they need.
+
+    loss = Σ over explanation tokens of  w · (−min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β KL)
+    ρ = exp(logp − logp when sampled)
+
+with A the advantage of the token's explanation within its group. What distinguishes GRPO (2402.03300), DAPO
+(2503.14476) and Dr. GRPO (2503.20783) is the weight w and whether A is divided by the group's standard deviation.
+Everything a fork may want to change about the loss is here; train.py calls it.
+
+Axes: P groups (prompts), G explanations per group, T tokens laid end to end, M explanation tokens, E hidden size,
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import model as models
+from rollout import over_parts
+
+
+def advantages(rewards: Tensor, form: str) -> Tensor:
+    """Group advantages (P, G) of rewards (P, G). "std": std with ddof 1 plus 1e-4, as TRL; "mean": not divided."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if form == "std" else centred
+
+
+def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: int, tokens: int) -> Tensor:
+    """Weight of every token of completions with `lengths` (n,), flat (sum of lengths,).
+
+    sequences, tokens: totals of the *whole step*, over all micro-batches and ranks, so that the loss does
+    not depend on how it was cut up.
+    """
+    if form == "grpo":
+        weight = 1.0 / (sequences * lengths.float())
+    elif form == "dapo":
+        weight = torch.full(lengths.shape, 1.0 / tokens)
+    else:  # dr_grpo
+        weight = torch.full(lengths.shape, 1.0 / (sequences * max_new_tokens))
+    return weight.repeat_interleave(lengths)
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """PPO's clipped objective per token (M,), negated. All arguments (M,) fp32; old as recorded when sampled."""
+    ratio = (logprobs - old).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy ‖ reference) per sampled token (M,): never negative, low variance."""
+    gap = reference - logprobs
+    return gap.exp() - gap - 1
+
+
+@dataclass
+class Packed:
+    """Groups laid end to end in one row: a prompt once, then its completions."""
+
+    tokens: Tensor  # (1, T)
+    positions: Tensor  # (1, T), each completion's continuing from its prompt's end
+    parts: list  # who sees whom: see rollout.over_parts
+    sources: Tensor  # (M,): place of the state that predicts each completion token
+    targets: Tensor  # (M,): the completion tokens
+
+
+def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packed:
+    """Packs (prompt, completions) groups; M runs over groups, then completions, then their tokens.
+
+    A completion sees the prompt and itself, not its neighbours, so every logprob is what it would be alone,
+    while the prompt's work is done once and nothing is padding. Groups of one completion give the plain form.
+    """
+    tokens, positions, parts, sources, targets = [], [], [], [], []
+    for prompt, completions in groups:
+        first, after = len(tokens), len(tokens) + len(prompt)
+        tokens += prompt
+        positions += range(len(prompt))
+        parts.append((first, after, first, first, None))
+        segments = []
+        for i, completion in enumerate(completions):
+            # Token t is predicted by token t − 1: the first by the prompt's last, and the last one is no input.
+            sources += [after - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
+            targets += completion
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+            segments += [i] * (len(completion) - 1)
+            tokens += completion[:-1]
+        if segments:
+            own = torch.tensor(segments)
+            own = (own[:, None] == own).tril()  # (n, n) of the n completion tokens
+            parts.append((after, len(tokens), first, after, torch.cat((own.new_ones(len(own), len(prompt)), own), 1)))
+    tokens, positions, sources, targets = (
+        torch.tensor(x, device=device) for x in ([tokens], [positions], sources, targets)
+    )
+    return Packed(tokens, positions, parts, sources, targets)
+
+
+def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 256) -> Tensor:
+    """Logprobs (M,) fp32 of the packed completion tokens under softmax(logits / T), as the sampler scored them.
+
+    The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over
+    the vocabulary, the peak of memory, never exist for more than `chunk` tokens.
+    """
+    attend = over_parts(packed.parts, packed.tokens.device)
+    states = model.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
+
+    def score(states: Tensor, targets: Tensor) -> Tensor:  # (m, E), (m,) -> (m,)
+        logits = model.head(states).float() / temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    pieces = zip(states.split(chunk), packed.targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(score, s, t, use_reentrant=False) for s, t in pieces])
