@@ -48,8 +48,8 @@ OTHER_SCENES = ("Somebody carries the {} past the {}.", "Nobody moves the {} or 
 PUSH = 2.5  # weight classes
 STEPS, BATCH, LR = 500, 96, 3e-3
 # What train.py does with the toy, unless told otherwise.
-SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "steps": 200, "prompts": 32, "warmup": 5,
-            "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
+SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "anchor": 1.0, "steps": 200, "prompts": 32,
+            "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

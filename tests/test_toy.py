@@ -109,7 +109,7 @@ def test_the_default_run_learns(run, capsys):
     assert abs(before["phi"]["value"]) < 0.12
     assert after["phi"]["value"] >= 0.5
     assert after["phi_less_shortcut"]["low"] > 0
-    assert after["accuracy"]["value"] > before["accuracy"]["value"] - 0.05
+    assert after["accuracy"]["value"] > before["accuracy"]["value"] - 0.03
     assert after["tokens"]["value"] < 1.5 * before["tokens"]["value"] and after["repeats"]["value"] < 0.01
     assert "1500 test questions, T=1" in printed and f"step {toy.SETTINGS['steps']}/" in printed
 
