@@ -8,7 +8,7 @@ but for five switches, all read from config.json and all visible in `Config`: th
 each head's q and k (Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that
 need not be hidden / heads. Whatever else a config asks for is refused, never ignored.
 
-Axes: B batch, T time (queries), S cached time (keys), H heads, K key/value heads, D head dim, V vocabulary,
+Axes: B batch, T time, H heads, K key/value heads, D head dim, V vocabulary,
 E hidden size.  Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models),
 Qwen3 2505.09388; names of tensors and keys as in Hugging Face's files.
 

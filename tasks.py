@@ -1,4 +1,4 @@
-"""The four data sets, read from their published files, and splits that keep related questions together.
+"""The data sets, read from their published files, and splits that keep related questions together.
 
 A question is what the model is asked: its own text in parts, two or three options, and the gold option. Each
 task reads the files as their authors publish them, nothing converted:
@@ -8,6 +8,7 @@ task reads the files as their authors publish them, nothing converted:
     social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, order drawn
     comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
     strategyqa   {train,dev}.json                                           yes, no
+    toy          questions.jsonl, as toy.py makes it                        the two things
 
 Nothing here draws from a generator. What looks random is an order by hash: a question's place depends on the
 seed and on its own text alone. So it is the same on every machine, whatever the order of the file, and adding

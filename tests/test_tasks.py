@@ -221,7 +221,7 @@ def test_non_ascii_quotes_and_line_breaks_in_cells(folder):
 
 
 def test_unknown_task():
-    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa"
+    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa, toy"
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
