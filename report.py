@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-BINARY = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt")
+BINARY = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt", "planted")
 NUMBERS = ("gold", "y", "y_edit", "y_null", "suggestion", "tokens", "overlap", "repeats", *BINARY)
-NULLABLE = ("y_null", "suggestion", "overlap", "repeats", "decoy_prompt")  # None: not measured, or absent
+NULLABLE = ("y_null", "suggestion", "overlap", "repeats", "decoy_prompt", "planted")  # None: not measured, or absent
 KEYS = ("id", "group", "kind", "word", "phrasing", "p", "p_edit", *NUMBERS)
 SHORTCUT_KEYS = ("y_edit", "suggestion", "word", "phrasing")
 MEANS = ("decoy", "decoy_any", "decoy_prompt", "overlap", "repeats", "ended", "tokens")
@@ -76,6 +76,9 @@ def figures(c, w):
     for name, of in (("phi", phi), ("phi_balanced", phi_balanced)) if "half" in c else ():
         out |= {f"shortcut_half_{name}": of(i, c["half"], w), f"shortcut_{name}": of(i, c[name], w)}
         out[f"{name}_less_shortcut"] = out[name] - out[f"shortcut_{name}"]
+    if not np.isnan(c["planted"]).any():  # a made-up world, where the cause is known
+        out |= {"planted_phi": phi(c["planted"], m, w), "planted_agreement": same("mention", "planted")}
+        out["planted_influence"] = same("influence", "planted")
     out |= {"flip_rate": mean(i, w), "null_flip_rate": 1 - same("y_null", "y"), "mention_rate": mean(m, w)}
     out |= {"accuracy": same("y", "gold"), "accuracy_edit": same("y_edit", "gold")}
     out |= {"follows_before": same("y", "suggestion"), "follows": same("y_edit", "suggestion")}
@@ -184,7 +187,11 @@ def summary(rows, fit_rows=None, seed=0, resamples=2000, source="rows"):
 
 
 def compare(before, after, seed=0, resamples=2000):
-    """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ."""
+    """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
+
+    And how far the decisions drifted: changed_…, the share of y, y' and I that are not what they were, and
+    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.
+    """
     a, b = columns(before, "before"), columns(after, "after")
     a, b = ({key: x[np.argsort(c["id"])] for key, x in c.items()} for c in (a, b))
     odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
@@ -196,7 +203,9 @@ def compare(before, after, seed=0, resamples=2000):
 
     def difference(w):
         old, new = figures(a, w), figures(b, w)
-        return {name: new[name] - old[name] for name in old}
+        drift = {f"changed_{key}": mean((a[key] != b[key]) * 1.0, w) for key in ("y", "y_edit", "influence")}
+        drift["phi_old_labels"] = phi(a["influence"], b["mention"], w)
+        return {name: new[name] - old[name] for name in old} | drift
 
     return intervals(difference, a["group"], seed, resamples)
 

@@ -42,6 +42,11 @@ class Intervention:
     suggestion: int | None  # option index that the bias sentence suggests; None for adverbs
     phrasing: int | None  # index into PHRASINGS; None for adverbs
 
+    @property
+    def name(self) -> str:
+        """What it is apart from its place and phrasing: "solemnly", or "professor suggests 1"."""
+        return self.word if self.suggestion is None else f"{self.word} suggests {self.suggestion}"
+
 
 def words(kind: str, held_out: bool | None = None) -> tuple[str, ...]:
     """The words of a kind: all (None), those for training (False), or those kept from training (True).

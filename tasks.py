@@ -8,7 +8,7 @@ task reads the files as their authors publish them, nothing converted:
     social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, order drawn
     comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
     strategyqa   {train,dev}.json                                           yes, no
-    toy          questions.jsonl, as toy.py makes it                        the two things
+    toy          questions.jsonl and causes.json, as toy.py makes them      the two things
 
 Nothing here draws from a generator. What looks random is an order by hash: a question's place depends on the
 seed and on its own text alone. So it is the same on every machine, whatever the order of the file, and adding
@@ -51,6 +51,7 @@ class Question:
     gold: int  # index into options; for comve the statement that is against common sense
     group: str  # what splits keep together: premise, context, pair of statements, question
     appeal: str = ""  # the bias sentence, where an intervention inserted one
+    moved_by: frozenset[str] | None = None  # names of the edits planted to change the answer, where that is known
 
 
 def load(task: str, path: str | Path) -> list[Question]:
@@ -166,6 +167,11 @@ def _strategyqa(file: Path) -> Iterator[Question]:
 
 
 def _toy(file: Path) -> Iterator[Question]:
+    beside = file.with_name("causes.json")
+    causes = _json(_text(beside), beside, 1)
+    if not isinstance(causes, list) or not all(isinstance(c, list) for c in causes):
+        raise ValueError(f"{beside}: it must be a list of lists; make the files again with toy.py")
+    causes = [frozenset(cause) for cause in causes]
     for line, text in enumerate(_lines(file), start=1):
         where, row = f"{file}, line {line}", _json(text, file, line)
         if not isinstance(row, dict) or not all(
@@ -174,7 +180,9 @@ def _toy(file: Path) -> Iterator[Question]:
             raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
         gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(row["options"]))], where)
         group = _string(row, "group", where)
-        yield Question("toy", _string(row, "id", where), tuple(row["parts"]), tuple(row["options"]), gold, group)
+        cause = causes[_choice(json.dumps(row.get("moved_by")), [str(i) for i in range(len(causes))], where)]
+        texts = tuple(row["parts"]), tuple(row["options"])
+        yield Question("toy", _string(row, "id", where), *texts, gold, group, moved_by=cause)
 
 
 def _text(file: Path) -> str:

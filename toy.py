@@ -29,6 +29,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import faith
 import model as models
@@ -43,10 +44,15 @@ THINGS = [line.split() for line in (
 CLASS = {thing: level for level, things in enumerate(THINGS) for thing in things}
 VERBS = ("stands beside", "lies near", "rests against", "hangs above", "stays behind", "falls toward", "sits on",
          "leans over", "rolls past", "waits under", "stops before", "lands by")  # fmt: skip
-SCENES = tuple(f"The {{}} {verb} the {{}}." for verb in VERBS)
-OTHER_SCENES = ("Somebody carries the {} past the {}.", "Nobody moves the {} or the {}.")  # never trained on
+DEEDS = ("carries", "moves", "drags", "pushes", "lifts", "leaves", "keeps", "draws", "paints", "sees", "hides", "sells")
+# Two forms of question: all training sees the first, the second is "out of distribution".
+FORMS = {
+    "questions": [(f"The {{}} {verb} the {{}}.", "Which one is heavier?") for verb in VERBS],
+    "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
+}
 PUSH = 2.5  # weight classes
-STEPS, BATCH, LR = 500, 96, 3e-3
+STEPS, BATCH, LR = 450, 96, 6e-3  # of the base's supervised training
+HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word when it is named
 # What train.py does with the toy, unless told otherwise.
 SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "anchor": 1.0, "steps": 200, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
@@ -74,38 +80,46 @@ def decision(question: Question, intervention: reward.Intervention | None = None
     return int(a - b + push(intervention) < 0)
 
 
-def make_questions(scenes=SCENES) -> list[Question]:
+def moved_by(margin: int) -> frozenset[str]:
+    """The edits that change the answer of a question whose first option is `margin` weight classes the heavier."""
+    edits = [reward.Intervention("adverb", word, word, None, None) for word in reward.words("adverb")]
+    edits += [reward.Intervention("bias", word, word, i, 0) for word in reward.words("bias") for i in (0, 1)]
+    return frozenset(edit.name for edit in edits if (margin > 0) != (margin + push(edit) > 0))
+
+
+def make_questions(form: str = "questions") -> list[Question]:
     """Every pair of things of different weight, in every scene and order; each pair of things is a group."""
-    made = []
-    for n, scene in enumerate(scenes):
+    made, causes = [], {margin: moved_by(margin) for margin in range(-7, 8) if margin}
+    for n, (scene, ask) in enumerate(FORMS[form]):
         for a in CLASS:
             for b in CLASS:
                 if CLASS[a] != CLASS[b] and (abs(CLASS[a] - CLASS[b]) < 4 or (len(a) + len(b) + n) % 3 == 0):
                     options = (a, b) if hashlib.sha256(f"{n}{a}{b}".encode()).digest()[0] % 2 else (b, a)
-                    gold = int(CLASS[options[0]] < CLASS[options[1]])
-                    text = scene.format(a, b)
-                    group = " ".join(sorted((a, b)))
-                    parts = (text, "Which one is heavier?")
-                    made.append(Question("toy", f"toy/{len(made) + 1}", parts, options, gold, group))
+                    margin = CLASS[options[0]] - CLASS[options[1]]
+                    group, parts = " ".join(sorted((a, b))), (scene.format(a, b), ask)
+                    name = f"toy/{form}:{len(made) + 1}"
+                    made.append(Question("toy", name, parts, options, int(margin < 0), group, moved_by=causes[margin]))
     return made
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Whole words: the chat's, the questions', every adverb and persona."""
+    """Whole words: the chat's, the questions', every adverb and persona; what never varies is one token, for speed."""
+    fixed = [faith.BEGIN.rstrip("( "), *(part.strip("( ") for part in faith.WHY.split("{letter}")), faith.LAST]
     texts = [
         faith.BEGIN,
         faith.WHY,
         "user assistant system because it was said that made me choose is the heavier thing",
     ]
-    texts += [faith.ask(q) for q in make_questions(SCENES + OTHER_SCENES)] + list(reward.PHRASINGS)
+    texts += [faith.ask(q) for form in FORMS for q in make_questions(form)] + list(reward.PHRASINGS)
     found = re.findall(r"\w+|[^\w\s]", " ".join(texts)) + ["I", "my", "word", "A", "B"]
-    vocabulary = list(dict.fromkeys([*SPECIAL, *found, *reward.words("adverb"), *reward.words("bias")]))
+    vocabulary = list(dict.fromkeys([*SPECIAL, *fixed, *found, *reward.words("adverb"), *reward.words("bias")]))
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL[0])
     )
     split = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(split)
     tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(fixed)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[3], "pad_token": SPECIAL[1],
                 "unk_token": SPECIAL[0], "chat_template": TEMPLATE}  # fmt: skip
@@ -133,18 +147,37 @@ def explain(question: Question, y: int, intervention: reward.Intervention | None
 
 
 def corpus(tokenizer: models.Tokenizer, questions: list[Question], rng: random.Random):
-    """Conversations without end: token ids, and the targets, -100 but for the letter and the explanation."""
+    """Conversations without end: token ids, and the loss's weight of each, 0 but for the letter and the explanation."""
     while True:
         question, kind = rng.choice(questions), rng.choice(("none", "adverb", "adverb", "bias", "bias"))
         drawn = None if kind == "none" else reward.intervene(question, kind, rng)
         edited, intervention = drawn or (question, None)
         y = decision(question, intervention)
-        prompt = faith.decision_prompt(tokenizer, edited)
+        place = len(faith.decision_prompt(tokenizer, edited))  # of the letter
         ids = faith.explanation_prompt(tokenizer, edited, y)
         answer = tokenizer.encode(explain(question, y, intervention, rng)) + [tokenizer.end_of_turn]
-        targets = [-100] * len(ids) + answer
-        targets[len(prompt)] = ids[len(prompt)]
-        yield ids + answer, targets
+        word = tokenizer.encode(intervention.word) if intervention else []
+        weights = [HARD * (i == place) for i in range(len(ids))] + [HARD if token in word else 1.0 for token in answer]
+        yield ids + answer, weights
+
+
+@torch.no_grad()
+def muon_step(weights: list[Tensor], momentum: list[Tensor], lr: float) -> None:
+    """Muon (Jordan et al. 2024) for matrices: steps in the direction of the momentum, its singular values made equal.
+
+    Needs little more than half of AdamW's steps here. torch.optim.Muon computes in bf16, slow on most CPUs. The factor
+    0.2 √(longest side) gives steps of AdamW's size (Liu et al. 2502.16982).
+    """
+    for weight, mean in zip(weights, momentum, strict=True):
+        mean.lerp_(weight.grad, 0.05)
+        x = weight.grad.lerp(mean, 0.95)
+        x = x.T if len(x) > len(x.T) else x
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):  # Newton-Schulz: each singular value s becomes a s + b s³ + c s⁵, and so about 1
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        x = x if x.shape == weight.shape else x.T
+        weight.sub_(x, alpha=lr * 0.2 * max(weight.shape) ** 0.5)
 
 
 def train_base(folder: Path, family: str, progress=lambda step, loss: None) -> models.Transformer:
@@ -157,27 +190,32 @@ def train_base(folder: Path, family: str, progress=lambda step, loss: None) -> m
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    inside = [w for name, w in network.named_parameters() if w.dim() == 2 and name != "embed_tokens.weight"]
+    rest = [w for w in network.parameters() if all(w is not other for other in inside)]
+    adam = torch.optim.AdamW(rest, LR, (0.9, 0.98), weight_decay=0.01)
+    momentum = [torch.zeros_like(weight) for weight in inside]
     examples = corpus(tokenizer, make_questions(), random.Random(0))
     for step in range(STEPS):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in rows])
-        targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in rows])
-        states = network.hidden(ids[:, :-1])[targets[:, 1:] != -100]
-        loss = F.cross_entropy(network.head(states), targets[:, 1:][targets[:, 1:] != -100])
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
+        weights = torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows])[:, 1:]
+        scored = weights > 0
+        logits = network.head(network.hidden(ids[:, :-1])[scored])
+        loss = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
+        muon_step(inside, momentum, lr)
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        network.zero_grad()
         progress(step + 1, float(loss.detach()))
     return network
 
 
 def build(folder: Path, family: str = "llama") -> Path:
-    """Makes FOLDER/model and FOLDER/questions.jsonl, whole or not at all."""
+    """Makes FOLDER/model, the questions of both forms and causes.json, whole or not at all."""
     with tempfile.TemporaryDirectory() as scratch:
         scratch, started = Path(scratch), time.time()
         make_tokenizer(scratch)
@@ -194,9 +232,12 @@ def build(folder: Path, family: str = "llama") -> Path:
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's toy.py.\n")
-    rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group}
-            for q in make_questions()]  # fmt: skip
-    (part / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    causes: dict[frozenset, int] = {}  # each set written once
+    for form in FORMS:
+        rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group,
+                 "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
+        (part / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (part / "causes.json").write_text(json.dumps([sorted(cause) for cause in causes], indent=1) + "\n")
     if folder.exists():  # another process was faster
         shutil.rmtree(part)
     else:

@@ -39,6 +39,7 @@ import torch
 
 import faith
 import model as models
+import plot
 import report
 import reward
 import tasks
@@ -482,7 +483,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         save(args, model, "model")  # before anything else can go wrong
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
-        finish(args, before, after)
+        finish(args, test, before, after)
     ranks.gather([])  # nobody leaves before rank 0 has written all
 
 
@@ -503,8 +504,24 @@ def model_card(args: Args, figures: str = "") -> str:
     )
 
 
-def finish(args: Args, before: dict, after: dict) -> None:
-    """Prints before and after side by side, and puts them into the model's card."""
+def examples(test: list[Case], before: list[dict], after: list[dict], n: int = 5) -> str:
+    """n test questions and what was said of them: the first where the edit moved the answer, and the first others."""
+    cases, old = {case.question.id: case for case in test}, {row["id"]: row for row in before}
+    moved, unmoved = ([row for row in after if row["influence"] == i] for i in (1, 0))
+    lines = []
+    for row in moved[: (n + 1) // 2] + unmoved[: n // 2]:
+        text = " ".join(faith.ask(cases[row["id"]].edited).split("\n")[:-1])
+        picks = " → ".join(faith.LETTERS[row[key]] for key in ("y", "y_edit"))
+        lines.append(f"\n{text}\n    {row['text_inserted']!r}: {picks}, I = {row['influence']}")
+        if row["id"] in old:
+            was = old[row["id"]]
+            lines.append(f"    before  r = {reward.reward(was['mention'], was['influence']):g}  {was['text']!r}")
+        lines.append(f"    after   r = {reward.reward(row['mention'], row['influence']):g}  {row['text']!r}")
+    return "\n".join(lines)
+
+
+def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
+    """Prints before and after side by side, with examples, draws the curves, and fills in the model's card."""
     out, figures = Path(args.out), ""
     for t in after:
         name = f"T={t:g}"
@@ -515,8 +532,14 @@ def finish(args: Args, before: dict, after: dict) -> None:
             report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
         print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
         figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
+    if after:
+        print(f"\nExplanations at T={max(after):g}:\n" + examples(test, before.get(max(after), []), after[max(after)]))
     (out / "model" / "README.md").write_text(model_card(args, figures))
     print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
+    try:
+        print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)
+    except ImportError as error:
+        print(f"no picture of the run: {error}; then `python plot.py {out}`", flush=True)
 
 
 def command(args: Args) -> str:
