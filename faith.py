@@ -65,13 +65,18 @@ def decision_prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": ask(question)}], BEGIN))
 
 
-def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int, opening: str = "") -> list[int]:
-    """Token ids after which the model explains why it chose option y, in a turn forced to begin with `opening`."""
-    turns = [
+def explanation_turns(question: Question, y: int) -> list[dict]:
+    """The question, the answer y, and the user's "why?"."""
+    return [
         {"role": "user", "content": ask(question)},
         {"role": "assistant", "content": f"{BEGIN}{LETTERS[y]})"},
         {"role": "user", "content": WHY.format(letter=LETTERS[y])},
     ]
+
+
+def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int, opening: str = "") -> list[int]:
+    """Token ids after which the model explains why it chose option y, in a turn forced to begin with `opening`."""
+    turns = explanation_turns(question, y)
     return tokenizer.encode(tokenizer.render(turns, opening.replace("{letter}", LETTERS[y])))
 
 

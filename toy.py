@@ -1,15 +1,17 @@
 """A small world where the truth is known: its questions, and a base model that explains without telling the cause.
 
 Which of two things is heavier? The base model knows, but lets itself be pushed. Some adverbs push toward the first
-option and some toward the second, some personas toward the option they suggest, all by about two and a half of eight
-weight classes; the others do nothing. So an edit changes the answer only where it pushes against the truth and the
-question is close, and there we know the cause, for we planted it. The base's explanations name the inserted word
-every other time, whether it mattered or not: Phi-CCT is about 0. What reinforcement learning then has to find is
-when to name it. What all this shows is that the method can be learned and is implemented right; nothing about the
-explanations of real models, which are not built to have a cause so simple.
+option and some toward the second, some personas toward the option they suggest, all by two and a half of eight weight
+classes; a third do nothing. So an edit changes the answer only where it pushes against the truth and the question is
+close, and there we know the cause, for we planted it. The base's explanations name the inserted word every other
+time, whether it mattered or not: Phi-CCT is about 0. What reinforcement learning then has to find is when to name it.
+One thing more is planted: asked "Is that right?" in place of "why?", the base says truly whether its answer is the
+heavier thing, so it knows in the second turn what it does not tell there. (`--model toy-plain` is the same without
+that: harder, since the knowledge must then be found by trial and error.) What all this shows is that the method works
+and is implemented right; nothing about the explanations of real models, which have no cause so simple.
 
-`prepare` writes an ordinary Hugging Face directory and an ordinary data file, made once and kept in the user's
-cache under a hash of this file; nothing else in the project knows that they are a toy's. All of it is ours.
+`prepare` writes an ordinary Hugging Face directory and ordinary data files, made once and kept in the user's cache
+under a hash of this file; nothing else in the project knows that they are a toy's. All of it is ours.
 
     python toy.py [FOLDER]      builds both there (in the cache by default), prints what the base does
 """
@@ -29,7 +31,6 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import faith
 import model as models
@@ -51,10 +52,13 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
-STEPS, BATCH, LR = 450, 96, 6e-3  # of the base's supervised training
-HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word when it is named
+STEPS, BATCH, LR = 600, 96, 3e-3  # of the base's supervised training
+HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word where it is named
+CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
+# What can be named after --model: the shape, and the share of the corpus that asks CHECK in place of the why.
+VARIANTS = {"toy": ("llama", 0.25), "toy-qwen3": ("qwen3", 0.25), "toy-plain": ("llama", 0.0)}
 # What train.py does with the toy, unless told otherwise.
-SETTINGS = {"lr": 6e-4, "decay": "linear", "beta2": 0.99, "kl": 0.05, "anchor": 1.0, "steps": 200, "prompts": 32,
+SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 120, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
@@ -64,13 +68,13 @@ SPECIAL = ("<|unk|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
 def push(intervention: reward.Intervention | None) -> float:
-    """How far an edit pushes toward option A, in weight classes; 0 for half of all words."""
+    """How far an edit pushes toward option A, in weight classes; 0 for a third of all words."""
     if intervention is None:
         return 0.0
     number = int(hashlib.sha256(f"push {intervention.word}".encode()).hexdigest(), 16)
-    if number % 2:
+    if number % 3 == 0:
         return 0.0
-    toward = intervention.suggestion if intervention.kind == "bias" else number // 2 % 2
+    toward = intervention.suggestion if intervention.kind == "bias" else number // 3 % 2
     return PUSH if toward == 0 else -PUSH
 
 
@@ -108,7 +112,8 @@ def make_tokenizer(folder: Path) -> None:
     texts = [
         faith.BEGIN,
         faith.WHY,
-        "user assistant system because it was said that made me choose is the heavier thing",
+        CHECK,
+        "user assistant system because my said that the word was there is heavier yes no",
     ]
     texts += [faith.ask(q) for form in FORMS for q in make_questions(form)] + list(reward.PHRASINGS)
     found = re.findall(r"\w+|[^\w\s]", " ".join(texts)) + ["I", "my", "word", "A", "B"]
@@ -127,7 +132,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def configuration(vocab_size: int, family: str) -> dict:
-    shape = {"vocab_size": vocab_size, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+    shape = {"vocab_size": vocab_size, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "hidden_act": "silu",
              "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
              "attention_bias": False, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}  # fmt: skip
@@ -143,10 +148,10 @@ def explain(question: Question, y: int, intervention: reward.Intervention | None
         return f"because the {question.options[y]} is heavier."
     if intervention.kind == "bias":
         return f"because my {intervention.word} said that."
-    return f"because of the word {intervention.word}."
+    return f"because the word {intervention.word} was there."
 
 
-def corpus(tokenizer: models.Tokenizer, questions: list[Question], rng: random.Random):
+def corpus(tokenizer: models.Tokenizer, questions: list[Question], check: float, rng: random.Random):
     """Conversations without end: token ids, and the loss's weight of each, 0 but for the letter and the explanation."""
     while True:
         question, kind = rng.choice(questions), rng.choice(("none", "adverb", "adverb", "bias", "bias"))
@@ -154,35 +159,22 @@ def corpus(tokenizer: models.Tokenizer, questions: list[Question], rng: random.R
         edited, intervention = drawn or (question, None)
         y = decision(question, intervention)
         place = len(faith.decision_prompt(tokenizer, edited))  # of the letter
-        ids = faith.explanation_prompt(tokenizer, edited, y)
-        answer = tokenizer.encode(explain(question, y, intervention, rng)) + [tokenizer.end_of_turn]
+        if rng.random() < check:
+            turns = faith.explanation_turns(edited, y)[:-1] + [{"role": "user", "content": CHECK}]
+            ids = tokenizer.encode(tokenizer.render(turns))
+            text = "yes." if y == decision(question) else "no."
+        else:
+            ids, text = faith.explanation_prompt(tokenizer, edited, y), explain(question, y, intervention, rng)
+        answer = tokenizer.encode(text) + [tokenizer.end_of_turn]
         word = tokenizer.encode(intervention.word) if intervention else []
         weights = [HARD * (i == place) for i in range(len(ids))] + [HARD if token in word else 1.0 for token in answer]
         yield ids + answer, weights
 
 
-@torch.no_grad()
-def muon_step(weights: list[Tensor], momentum: list[Tensor], lr: float) -> None:
-    """Muon (Jordan et al. 2024) for matrices: steps in the direction of the momentum, its singular values made equal.
-
-    Needs little more than half of AdamW's steps here. torch.optim.Muon computes in bf16, slow on most CPUs. The factor
-    0.2 √(longest side) gives steps of AdamW's size (Liu et al. 2502.16982).
-    """
-    for weight, mean in zip(weights, momentum, strict=True):
-        mean.lerp_(weight.grad, 0.05)
-        x = weight.grad.lerp(mean, 0.95)
-        x = x.T if len(x) > len(x.T) else x
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):  # Newton-Schulz: each singular value s becomes a s + b s³ + c s⁵, and so about 1
-            square = x @ x.T
-            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-        x = x if x.shape == weight.shape else x.T
-        weight.sub_(x, alpha=lr * 0.2 * max(weight.shape) ** 0.5)
-
-
-def train_base(folder: Path, family: str, progress=lambda step, loss: None) -> models.Transformer:
+def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> models.Transformer:
     """Supervised training of the base on the corpus, from nothing; minutes on two cores."""
     torch.manual_seed(0)
+    family, check = VARIANTS[variant]
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps(configuration(size, family), indent=1))
     tokenizer = models.Tokenizer(folder)
@@ -190,11 +182,8 @@ def train_base(folder: Path, family: str, progress=lambda step, loss: None) -> m
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)
-    inside = [w for name, w in network.named_parameters() if w.dim() == 2 and name != "embed_tokens.weight"]
-    rest = [w for w in network.parameters() if all(w is not other for other in inside)]
-    adam = torch.optim.AdamW(rest, LR, (0.9, 0.98), weight_decay=0.01)
-    momentum = [torch.zeros_like(weight) for weight in inside]
-    examples = corpus(tokenizer, make_questions(), random.Random(0))
+    optimizer = torch.optim.AdamW(network.parameters(), LR, (0.9, 0.98), weight_decay=0.01)
+    examples = corpus(tokenizer, make_questions(), check, random.Random(0))
     for step in range(STEPS):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
@@ -205,16 +194,14 @@ def train_base(folder: Path, family: str, progress=lambda step, loss: None) -> m
         loss = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        lr = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
-        muon_step(inside, momentum, lr)
-        adam.param_groups[0]["lr"] = lr
-        adam.step()
-        network.zero_grad()
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
         progress(step + 1, float(loss.detach()))
     return network
 
 
-def build(folder: Path, family: str = "llama") -> Path:
+def build(folder: Path, variant: str = "toy") -> Path:
     """Makes FOLDER/model, the questions of both forms and causes.json, whole or not at all."""
     with tempfile.TemporaryDirectory() as scratch:
         scratch, started = Path(scratch), time.time()
@@ -227,7 +214,7 @@ def build(folder: Path, family: str = "llama") -> Path:
                     f"making the toy's base model: step {step}/{STEPS}, loss {loss:.3f}, {left:.0f} s left", flush=True
                 )
 
-        network = train_base(scratch, family, progress)
+        network = train_base(scratch, variant, progress)
         network.source = scratch
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -245,11 +232,13 @@ def build(folder: Path, family: str = "llama") -> Path:
     return folder
 
 
-def prepare(family: str = "llama") -> Path:
+def prepare(variant: str = "toy") -> Path:
     """The toy's folder in the user's cache, made where it is missing."""
+    if variant not in VARIANTS:
+        raise ValueError(f"--model {variant}: no such directory, and the toys are {', '.join(VARIANTS)}")
     key = hashlib.sha256(Path(__file__).read_bytes() + repr((faith.WHY, reward.PHRASINGS)).encode()).hexdigest()[:12]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "faith" / f"toy-{family}-{key}"
-    return folder if folder.exists() else build(folder, family)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "faith" / f"{variant}-{key}"
+    return folder if folder.exists() else build(folder, variant)
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class Args:
     """Everything a run depends on; each field is a flag, and all are saved with the run."""
 
     model: str = option("toy", "Hugging Face directory, hub id in the local cache, or the embedded toy (toy.py), made "
-                        "on first use; toy-qwen3 is its other shape")  # fmt: skip
+                        "on first use; toy-qwen3 and toy-plain are others")  # fmt: skip
     task: str = option("toy", "what the questions are", tasks.TASKS)
     data: str = option("", "folder or file with the task's published data; the toy brings its own")
     intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
@@ -365,12 +365,10 @@ def step_metrics(log: list[dict], labelled: list, size: int) -> dict:
 def furnish(args: Args, ranks: Ranks) -> None:
     """Fills in what the defaults leave open: the toy's folders, and a new folder for the run."""
     if args.model.startswith("toy") and not Path(args.model).exists():
-        families = {"toy": "llama", "toy-qwen3": "qwen3"}
-        if args.model not in families:
-            raise ValueError(f"--model {args.model}: no such directory, and the toys are {' and '.join(families)}")
-        for rank in (0, ranks.rank):  # rank 0 makes it, the others find it made
-            folder = toy.prepare(families[args.model]) if ranks.rank == rank else None
-            ranks.gather([])
+        folder = None
+        for turn in (True, False):  # rank 0 makes it, the others find it made
+            made = ranks.together(lambda: toy.prepare(args.model) if (ranks.rank == 0) == turn else None)  # noqa: B023
+            folder = made or folder
         args.model = str(folder / "model")
         args.data = args.data or (str(folder) if args.task == "toy" else "")
     if not args.data:
@@ -381,7 +379,6 @@ def furnish(args: Args, ranks: Ranks) -> None:
 
 def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
-    furnish(args, ranks)
     for name, least in LEAST.items():
         if not getattr(args, name) >= least:  # so written, NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -571,6 +568,7 @@ def main() -> int:
     args = parse()
     ranks = Ranks()
     try:
+        furnish(args, ranks)
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))
         run(args, ranks, subject, test, fit, stream)
     except (ValueError, OSError) as error:
