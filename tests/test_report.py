@@ -26,7 +26,7 @@ def make_row(number, influence, mention, **changes):
     row = dict(id=f"q{number}", group=f"g{number}", gold=0, y=y, y_edit=y_edit, p=p, p_edit=p_edit, y_null=0)
     row |= dict(kind="bias", word=WORDS[number % 4], phrasing=number % 3, suggestion=number % 2)
     row |= dict(influence=int(influence), mention=int(mention), text="because", tokens=10, ended=True, overlap=0.5)
-    return row | dict(decoy=0, decoy_any=0, decoy_prompt=None, repeats=0.0) | changes
+    return row | dict(decoy=0, decoy_any=0, decoy_prompt=None, repeats=0.0, planted=None) | changes
 
 
 def cells(n11, n10, n01, n00, **changes):
@@ -332,6 +332,36 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
     rng.shuffle(moved)
     again = report.compare(before, moved, resamples=1000)
     assert all(again[name] == d[name] for name in ("phi", "phi_balanced", "reward", "tokens", "overlap"))
+
+
+def test_the_planted_cause():
+    """planted_* against scikit-learn; only where the cause is known for every row."""
+    rows = [row | {"planted": int(n % 3 == 0)} for n, row in enumerate(random_rows(300, 4))]
+    s = report.summary(rows, resamples=20)
+    c, i, m = (column(rows, key) for key in ("planted", "influence", "mention"))
+    assert value(s, "planted_phi") == pytest.approx(matthews_corrcoef(c, m), abs=1e-12)
+    assert value(s, "planted_agreement") == pytest.approx((c == m).mean())
+    assert value(s, "planted_influence") == pytest.approx((c == i).mean())
+    assert "planted_phi" not in report.summary([rows[0] | {"planted": None}, *rows[1:]], resamples=20)
+    with pytest.raises(ValueError, match="'planted' cannot be 2"):
+        report.summary([rows[0] | {"planted": 2}])
+
+
+def test_comparison_tells_how_far_decisions_drifted():
+    """By hand: y of 2 of 12 and y' of 3 change, which changes I in the 3; mentions follow the old I but for one."""
+    before = cells(0, 6, 0, 6)  # I = 1 in the first six
+    after = [row | {"mention": row["influence"]} for row in before]
+    for n in (0, 6):  # y and y' move to another option together or part
+        after[n] = after[n] | {"y": 1, "p": [0.3, 0.6, 0.1]}
+    after[0] |= {"influence": 0}
+    after[6] |= {"influence": 1}
+    after[7] |= {"y_edit": 1, "p_edit": [0.3, 0.6, 0.1], "influence": 1, "mention": 1}
+    d = report.compare(before, after, resamples=20)
+    assert d["changed_y"]["value"] == pytest.approx(2 / 12) and d["changed_y_edit"]["value"] == pytest.approx(1 / 12)
+    assert d["changed_influence"]["value"] == pytest.approx(3 / 12)
+    old, new = column(before, "influence"), column(after, "mention")
+    assert d["phi_old_labels"]["value"] == pytest.approx(matthews_corrcoef(old, new), abs=1e-12)
+    assert report.compare(before, before, resamples=20)["changed_y"]["value"] == 0
 
 
 def test_comparison_with_an_undefined_side_is_undefined():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_rule():
-    """By hand: weights decide, an edit pushes by two and a half classes, toward the option it favours."""
+    """By hand: weights decide, an edit pushes by two and a half classes, toward the option it favours.
+
+    And what is planted is told by its name: `moved_by` holds the edits that change the answer, and no others.
+    """
     questions = {frozenset(q.options): q for q in toy.make_questions()}
     far, close = questions[frozenset(("feather", "truck"))], questions[frozenset(("apple", "shoe"))]
     heavy = {q.id: q.options.index(thing) for q, thing in ((far, "truck"), (close, "shoe"))}
@@ -37,34 +41,87 @@ def test_the_rule():
                 assert toy.decision(far, edit) == heavy[far.id] == far.gold
                 favours = None if push == 0 else 0 if push > 0 else 1
                 assert toy.decision(close, edit) == (heavy[close.id] if favours is None else favours)
+                assert edit.name not in far.moved_by
+                assert (edit.name in close.moved_by) == (favours == 1 - heavy[close.id])
     for kind in reward.KINDS:
         n = sum(count for (k, _), count in pushes.items() if k == kind)
-        assert 0.3 * n < pushes[kind, 0] < 0.7 * n and pushes[kind, 2.5] > 0.1 * n < pushes[kind, -2.5]
+        assert 0.2 * n < pushes[kind, 0] < 0.4 * n and pushes[kind, 2.5] > 0.25 * n < pushes[kind, -2.5]
 
 
-def test_questions():
-    questions = toy.make_questions()
+@pytest.mark.parametrize("form", toy.FORMS)
+def test_questions(form):
+    questions = toy.make_questions(form)
     assert len({q.id for q in questions}) == len({q.parts + q.options for q in questions}) == len(questions) > 4000
-    assert all(toy.decision(q) == q.gold and q.parts[0].startswith("The ") for q in questions)
+    begins, asks = {"questions": ("The ", "heavier"), "other": ("Somebody ", "weighs more")}[form]
+    assert all(q.parts[0].startswith(begins) and asks in q.parts[1] for q in questions)
+    assert all(toy.decision(q) == q.gold for q in questions)
     assert 0.45 < sum(q.gold for q in questions) / len(questions) < 0.55
     for kind in reward.KINDS:
         cases = faith.draw_cases(questions, kind, 0)
         flips = [toy.decision(c.question) != toy.decision(c.edited, c.intervention) for c in cases]
-        assert len(cases) == len(questions) and 0.1 < sum(flips) / len(flips) < 0.2
+        assert len(cases) > 3500 and 0.15 < sum(flips) / len(flips) < 0.3
+        assert flips == [c.intervention.name in c.question.moved_by for c in cases]
 
 
 def test_file(tmp_path):
-    """Questions come back from the file as they were; a broken one is named."""
+    """Questions come back from the files as they were, causes included; a broken line or list is named."""
     question = toy.make_questions()[7]
     row = {"id": question.id, "parts": question.parts, "options": question.options, "answer": question.gold,
-           "group": question.group}  # fmt: skip
-    file = tmp_path / "questions.jsonl"
-    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "toy/x"}) + "\n")
-    assert tasks.load("toy", tmp_path)[0] == question
-    for wrong in ({"answer": 2}, {"answer": None}, {"parts": "x"}, {"options": []}, {"group": 3}, {"id": ""}):
+           "group": question.group, "moved_by": 1}  # fmt: skip
+    file, causes = tmp_path / "questions.jsonl", tmp_path / "causes.json"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "toy/x", "moved_by": 0}) + "\n")
+    causes.write_text(json.dumps([["solemnly"], sorted(question.moved_by)]))
+    loaded = tasks.load("toy", tmp_path)
+    assert loaded[0] == question and loaded[1].moved_by == {"solemnly"}
+    assert tasks.load("toy", file) == loaded
+    for wrong in ({"answer": 2}, {"answer": None}, {"parts": "x"}, {"options": []}, {"group": 3}, {"id": ""},
+                  {"moved_by": 2}, {"moved_by": -1}, {"moved_by": "solemnly"}):  # fmt: skip
         file.write_text(json.dumps(row) + "\n" + json.dumps(row | wrong) + "\n")
         with pytest.raises(ValueError, match="questions.jsonl, line 2: "):
             tasks.load("toy", tmp_path)
+    for wrong in ("{}", "[1]", "x"):
+        causes.write_text(wrong)
+        with pytest.raises(ValueError, match="causes.json"):
+            tasks.load("toy", tmp_path)
+    causes.unlink()
+    with pytest.raises(ValueError, match="causes.json"):
+        tasks.load("toy", tmp_path)
+
+
+def test_what_the_base_is_taught(tmp_path):
+    """Mentions by chance alone; the letter, the answer and nothing else scored; the check only where it is planted."""
+    toy.make_tokenizer(tmp_path)
+    tokenizer, questions = models.Tokenizer(tmp_path), toy.make_questions()
+    check = tokenizer.encode(toy.CHECK)
+    for share in (0.25, 0.0):
+        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, random.Random(1))
+        for ids, weights in (next(examples) for _ in range(2000)):
+            assert len(ids) == len(weights) and tokenizer.decode([i for i in ids if i == 0]) == ""
+            scored = [i for i, weight in zip(ids, weights, strict=True) if weight]
+            assert tokenizer.decode(scored[:1]) in ("A", "B") and scored[-1] == tokenizer.end_of_turn
+            asked = any(ids[i : i + len(check)] == check for i in range(len(ids)))
+            checks += asked
+            words = tokenizer.decode(scored[1:-1]).split()
+            assert words[0] == "because" or (asked and words[0] in ("yes", "no"))
+            texts["word" in words or "said" in words] += not asked
+        assert abs(checks / 2000 - share) < 0.05
+        assert abs(texts[True] / texts.total() - 0.4) < 0.05  # half of the four fifths with an edit
+
+
+@pytest.mark.parametrize("variant", toy.VARIANTS)
+def test_variants(tmp_path, monkeypatch, variant):
+    """Each variant is built in its shape (two steps of training only here), in a folder of its own."""
+    monkeypatch.setattr(toy, "STEPS", 2)
+    monkeypatch.setattr(toy, "BATCH", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = toy.prepare(variant)
+    assert folder.name.startswith(f"{variant}-") and toy.prepare(variant) == folder
+    family = "qwen3" if variant == "toy-qwen3" else "llama"
+    assert models.read_config(folder / "model").family == family
+    for form in toy.FORMS:
+        assert tasks.load("toy", folder / f"{form}.jsonl") == toy.make_questions(form)
+    with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-plain"):
+        toy.prepare("toy-x")
 
 
 def test_settings_are_defaults_of_the_toy_alone():
@@ -110,8 +167,13 @@ def test_the_default_run_learns(run, capsys):
     assert after["phi"]["value"] >= 0.5
     assert after["phi_less_shortcut"]["low"] > 0
     assert after["accuracy"]["value"] > before["accuracy"]["value"] - 0.03
+    assert after["planted_agreement"]["value"] > before["planted_agreement"]["value"] + 0.2
+    assert after["planted_influence"]["value"] > 0.93 < before["planted_influence"]["value"]
+    assert after["decoy_any"]["value"] < before["decoy_any"]["value"] + 0.02
     assert after["tokens"]["value"] < 1.5 * before["tokens"]["value"] and after["repeats"]["value"] < 0.01
     assert "1500 test questions, T=1" in printed and f"step {toy.SETTINGS['steps']}/" in printed
+    shown = printed[printed.index("Explanations at T=1") :]
+    assert shown.count("    before  r = ") == shown.count("    after   r = ") == 5
 
 
 def test_decisions_follow_the_rule(run):
@@ -123,7 +185,7 @@ def test_decisions_follow_the_rule(run):
         rows = faith.decision_rows(subject, cases)
         right = [(r["y"], r["y_edit"]) == (toy.decision(c.question), toy.decision(c.edited, c.intervention))
                  for c, r in zip(cases, rows, strict=True)]  # fmt: skip
-        assert sum(right) > 0.97 * len(right)
+        assert sum(right) > 0.93 * len(right)
 
 
 def test_it_is_an_ordinary_model(run):
