@@ -55,6 +55,10 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def leave(self) -> None:
+        """Before an early exit: the others may be gone, so nothing is waited for."""
+        self.world = 1
+
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()

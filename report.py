@@ -257,6 +257,23 @@ def append_jsonl(path, records):
         file.write("".join(lines))
 
 
+def cut_jsonl(path, keep):
+    """Drops the lines of a JSON-lines file, if it is there, from the first that is torn or not to keep(value) on."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if not line.endswith("\n") or not keep(json.loads(line)):
+                break
+        except ValueError:
+            break
+        kept.append(line)
+    if len(kept) < len(lines):
+        part = Path(f"{path}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+
 def read_jsonl(path):
     """The values of a JSON-lines file; ValueError names the file, and the line that is not JSON."""
     values, where = [], path

@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import faith
 import model as models
 import plot
@@ -99,13 +100,18 @@ class Args:
     fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
     note: str = option("", "a line for the model card, such as where the weights come from")
     save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
+    checkpoint_every: int = option(20, "steps between checkpoints, the last two are kept; 0: none, not even when "
+                                   "the run is stopped")  # fmt: skip
+    resume: bool = option(
+        False, "go on with the run in --out from its last checkpoint, with its flags but for those given"
+    )
     seed: int = option(0, "of everything drawn")
 
 
 # The smallest values of flags. Batches are half and half, and groups compare samples: so 2 of each.
 LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
          "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
-         "save_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
+         "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
          "anchor_questions": 1, "weight_decay": 0}  # fmt: skip
 
 
@@ -145,6 +151,14 @@ class Stream:
         self.position += n
         return taken
 
+    def place(self) -> dict:
+        """Where the stream stands, to go on from there."""
+        return {"position": self.position, "epoch": self.epoch, "left": len(self.left)}
+
+    def go(self, position: int, epoch: int, left: int) -> None:
+        self.position, self.epoch = position, epoch
+        self.left = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:left] if left else []
+
 
 def balance(labelled: list[tuple[Case, dict]], size: int) -> list[tuple[Case, dict]]:
     """The first size/2 with influence and as many without, alternating; fewer of both where one kind is short."""
@@ -176,7 +190,7 @@ class Optimizer:
     """
 
     def __init__(self, model: models.Transformer, args: Args):
-        self.weights = list(model.parameters())
+        self.names, self.weights = map(list, zip(*model.named_parameters(), strict=True))
         full = model.dtype == torch.float32
         self.masters = self.weights if full else [torch.nn.Parameter(w.detach().float()) for w in self.weights]
         betas = (0.9, args.beta2)
@@ -190,24 +204,42 @@ class Optimizer:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 weight.grad = None
 
-    def step(self, lr: float, clip_norm: float, ranks: Ranks) -> float:
-        """Sums gradients over ranks, clips, updates, clears; returns the norm before clipping."""
+    def step(self, lr: float, clip_norm: float, ranks: Ranks, good: bool = True) -> float:
+        """Sums gradients over ranks, clips, updates, clears; returns the norm before clipping.
+
+        Where that is not finite, or the step's loss was not (`good`), nothing is changed: the same on all ranks.
+        """
         for master in self.masters:
             if master.grad is None:  # a rank without work still takes part
                 master.grad = torch.zeros_like(master)
         ranks.sum_([master.grad for master in self.masters])
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
-        if not torch.isfinite(norm):  # the same on all ranks; the weights are still good
-            raise FloatingPointError("the gradient is not finite; try a lower --lr or --clip-norm")
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
+        if good and torch.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+            self.refresh()
         self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if weight is not master:
-                    weight.copy_(master)
         return float(norm)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts the masters back into the model."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that an update changes, by name: the tensors themselves, to save them or to load into them."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            state = self.adam.state[master]
+            if not state:  # as AdamW begins
+                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master)}
+                state["exp_avg_sq"] = torch.zeros_like(master)
+            tensors |= {f"{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+            tensors[f"weight.{name}"] = master.data
+        return tensors
 
 
 Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanations
@@ -215,11 +247,11 @@ Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanati
 
 def update(
     model: models.Transformer, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
-    lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0,
+    lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0, hold=lambda: None,
 ) -> dict:  # fmt: skip
     """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures.
 
-    anchor(): backpropagates a loss of its own and returns it.
+    anchor(): backpropagates a loss of its own and returns it. hold() is called when weights are about to change.
     """
     counts = torch.tensor([sum(len(g[1]) for g in groups), sum(len(c.tokens) for g in groups for c in g[1])])
     counts = counts.to(ranks.device)
@@ -256,11 +288,14 @@ def update(
         sums = (loss.detach(), kl.detach().sum(), clipped.sum(), gap.sum(), -logprobs.detach().sum(), lengths.sum())
         totals += torch.stack([x.double().to(ranks.device) for x in sums])
     ranks.sum_([totals])
-    norm = optimizer.step(lr, args.clip_norm, ranks)
+    hold()
+    good = bool(torch.isfinite(totals[0]))
+    norm = optimizer.step(lr, args.clip_norm, ranks, good)
     totals[1:] /= totals[-1].clone()  # means over the tokens scored; NaN where all groups are flat
     figures = dict(zip(("loss", "kl", "clipped", "sampler_gap", "nll"), totals.tolist(), strict=False))
     gaps, anchors = ranks.gather([gap_max]), ranks.gather([anchored])
-    return {**figures, "sampler_gap_max": max(gaps), "anchor_kl": sum(anchors), "grad_norm": norm}
+    return {**figures, "sampler_gap_max": max(gaps), "anchor_kl": sum(anchors), "grad_norm": norm,
+            "skipped": int(not (good and math.isfinite(norm)))}  # fmt: skip
 
 
 def hold_decisions(subject: Subject, labelled: list, weight: float, ranks: Ranks) -> float:
@@ -392,7 +427,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     if args.seed >= 2**31:
         raise ValueError(f"--seed must be below 2^31, not {args.seed}")
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
     questions = tasks.load(args.task, args.data)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
@@ -408,11 +443,14 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     return subject, test, fit, Stream(parts["fit"] + parts["train"], args)
 
 
+SKIPS = 5  # updates that were not finite, one after the other, end a run
+
+
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "args.json", dataclasses.asdict(args))
+        report.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
     if args.calibrate:
         plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
@@ -421,72 +459,104 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)}
             )
     reference = models.load(args.model, ranks.device).requires_grad_(False) if args.kl else None
-    before = evaluate(subject, test, fit, "before", args, ranks) if test and args.eval_before else {}
+    before: dict = {}
+    if args.resume and (out / "before.json").exists():
+        before = {t: report.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
+    elif test and args.eval_before:
+        before = evaluate(subject, test, fit, "before", args, ranks)
     frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
     optimizer = Optimizer(model, args)
-    started, problem = time.time(), ""
-    for step in range(args.steps):
-        clock = [time.time()]
-        if frozen is None:
-            batch, labelled = draw_batch(subject, stream, args, ranks)
-        else:
-            labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
-            batch = balance(labelled, args.prompts)
-        if not batch:
-            problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
-            problem += "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
-            break
-        clock.append(time.time())
-        mine = ranks.share(batch)
-        groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
-        clock.append(time.time())
-        held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
-        anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
-        lr = learning_rate(step, args)
+    state = checkpoint.State(out / "checkpoints", optimizer, stream)
+    if args.resume:  # the model is still the initial one; all that was taken from it is as it was
+        ranks.together(lambda: state.resume(tell=ranks.rank == 0))
+    started, first, problem, skips = time.time(), state.steps, "", 0
+    with checkpoint.Signals(heed=ranks.rank == 0) as signals:
         try:
-            for _ in range(args.updates):
-                figures = update(model, reference, optimizer, groups, rewards, lr, args, ranks, anchor)
-        except FloatingPointError as error:
-            problem = str(error)
-            break
-        clock.append(time.time())
-        # Each rank's log is a run of whole groups; gather them in the batch's order.
-        size = args.samples
-        grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
-        log = [entry for group in grouped for entry in group]
-        if ranks.rank == 0:
-            seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
-            record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
-                      "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
-            report.append_jsonl(out / "metrics.jsonl", [record])
-            report.append_jsonl(out / "explanations.jsonl", log)
-            left = (time.time() - started) / (step + 1) * (args.steps - step - 1)
-            print(
-                f"step {step + 1}/{args.steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
-                f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  "
-                f"I {record['influence_rate']:.2f}  "
-                f"{record['tokens'] * len(log) / (clock[-1] - clock[0]):.0f} tok/s  "
-                f"{clock[-1] - clock[0]:.0f} s/step  {left / 60:.0f} min left",
-                flush=True,
-            )
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save(args, model, f"step-{step + 1}")
-    if problem and step == 0:
-        raise ValueError(f"step 1: {problem}")
+            for step in range(first, args.steps):
+                clock = [time.time()]
+                if frozen is None:
+                    batch, labelled = draw_batch(subject, stream, args, ranks)
+                else:
+                    labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
+                    batch = balance(labelled, args.prompts)
+                if not batch:
+                    problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
+                    problem += "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
+                    break
+                clock.append(time.time())
+                mine = ranks.share(batch)
+                groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
+                clock.append(time.time())
+                held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
+                anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
+                lr = learning_rate(step, args)
+                for _ in range(args.updates):
+                    figures = update(
+                        model, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
+                    )
+                clock.append(time.time())
+                # Each rank's log is a run of whole groups; gather them in the batch's order.
+                size = args.samples
+                grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
+                log = [entry for group in grouped for entry in group]
+                skips = skips + 1 if figures["skipped"] else 0
+                state.advance(step + 1)
+                if ranks.rank == 0:
+                    seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
+                    record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
+                              "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
+                    report.append_jsonl(out / "explanations.jsonl", log)
+                    report.append_jsonl(out / "metrics.jsonl", [record])
+                    left = (time.time() - started) / (step + 1 - first) * (args.steps - step - 1)
+                    print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
+                    if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+                        state.save()
+                    if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                        save(args, model, f"step-{step + 1}")
+                signals.release()
+                if skips == SKIPS:
+                    problem = f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
+                    problem += f"--clip-norm, and --resume from {checkpoint.newest(state.folder) or 'the start'}"
+                    break
+        except (checkpoint.Stopped, RuntimeError) as error:
+            if isinstance(error, checkpoint.Stopped):  # so this is rank 0
+                if args.checkpoint_every:
+                    state.save()
+                print(f"stopped after step {state.steps}; go on with: torchrun train.py --resume --out {args.out}")
+            elif ranks.rank == 0 or not signals.number:  # the others' collectives fail when rank 0 has stopped
+                raise
+            ranks.leave()
+            raise SystemExit(128 + signals.number) from None
+    if problem and state.steps == skips:  # nothing was learned
+        raise ValueError(f"step {step + 1}: {problem}")
     if ranks.rank == 0:
         if problem:
-            print(f"stopped before step {step + 1}: {problem}", flush=True)
+            print(f"stopped after step {state.steps}: {problem}", flush=True)
         save(args, model, "model")  # before anything else can go wrong
+        if args.checkpoint_every:
+            state.save()
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
         finish(args, test, before, after)
     ranks.gather([])  # nobody leaves before rank 0 has written all
 
 
+def progress_line(record: dict, steps: int, explanations: int, seconds: float, left: float) -> str:
+    return (
+        f"step {record['step'] + 1}/{steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
+        f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  I {record['influence_rate']:.2f}  "
+        f"{record['tokens'] * explanations / seconds:.0f} tok/s  {seconds:.0f} s/step  {left / 60:.0f} min left"
+        + "  SKIPPED: not finite"
+        * record["skipped"]
+    )
+
+
 def save(args: Args, model: models.Transformer, name: str) -> None:
     """Writes the model to OUT/name, with what faith.py must know of the run to measure it."""
     out = Path(args.out)
+    if args.resume:  # what the run wrote before it was stopped is written anew
+        shutil.rmtree(out / name, ignore_errors=True)
     models.save(model, out / name, model_card(args))
     report.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
     if args.calibrate:
@@ -544,7 +614,7 @@ def command(args: Args) -> str:
     flags = []
     for field in dataclasses.fields(Args):
         name, value = field.name.replace("_", "-"), getattr(args, field.name)
-        if value != field.default:
+        if value != field.default and name != "resume":
             flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(flags)
 
@@ -559,7 +629,15 @@ def parse(argv: list[str] | None = None) -> Args:
         else:
             extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
         parser.add_argument(flag, default=field.default, **extra)
-    if parser.parse_args(argv).model.startswith("toy"):
+    given = parser.parse_args(argv)
+    if given.resume:
+        try:
+            record = json.loads((Path(given.out) / "args.json").read_text())
+            parser.set_defaults(**{f.name: record[f.name] for f in dataclasses.fields(Args) if f.name in record})
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
+        parser.set_defaults(resume=True)
+    elif given.model.startswith("toy"):
         parser.set_defaults(**toy.SETTINGS)
     return Args(**vars(parser.parse_args(argv)))
 

@@ -143,7 +143,7 @@ class Keep:
     def accumulate(self):
         pass
 
-    def step(self, lr, clip_norm, ranks):
+    def step(self, lr, clip_norm, ranks, good=True):
         self.gradient = {name: g.clone() for name, g in self.network.named_tensors(lambda p: p.grad).items()}
         return math.sqrt(sum(float(g.square().sum()) for g in self.gradient.values()))
 
@@ -190,7 +190,7 @@ def by_hand(network, groups, rewards, reference=None, **changes):
     live = [(g, r) for g, r in zip(groups, rewards, strict=True) if reference is not None or min(r) < max(r)]
     scored = sum(len(c.tokens) for (_, answers), _ in live for c in answers)
     figures = {"loss": loss.item(), "kl": kl, "clipped": clipped / scored, "sampler_gap": gap / scored,
-               "nll": nll / scored, "sampler_gap_max": largest, "anchor_kl": 0.0}  # fmt: skip
+               "nll": nll / scored, "sampler_gap_max": largest, "anchor_kl": 0.0, "skipped": 0}  # fmt: skip
     gradient = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
     figures["grad_norm"] = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
     return figures, gradient
@@ -795,7 +795,7 @@ def test_nothing_to_balance(folder, tmp_path, call, monkeypatch):
 @pytest.mark.parametrize("when", [0, 1])
 @pytest.mark.parametrize("what", ["moves nothing", "not finite"])
 def test_a_run_that_cannot_go_on(folder, tmp_path, call, monkeypatch, what, when):
-    """In its first step it is an error; later the weights so far are good, and are kept."""
+    """Before anything was learned it is an error; later the weights so far are good, and are kept."""
     updates, update, influence, weigh = [], train.update, reward.influence, train.token_weights
 
     def counted(*args):
@@ -806,18 +806,48 @@ def test_a_run_that_cannot_go_on(folder, tmp_path, call, monkeypatch, what, when
     broken = lambda: len(updates) >= when  # noqa: E731
     if what == "moves nothing":
         monkeypatch.setattr(reward, "influence", lambda *ys: influence(*ys) and not broken())
+        words, skipped = "nothing to balance", 0
     else:
         monkeypatch.setattr(train, "token_weights", lambda *args: weigh(*args) * (math.inf if broken() else 1))
-    code, out, error = call(flags(folder, tmp_path / "o", eval_questions=0, steps=3, save_every=1))
-    words = "nothing to balance" if what == "moves nothing" else "not finite"
+        words, skipped = f"not finite {train.SKIPS} times in a row", train.SKIPS
+    given = flags(folder, tmp_path / "o", eval_questions=0, steps=9, save_every=1, checkpoint_every=1, kl=0.1)
+    code, out, error = call(given)
+    metrics = lines(tmp_path / "o" / "metrics.jsonl") if when or skipped else []
+    assert [m["skipped"] for m in metrics] == [0] * when + [1] * skipped
     if when == 0:
         assert code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "o" / "model").exists()
     else:
-        assert code == 0 and f"stopped before step {when + 1}: " in out and words in out
-        assert len(lines(tmp_path / "o" / "metrics.jsonl")) == when
+        assert code == 0 and f"stopped after step {when + skipped}: " in out and words in out
+        assert not skipped or f"--resume from {tmp_path / 'o' / 'checkpoints' / 'step-'}" in out
         kept, last = weights(tmp_path / "o" / "model"), weights(tmp_path / "o" / "step-1")
         assert all(torch.equal(kept[name], last[name]) for name in kept)
         assert any(not torch.equal(kept[name], w) for name, w in weights(folder).items())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, call, monkeypatch, where):
+    """Weights and optimizer stay as they were; the run goes on, and counts it."""
+    steps, update = [], train.update
+
+    def broken(model, reference, optimizer, groups, *rest):
+        steps.append({name: tensor.clone() for name, tensor in optimizer.state().items()})
+        if len(steps) == 2 and where == "gradient":
+            model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+        with pytest.MonkeyPatch.context() as patch:
+            if len(steps) == 2 and where == "loss":
+                patch.setattr(train, "policy_loss", lambda logprobs, *_: logprobs.detach() * math.nan)
+            figures = update(model, reference, optimizer, groups, *rest)
+        model.norm.weight._backward_hooks = None
+        return figures
+
+    monkeypatch.setattr(train, "update", broken)
+    code, out, _ = call(flags(folder, tmp_path / "o", eval_questions=0, steps=4, kl=0.1))
+    assert code == 0 and out.count("SKIPPED") == 1
+    assert [m["skipped"] for m in lines(tmp_path / "o" / "metrics.jsonl")] == [0, 1, 0, 0]
+    first, second, third, fourth = steps
+    assert all(torch.equal(second[name], third[name]) for name in first)
+    assert any(not torch.equal(third[name], fourth[name]) for name in first)
+    assert all(torch.isfinite(tensor).all() for tensor in fourth.values())
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""Checkpoints: a run's state, written whole, checked before it is read, the last few kept; and the signals to stop.
+
+    OUT/checkpoints/step-00000040/                 what torch.distributed.checkpoint wrote: weights and optimizer
+    OUT/checkpoints/step-00000040/manifest.json    the name and size of each of its files, and the place in the data
+
+A checkpoint is written beside its place and then renamed, so a kill at any moment leaves the one before it. One that
+was cut short afterwards is told by its sizes, and the one before it is taken. torch.distributed.checkpoint pickles
+its index: resume runs of your own only. What others shall load is written by model.save, as safetensors.
+"""
+
+import json
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+import report
+
+
+def describe(error: BaseException) -> str:
+    """The first cause in a line: torch.distributed.checkpoint wraps what went wrong."""
+    inner = [e for pair in getattr(error, "failures", {}).values() for e in pair[:1]] or [error]
+    return getattr(inner[0], "strerror", None) or str(inner[0]).strip().splitlines()[-1]
+
+
+# To be used in one process is what is meant here, and needs no warning.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, keep: int = 2) -> None:
+    """Writes the state after `steps` steps, then removes all but the newest `keep`. One process calls this.
+
+    place: what else a run must know to go on, as JSON. ValueError where it cannot be written; those there stay.
+    """
+    target = folder / f"step-{steps:08d}"
+    part = folder / f"{target.name}.part"
+    if not faults(target):
+        return
+    try:
+        for left in (*folder.glob("*.part"), target):
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True)
+        dcp.save(tensors, checkpoint_id=part, no_dist=True)
+        files = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        report.write_json(part / "manifest.json", {"steps": steps, "place": place, "files": files})
+        part.rename(target)
+    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 1e6  # a full disk is not always what the error names
+        raise ValueError(f"{target}: cannot be written ({describe(error)}; {free:.0f} MB are free there)") from None
+    for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def faults(path: Path) -> str:
+    """What is wrong with the checkpoint in `path`, in a few words; nothing where it is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, size in manifest["files"].items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes of {size}"
+        return "" if isinstance(manifest["place"], dict) and manifest["steps"] > 0 else "manifest.json is not one"
+    except OSError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is broken or missing"
+
+
+def newest(folder: Path, tell=print) -> Path | None:
+    """The newest whole checkpoint; says of each newer one what is wrong with it."""
+    for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
+        if not (wrong := faults(path)):
+            return path
+        tell(f"{path} is not whole ({wrong}); taking the one before it")
+    return None
+
+
+def read(path: Path, tensors: dict[str, Tensor]) -> tuple[int, dict]:
+    """Reads a checkpoint into `tensors`, in place; returns the steps done and the place. ValueError for another's."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    except (OSError, ValueError, RuntimeError, KeyError, CheckpointException) as error:
+        raise ValueError(f"{path}: it does not fit this run ({describe(error)})") from None
+    return manifest["steps"], manifest["place"]
+
+
+class State:
+    """What a checkpoint holds: all tensors that an update changes, how many steps are done, where the data stands."""
+
+    def __init__(self, folder: Path, optimizer, stream):
+        self.folder, self.optimizer, self.stream = folder, optimizer, stream
+        self.advance(0)
+
+    def advance(self, steps: int) -> None:
+        self.steps, self.place = steps, self.stream.place()
+
+    def save(self) -> None:
+        """On one rank, for all hold the same. What cannot be written is said; training goes on."""
+        if not self.steps:
+            return
+        try:
+            write(self.folder, self.steps, self.optimizer.state(), self.place)
+        except ValueError as error:
+            print(f"no checkpoint after step {self.steps}: {error}; the earlier ones are kept", flush=True)
+
+    def resume(self, tell: bool) -> None:
+        """Goes back to the newest whole checkpoint, if there is one, and cuts off what was logged after it."""
+        path = newest(self.folder, print if tell else lambda line: None)
+        if path:
+            self.steps, place = read(path, self.optimizer.state())
+            self.optimizer.refresh()
+            self.stream.go(**place)
+            self.advance(self.steps)
+        if tell:
+            print(f"going on after step {self.steps}" + (f", from {path}" if path else ": no checkpoint"), flush=True)
+            for name in ("metrics.jsonl", "explanations.jsonl"):
+                report.cut_jsonl(self.folder.parent / name, lambda record: record["step"] < self.steps)
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came."""
+
+
+class Signals:
+    """Raises Stopped when SIGTERM or SIGINT comes: at once, but between `hold` and `release` only at the latter.
+
+    What is held is short: the moments in which weights, optimizer and logs belong to different steps. Where not to
+    `heed`, on all ranks but the one that saves, the signal is noted only: it would be waited for in vain.
+    """
+
+    def __init__(self, heed: bool = True):
+        self.heed, self.number, self.held = heed, 0, not heed
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame) -> None:
+        self.number = number
+        if not self.held:
+            self.held = True  # once is enough: what follows is the saving
+            raise Stopped
+
+    def hold(self) -> None:
+        self.held = True
+
+    def release(self) -> None:
+        if self.heed and self.number:
+            raise Stopped  # still held
+        self.held = not self.heed

@@ -1,0 +1,97 @@
+"""The tables of the README and of LOG.md from what runs/toy.sh wrote:  python runs/toy_tables.py OUT_DIR
+
+In the tables by seed an interval is the bootstrap's, over pairs of things (95 %); in the others it is the range over
+the seeds, beside their median.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+OUT = Path(sys.argv[1])
+
+
+def figures(run: Path) -> dict[str, dict]:
+    """before, after and their paired difference at T = 1."""
+    read = {name: json.loads((run / f"{name}.json").read_text())["T=1"] for name in ("before", "after")}
+    return read | {"difference": json.loads((run / "difference.T1.json").read_text())}
+
+
+def interval(figure: dict) -> str:
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]".replace("-", "−")
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f}".replace("-", "−")
+    return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]".replace("-", "−")
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+
+
+def runs(name: str) -> list[Path]:
+    return sorted(p for p in (OUT / name).glob("*") if (p / "difference.T1.json").exists())
+
+
+def main() -> None:
+    for name in ("adverb", "bias", "qwen3", "plain-adverb", "plain-bias"):
+        rows = []
+        for run in runs(name):
+            f = figures(run)
+            b, a, d = f["before"], f["after"], f["difference"]
+            rows.append([run.name, interval(b["phi"]), interval(a["phi"]), interval(a["phi_less_shortcut"]),
+                         f"{a['mention_if_flip']['value']:.2f}, {a['mention_if_same']['value']:.2f}",
+                         f"{b['planted_agreement']['value']:.2f}, {a['planted_agreement']['value']:.2f}",
+                         interval(d["accuracy"]), interval(d["decoy_any"]),
+                         f"{b['tokens']['value']:.2f}, {a['tokens']['value']:.2f}",
+                         f"{a['repeats']['value']:.3f}"])  # fmt: skip
+        print(f"\n**{name}**")
+        table(["seed", "Phi before", "Phi after", "less the shortcut", "P(M given I = 1), P(M given I = 0)",
+               "planted cause: agreement before, after", "accuracy on X, change", "other words named, change",
+               "tokens before, after", "repeats"], rows)  # fmt: skip
+
+    print("\n**Labels: median and range over seeds**")
+    rows = []
+    for name, what in (("adverb", "on-policy, anchor"), ("frozen", "frozen, anchor"), ("free", "on-policy, no anchor"),
+                       ("free-frozen", "frozen, no anchor")):  # fmt: skip
+        f = [figures(run) for run in runs(name)]
+
+        def of(part: str, key: str, f=f) -> str:
+            return spread([x[part][key]["value"] for x in f])
+
+        rows.append([what, of("difference", "changed_y"), of("difference", "changed_y_edit"),
+                     of("difference", "changed_influence"), of("difference", "phi_old_labels"), of("after", "phi"),
+                     of("after", "planted_phi"), of("after", "accuracy")])  # fmt: skip
+    table(["labels", "y changed", "y' changed", "I changed", "Phi with the initial model's I", "Phi with its own I",
+           "Phi with the planted cause", "accuracy on X"], rows)  # fmt: skip
+
+    print("\n**Elsewhere: Phi, median and range over seeds**")
+    rows = []
+    for kind in ("adverb", "bias"):
+        for where in ("here", "other-form", "held-out", "transfer"):
+            base, after, less = [], [], []
+            if where == "here":
+                f = [figures(run) for run in runs(kind)]
+                base = [x["before"]["phi"]["value"] for x in f]
+                after = [x["after"] for x in f]
+            else:
+                for file in sorted((OUT / where / kind).glob("*.json")):
+                    summary = json.loads(file.read_text())["summary"]["T=1"]
+                    if file.stem == "base":
+                        base = [summary["phi"]["value"]]
+                    else:
+                        after.append(summary)
+            less = [x["phi_less_shortcut"]["value"] for x in after]
+            rows.append([kind, where, spread(base), spread([x["phi"]["value"] for x in after]), spread(less),
+                         f"{min((x['n']['value'] for x in after), default=0)}"])  # fmt: skip
+    table(["trained on", "measured on", "base", "trained", "less the shortcut", "questions"], rows)
+
+
+if __name__ == "__main__":
+    main()

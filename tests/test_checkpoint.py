@@ -1,0 +1,234 @@
+"""checkpoint.py and --resume: what was killed goes on as if it had not been; what is broken is told and passed over."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+
+import checkpoint
+import report
+
+DATA = tiny.ROOT / "tests" / "data" / "esnli"
+KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
+STEPS = max(8, 2 * KILLS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+def flags(folder, out, **changes):
+    small = {"model": folder, "data": DATA, "task": "esnli", "intervention": "bias", "out": out, "steps": STEPS,
+             "prompts": 4, "samples": 4, "candidates": 96, "max_new_tokens": 10, "lr": 1e-3, "warmup": 0,
+             "decay": "linear", "eval_questions": 5, "fit_questions": 5, "checkpoint_every": 2, "anchor": 0.5,
+             "anchor_questions": 5, "kl": 0.01} | changes  # fmt: skip
+    return [text for name, value in small.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def start(given, ranks=1, script="train.py"):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
+    return subprocess.Popen([sys.executable, *launch, str(script), *map(str, given)], cwd=tiny.ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def finish(process, timeout=300):
+    out, error = process.communicate(timeout=timeout)
+    return process.returncode, out, error
+
+
+def timeless(path):
+    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in report.read_jsonl(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run that nobody disturbed, and the seconds it took."""
+    out, began = tmp_path_factory.mktemp("run") / "whole", time.time()
+    code, printed, error = finish(start(flags(folder, out)))
+    assert code == 0, error
+    return out, time.time() - began
+
+
+def same(one, other):
+    for name in ("metrics.jsonl", "explanations.jsonl"):
+        assert timeless(one / name) == timeless(other / name)
+    for name in ("before.json", "after.json", "difference.T1.json"):
+        assert (one / name).read_text() == (other / name).read_text()
+    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (one, other)]
+    assert weights[0] == weights[1]
+
+
+# ---- the files -----------------------------------------------------------------------------------------------
+
+
+def state(seed):
+    torch.manual_seed(seed)
+    return {"weight.a": torch.randn(5, 3), "step.a": torch.tensor(float(seed))}
+
+
+def test_what_is_written_is_read(tmp_path):
+    for steps in (2, 4, 6):
+        checkpoint.write(tmp_path, steps, state(steps), {"left": steps})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]  # the last two
+    path, read = checkpoint.newest(tmp_path), state(0)
+    assert path.name == "step-00000006" and checkpoint.read(path, read) == (6, {"left": 6})
+    assert all(torch.equal(read[name], tensor) for name, tensor in state(6).items())
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["files"] == {p.name: p.stat().st_size for p in path.iterdir() if p.name != "manifest.json"}
+    with pytest.raises(ValueError, match="does not fit this run"):
+        checkpoint.read(path, {"weight.b": torch.zeros(2)})
+    with pytest.raises(ValueError, match="does not fit this run"):
+        checkpoint.read(path, {"weight.a": torch.zeros(7, 3)})
+
+
+@pytest.mark.parametrize("what", ["cut", "gone", "manifest cut", "manifest gone", "half written"])
+def test_a_broken_checkpoint_is_told_and_passed_over(tmp_path, what):
+    for steps in (2, 4):
+        checkpoint.write(tmp_path, steps, state(steps), {})
+    path = tmp_path / "step-00000004"
+    (data,) = path.glob("*.distcp")
+    target = path / "manifest.json" if "manifest" in what else data
+    if "cut" in what:
+        os.truncate(target, target.stat().st_size // 2)
+    elif "gone" in what:
+        target.unlink()
+    else:
+        path.rename(tmp_path / "step-00000004.part")
+    said = []
+    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-00000002"
+    assert [line.startswith(f"{path} is not whole (") and target.name in line for line in said] == [True] * (
+        what != "half written"
+    )
+    checkpoint.write(tmp_path, 4, state(4), {})  # written anew
+    assert checkpoint.newest(tmp_path, said.append) == path and not list(tmp_path.glob("*.part"))
+
+
+def test_none(tmp_path):
+    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
+
+
+def test_a_full_disk_keeps_the_earlier_ones(tmp_path):
+    """Files of this process may not grow beyond a limit: the system's own error, as on a full disk."""
+    checkpoint.write(tmp_path, 2, state(2), {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            ValueError, match=r"step-00000004: cannot be written \(.*; \d+ MB are free there\)"
+        ) as error:
+            checkpoint.write(tmp_path, 4, {"weight.a": torch.zeros(10000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert checkpoint.newest(tmp_path).name == "step-00000002" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_lines_are_cut(tmp_path):
+    file = tmp_path / "a.jsonl"
+    text = "".join(json.dumps({"step": n, "x": 0.1}) + "\n" for n in range(4))
+    for torn in ("", '{"step": 4, "x"', '{"step": 1}'):
+        file.write_text(text + torn)
+        report.cut_jsonl(file, lambda record: record["step"] < 3)
+        assert file.read_text() == "".join(text.splitlines(keepends=True)[:3])
+    report.cut_jsonl(tmp_path / "none", lambda record: True)
+
+
+# ---- runs that are stopped -----------------------------------------------------------------------------------
+
+
+def test_random_kills(folder, whole, tmp_path):
+    """kill -9 at random moments, each time resumed: in the end the same metrics, explanations, weights, figures.
+
+    A life is killed while it starts, or after so long at its steps that the run has about as many lives as KILLS.
+    """
+    out, took = whole
+    copy, draw, kills = tmp_path / "killed", random.Random(0), 0
+    given = flags(folder, copy)
+    while kills < KILLS:
+        process = start(given)
+        if draw.random() < 0.25:
+            time.sleep(draw.uniform(0.2, 0.5 * took))
+        else:
+            next((line for line in process.stdout if line.startswith("step ")), None)
+            time.sleep(draw.uniform(0, 0.5 * took / KILLS))
+        process.kill()
+        code, _, error = finish(process)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, error
+        kills += 1
+        if (copy / "args.json").exists():
+            given = ["--resume", "--out", copy]
+    assert kills >= KILLS // 2
+    code, _, error = finish(start(given))
+    assert code == 0, error
+    same(out, copy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number):
+    """In the middle of a step, and without periodic checkpoints at hand: nothing of the steps done is lost."""
+    copy = tmp_path / "o"
+    process = start(flags(folder, copy, checkpoint_every=1000))
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            time.sleep(0.02)
+            process.send_signal(number)
+            break
+    code, printed, error = finish(process)
+    assert code == 128 + number and not error, error
+    (done,) = re.findall(r"stopped after step (\d+); go on with: torchrun train.py --resume --out ", printed)
+    assert int(done) >= 3 and len(report.read_jsonl(copy / "metrics.jsonl")) == int(done)
+    assert checkpoint.newest(copy / "checkpoints").name == f"step-{int(done):08d}"
+    code, printed, error = finish(start(["--resume", "--out", copy]))
+    assert code == 0 and f"going on after step {done}, from " in printed, error
+    same(whole[0], copy)
+
+
+def test_other_ranks(folder, whole, tmp_path):
+    """Begun on two ranks and stopped by SIGTERM to torchrun; ended on one: the same up to rounding."""
+    copy = tmp_path / "o"
+    process = start(flags(folder, copy), ranks=2)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.terminate()
+            break
+    finish(process, timeout=90)
+    shutil.copytree(copy, tmp_path / "two")
+    for ranks, path in ((1, copy), (2, tmp_path / "two")):
+        code, printed, error = finish(start(["--resume", "--out", path], ranks))
+        assert code == 0 and re.search(r"going on after step [345], from ", printed), error
+        for a, b in zip(timeless(whole[0] / "metrics.jsonl"), timeless(path / "metrics.jsonl"), strict=True):
+            assert a.keys() == b.keys()
+            assert all(a[k] == pytest.approx(b[k], abs=1e-5, rel=1e-5) for k in a if a[k] is not None)
+
+
+def test_a_truncated_checkpoint_of_a_run(folder, whole, tmp_path):
+    copy = tmp_path / "o"
+    shutil.copytree(whole[0], copy)
+    (copy / "after.json").unlink()
+    path = copy / "checkpoints" / f"step-{STEPS:08d}"
+    (data,) = path.glob("*.distcp")
+    os.truncate(data, 100)
+    code, printed, error = finish(start(["--resume", "--out", copy]))
+    assert code == 0 and f"{path} is not whole ({data.name} has 100 bytes of " in printed, error
+    assert f"going on after step {STEPS - 2}, from " in printed
+    same(whole[0], copy)
+
+
+def test_resume_mistakes(folder, tmp_path):
+    for out in (tmp_path / "none", tmp_path):
+        code, _, error = finish(start(["--resume", "--out", out]))
+        assert code == 2 and "--resume: --out" in error and error.count("\n") == 1
