@@ -197,6 +197,30 @@ def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number):
     same(whole[0], copy)
 
 
+SLOW = """
+import sys, time, train
+groups_of = train.groups_of
+def slow(subject, batch, step, args):
+    if step == 3:
+        print("in step 4", flush=True)
+        time.sleep(100)
+    return groups_of(subject, batch, step, args)
+train.groups_of = slow
+sys.exit(train.main())
+"""
+
+
+def test_a_signal_does_not_wait_for_the_step(folder, tmp_path):
+    """A step that takes long is given up."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), script=tmp_path / "slow.py")
+    next(line for line in process.stdout if line.startswith("in step 4"))
+    process.terminate()
+    code, printed, error = finish(process, timeout=20)
+    assert code == 128 + signal.SIGTERM and "stopped after step 3; go on with" in printed, error
+    assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000003"
+
+
 def test_other_ranks(folder, whole, tmp_path):
     """Begun on two ranks and stopped by SIGTERM to torchrun; ended on one: the same up to rounding."""
     copy = tmp_path / "o"
