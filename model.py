@@ -309,6 +309,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     every tensor in the files is used; ValueError, naming the tensor, otherwise.
     """
     folder = locate(path)
+    if (folder / "adapter_config.json").exists():  # LoRA: the model it names, and it
+        import lora  # not needed to understand this file, and it needs this file
+
+        return lora.load(folder, device, dtype)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Transformer(read_config(folder), dtype)

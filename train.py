@@ -39,6 +39,7 @@ import torch
 
 import checkpoint
 import faith
+import lora
 import model as models
 import plot
 import report
@@ -53,6 +54,9 @@ from rollout import Completion, Sampler, option_scores
 
 def option(default, text: str, choices=None):
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+ADAPTED = ",".join(lora.TARGETS)
 
 
 @dataclass
@@ -93,6 +97,10 @@ class Args:
                            "keeps decisions where they were; 0: off (ours)")  # fmt: skip
     anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")
     opening: str = option("", "every explanation is forced to begin so, {letter} being the option picked (ours)")
+    lora: int = option(0, "rank of LoRA adapters, trained in place of the weights and saved as a PEFT adapter; 0: all "
+                       "weights are trained")  # fmt: skip
+    lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank")
+    lora_targets: str = option(ADAPTED, "with --lora: the layers that have adapters")
     updates: int = option(1, "optimizer updates per batch of explanations")
     micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
@@ -112,7 +120,7 @@ class Args:
 LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
          "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
          "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
-         "anchor_questions": 1, "weight_decay": 0}  # fmt: skip
+         "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
 
 
 def learning_rate(step: int, args: Args) -> float:
@@ -184,15 +192,15 @@ def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tu
 
 
 class Optimizer:
-    """AdamW on fp32 weights: the model's own where it is fp32, else masters that are cast back into it.
+    """AdamW on what is trained, in fp32: the model's own weights, or masters of others, cast back into them.
 
     Adam on bf16 weights would lose updates smaller than 2^-8 of a weight.
     """
 
     def __init__(self, model: models.Transformer, args: Args):
-        self.names, self.weights = map(list, zip(*model.named_parameters(), strict=True))
-        full = model.dtype == torch.float32
-        self.masters = self.weights if full else [torch.nn.Parameter(w.detach().float()) for w in self.weights]
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.names, self.weights = map(list, zip(*trained, strict=True))
+        self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float()) for w in self.weights]
         betas = (0.9, args.beta2)
         self.adam = torch.optim.AdamW(self.masters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
@@ -275,7 +283,7 @@ def update(
         per_token = policy_loss(logprobs, old, A, args.clip_low, args.clip_high)
         kl = torch.zeros_like(per_token)
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), lora.without(reference):  # which is the model itself where that has adapters
                 fixed = token_logprobs(reference, packed, args.temperature)
             kl = kl_k3(logprobs, fixed)
         loss = ((per_token + args.kl * kl) * weights).sum()
@@ -417,7 +425,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     for name, least in LEAST.items():
         if not getattr(args, name) >= least:  # so written, NaN fails too
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name in ("temperature", "lr", "clip_norm"):
+    for name in ("temperature", "lr", "clip_norm", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.beta2 < 1:
@@ -434,6 +442,10 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: test questions are never trained on
     tokenizer = models.Tokenizer(args.model)
     network = models.load(args.model, ranks.device)
+    if lora.adapters(network):
+        raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
+    if args.lora:
+        lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
     subject = Subject(Sampler(network, sorted(end)), tokenizer, opening=args.opening)
     faith.check_prompts(subject, questions, args.max_new_tokens)
@@ -458,7 +470,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             report.write_json(
                 out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)}
             )
-    reference = models.load(args.model, ranks.device).requires_grad_(False) if args.kl else None
+    reference = None
+    if args.kl:
+        reference = model if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: report.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
@@ -557,7 +571,7 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
     out = Path(args.out)
     if args.resume:  # what the run wrote before it was stopped is written anew
         shutil.rmtree(out / name, ignore_errors=True)
-    models.save(model, out / name, model_card(args))
+    (lora if args.lora else models).save(model, out / name, model_card(args))
     report.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
     if args.calibrate:
         shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
