@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from chat import Tokenizer, locate, read_json
 
@@ -221,6 +222,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing: backward runs each block again, and keeps only its input
         self.source: Path | None = None  # the directory `load` read; `save` copies the tokenizer from it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.layers))
@@ -270,7 +272,10 @@ class Transformer(nn.Module):
         attend = attend or look_back(mask)
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos, sin, attend)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
         return self.norm(x)
 
     def head(self, states: Tensor) -> Tensor:

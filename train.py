@@ -101,6 +101,7 @@ class Args:
                        "weights are trained")  # fmt: skip
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank")
     lora_targets: str = option(ADAPTED, "with --lora: the layers that have adapters")
+    recompute: bool = option(False, "activation checkpointing: less memory, a third more work in the update")
     updates: int = option(1, "optimizer updates per batch of explanations")
     micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
@@ -446,6 +447,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     if args.lora:
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
+    network.recompute = args.recompute
     end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
     subject = Subject(Sampler(network, sorted(end)), tokenizer, opening=args.opening)
     faith.check_prompts(subject, questions, args.max_new_tokens)

@@ -215,6 +215,11 @@ def test_loss_and_gradient_by_hand(network, other, form, kl):
     assert 0.05 < wanted[0]["clipped"] < 0.6
     for micro in (1, 2, 100):
         close(stepped(network, groups, rewards, reference, micro=micro, **settings), wanted)
+    ran = []
+    network.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    network.recompute = True  # activation checkpointing: each block runs again in backward, the gradient is the same
+    close(stepped(network, groups, rewards, reference, micro=100, **settings), wanted)
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("form", FORMS)
