@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import grpo
 import model as models
 from rollout import Sampler
 
@@ -85,3 +86,76 @@ def test_mistakes(folder, capsys, changes, words):
     assert bench.main(["rollout", *(str(x) for pair in flags.items() for x in pair)]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+# ---- the training step ---------------------------------------------------------------------------------------
+
+
+def test_operations_of_a_step(folder):
+    """Forward and backward of packed groups, against PyTorch's count of the products in them."""
+    network, tokenizer = models.load(folder), models.Tokenizer(folder)
+    prompts = bench.make_prompts(tokenizer, 2, 40)
+    groups = list(zip(prompts, Sampler(network).generate(prompts, 3, 10), strict=True))
+    bound = bench.step_limit(network.config, groups, torch.device("cpu"), torch.float32)
+    packed = grpo.pack([(p, [c.tokens for c in group]) for p, group in groups])
+    assert (bound["tokens_in"], bound["tokens_scored"]) == (packed.tokens.numel(), len(packed.targets))
+    with FlopCounterMode(display=False) as counter:
+        network.head(network.hidden(packed.tokens)[0, packed.sources]).sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    # The first layer's input is an embedding, which needs no gradient of a product but has one: all are counted.
+    assert bound["tflop"] * 1e12 == pytest.approx(products)
+
+
+def test_train_command(folder, tmp_path, capsys):
+    """Phases that add up; the same tokens for both; figures in the file as printed."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    flags = ["train", "--model", folder, "--count", 4, "--samples", 4, "--new", 12, "--length", 40, "--micro", 2,
+             "--repeats", 2, "--against", "trl", "--json", tmp_path / "figures.json"]  # fmt: skip
+    assert bench.main([str(x) for x in flags]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures["phases"]) == ["labels", "rollout", "forward", "backward", "optimizer"]
+    assert all(seconds > 0 for seconds in figures["phases"].values())
+    both = figures["phases"]["forward"] + figures["phases"]["backward"]
+    assert figures["share_of_limit"] == pytest.approx(figures["limit_s"] / both)
+    assert len(figures["ours"]) == len(figures["generating"]) == len(figures["fed"]) == 2
+    for pair, run in zip(figures["generating"], figures["ours"], strict=True):
+        assert pair["ours_s"] == pytest.approx(sum(run.values()) - run["labels"])
+        rates = pair["theirs_s"] / pair["theirs_tokens"], pair["ours_s"] / pair["ours_tokens"]
+        assert pair["ratio"] == pytest.approx(rates[0] / rates[1])
+    for pair in figures["fed"]:
+        assert pair["ratio"] == pytest.approx(pair["theirs_s"] / pair["ours_s"])
+    for key in ("generating", "fed"):
+        assert f"ratio {figures[f'{key}_ratio']:.2f} (median of 2 pairs)" in out
+
+
+def test_what_trl_is_fed(folder, tmp_path):
+    """TRL trains on our tokens, all of them, each with its prompt; by itself it samples as many as it should."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    prompts = bench.make_prompts(models.Tokenizer(folder), 2, 40)
+    theirs = bench.Trl(folder, prompts, 4, 12, 1, str(tmp_path))
+    seen, loss = [], theirs.trainer.compute_loss
+
+    def spied(model, inputs, *rest, **more):
+        for row in range(len(inputs["prompt_ids"])):
+            prompt, answer = ([i for i, m in zip(*(inputs[f"{x}_{y}"][row].tolist() for y in ("ids", "mask")),
+                                                 strict=True) if m] for x in ("prompt", "completion"))  # fmt: skip
+            seen.append((prompt, answer))
+        return loss(model, inputs, *rest, **more)
+
+    theirs.trainer.compute_loss = spied
+    fed = [[[9 + i, 20 + j, tiny.END] for j in range(4)] for i in range(2)]
+    assert theirs.step(fed) > 0 and theirs.tokens == 24
+    assert sorted(seen) == sorted((prompts[i], fed[i][j]) for i in range(2) for j in range(4))
+    seen.clear()
+    theirs.step()
+    assert len(seen) == 8 and {tuple(p) for p, _ in seen} == {tuple(p) for p in prompts}
+    assert all(0 < len(answer) <= 12 and tiny.END not in answer[:-1] for _, answer in seen)
+
+
+def test_train_mistakes(folder, capsys):
+    assert bench.main(["train", "--model", str(folder), "--against", "transformers"]) == 2
+    assert bench.main(["rollout", "--model", str(folder), "--against", "trl"]) == 2
+    assert capsys.readouterr().err.count("train --against trl\n") == 2
