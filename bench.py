@@ -323,6 +323,8 @@ def train_step(args: argparse.Namespace) -> None:
     import train  # the product's own step; nothing else here needs it
     from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
 
+    if args.count % args.micro:
+        raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
     tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = models.load(args.model, device)
     sampler = Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)

@@ -24,7 +24,8 @@ import report
 def describe(error: BaseException) -> str:
     """The first cause in a line: torch.distributed.checkpoint wraps what went wrong."""
     inner = [e for pair in getattr(error, "failures", {}).values() for e in pair[:1]] or [error]
-    return getattr(inner[0], "strerror", None) or str(inner[0]).strip().splitlines()[-1]
+    lines = str(inner[0]).strip().splitlines()
+    return getattr(inner[0], "strerror", None) or (lines[-1] if lines else type(inner[0]).__name__)
 
 
 # To be used in one process is what is meant here, and needs no warning.
@@ -46,14 +47,17 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, kee
         part.mkdir(parents=True)
         dcp.save(tensors, checkpoint_id=part, no_dist=True)
         files = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        report.write_json(part / "manifest.json", {"steps": steps, "place": place, "files": files})
+        manifest = {"steps": steps, "place": place, "names": sorted(tensors), "files": files}
+        report.write_json(part / "manifest.json", manifest)
         part.rename(target)
     except (OSError, ValueError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
-        free = shutil.disk_usage(folder).free / 1e6  # a full disk is not always what the error names
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e6  # a full disk is not always what the error names
         raise ValueError(f"{target}: cannot be written ({describe(error)}; {free:.0f} MB are free there)") from None
-    for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-        shutil.rmtree(old)
+    whole = [path for path in sorted(folder.glob("step-*[0-9]")) if not faults(path)]
+    for old in whole[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def faults(path: Path) -> str:
@@ -63,7 +67,8 @@ def faults(path: Path) -> str:
         for name, size in manifest["files"].items():
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes of {size}"
-        return "" if isinstance(manifest["place"], dict) and manifest["steps"] > 0 else "manifest.json is not one"
+        good = isinstance(manifest["place"], dict) and manifest["steps"] > 0 and isinstance(manifest["names"], list)
+        return "" if good else "manifest.json is not one"
     except OSError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -75,13 +80,15 @@ def newest(folder: Path, tell=print) -> Path | None:
     for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
         if not (wrong := faults(path)):
             return path
-        tell(f"{path} is not whole ({wrong}); taking the one before it")
+        tell(f"{path} is not whole ({wrong})")
     return None
 
 
 def read(path: Path, tensors: dict[str, Tensor]) -> tuple[int, dict]:
     """Reads a checkpoint into `tensors`, in place; returns the steps done and the place. ValueError for another's."""
     manifest = json.loads((path / "manifest.json").read_text())
+    if odd := sorted(set(manifest["names"]) ^ tensors.keys()):
+        raise ValueError(f"{path}: it does not fit this run ({odd[0]} is in one of them only)")
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except (OSError, ValueError, RuntimeError, KeyError, CheckpointException) as error:
@@ -100,7 +107,7 @@ class State:
         self.steps, self.place = steps, self.stream.place()
 
     def save(self) -> None:
-        """On one rank, for all hold the same. What cannot be written is said; training goes on."""
+        """On one rank, for all hold the same. Where it cannot be written, that is said, and the earlier ones stay."""
         if not self.steps:
             return
         try:
@@ -108,18 +115,30 @@ class State:
         except ValueError as error:
             print(f"no checkpoint after step {self.steps}: {error}; the earlier ones are kept", flush=True)
 
-    def resume(self, tell: bool) -> None:
-        """Goes back to the newest whole checkpoint, if there is one, and cuts off what was logged after it."""
-        path = newest(self.folder, print if tell else lambda line: None)
+    def resume(self, every: int, tell: bool) -> None:
+        """Goes back to the newest whole checkpoint, and cuts off what was logged after it.
+
+        every: steps between checkpoints. ValueError where there is none though there should be, for then a run
+        of many steps would be cut off whole; one that was killed before its first begins anew.
+        """
+        run, path = self.folder.parent, newest(self.folder, print if tell else lambda line: None)
         if path:
             self.steps, place = read(path, self.optimizer.state())
             self.optimizer.refresh()
             self.stream.go(**place)
             self.advance(self.steps)
+        else:
+            log = run / "metrics.jsonl"
+            logged = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+            if logged > every or (run / "model").exists() or any(self.folder.glob("step-*[0-9]")):
+                raise ValueError(f"--resume: {self.folder} holds no whole checkpoint; start anew with another --out")
         if tell:
-            print(f"going on after step {self.steps}" + (f", from {path}" if path else ": no checkpoint"), flush=True)
+            print(f"going on after step {self.steps}" + f", from {path}" * bool(path), flush=True)
+            for later in self.folder.glob("step-*[0-9]"):
+                if path and later > path:  # broken
+                    shutil.rmtree(later, ignore_errors=True)
             for name in ("metrics.jsonl", "explanations.jsonl"):
-                report.cut_jsonl(self.folder.parent / name, lambda record: record["step"] < self.steps)
+                report.cut_jsonl(run / name, lambda record: record["step"] < self.steps)
 
 
 class Stopped(Exception):
@@ -127,7 +146,8 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Raises Stopped when SIGTERM or SIGINT comes: at once, but between `hold` and `release` only at the latter.
+    """Raises Stopped when SIGTERM or SIGINT comes: at once (in a long kernel: after it), but between `hold` and
+    `release` only at the latter.
 
     What is held is short: the moments in which weights, optimizer and logs belong to different steps. Where not to
     `heed`, on all ranks but the one that saves, the signal is noted only: it would be waited for in vain.

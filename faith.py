@@ -286,7 +286,8 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn}))
     subject = Subject(sampler, tokenizer, opening=opening)
-    record = model.source / "training.json"
+    folder = locate(path)  # of an adapter not the model's source, which is its base
+    record = folder / "training.json"
     trained = read_json(record).get("opening", "") if record.exists() else ""
     if trained != opening:
         print(f"note: trained with explanations that begin {trained!r}; see --opening")
@@ -297,8 +298,8 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
                 raise ValueError(f"it must hold {options} numbers, one per option")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--calibration {calibration}: not none, fit or a calibration.json ({error})") from None
-    elif calibration == "none" and (model.source / "calibration.json").exists():
-        print(f"note: trained with calibrated decisions; see --calibration {model.source}/calibration.json")
+    elif calibration == "none" and (folder / "calibration.json").exists():
+        print(f"note: trained with calibrated decisions; see --calibration {folder}/calibration.json")
     return subject
 
 

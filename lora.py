@@ -2,8 +2,8 @@
 
     y = W x + (alpha / r) · B A x,   A (r, in) random, B (out, r) zero at first, both fp32
 
-So a step changes, and AdamW remembers, under one per cent of the numbers, and sampler and trainer share the one copy
-of the frozen weights. Added to bf16 weights and taken off again, updates would drift; unmerged they cannot. The
+So a step changes, and AdamW remembers, a few per cent of the numbers or less, and sampler and trainer share the one
+copy of the frozen weights. Added to bf16 weights and taken off again, updates would drift; unmerged they cannot. The
 reference model of a KL is the same model `without` its adapters.
 
 q, k and v are one matrix here (model.py), as are gate and up; in files each has its A and B, as PEFT writes them.
@@ -58,7 +58,7 @@ class LoRA(nn.Module):
 def attach(network: models.Transformer, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> models.Transformer:
     """Freezes the network and puts adapters beside the `targets` of every block, in place; they change nothing yet."""
     if unknown := set(targets) - set(TARGETS):
-        raise ValueError(f"no layer is called {sorted(unknown)[0]}; there are {', '.join(TARGETS)}")
+        raise ValueError(f"no layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}")
     c, generator = network.config, torch.Generator().manual_seed(seed)
     sizes = {"q_proj": c.heads * c.head_dim, "k_proj": c.kv_heads * c.head_dim, "v_proj": c.kv_heads * c.head_dim,
              "gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}  # fmt: skip
@@ -107,6 +107,12 @@ def named(network: models.Transformer) -> dict[str, Tensor]:
     return tensors
 
 
+def name_of(folder: Path) -> str:
+    """How others find the base: the hub id where `folder` lies in the hub's cache, else its absolute path."""
+    hub = [part for part in folder.parts if part.startswith("models--")]
+    return hub[-1].removeprefix("models--").replace("--", "/") if hub else str(folder.resolve())
+
+
 def save(network: models.Transformer, path: str | Path, card: str = "") -> None:
     """Writes a PEFT adapter of the model that the network was loaded from, with its tokenizer; whole or not at all."""
     path = Path(path)
@@ -117,9 +123,9 @@ def save(network: models.Transformer, path: str | Path, card: str = "") -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named(network).items()}
-    safetensors.torch.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    models.write_tensors(tensors, partial / "adapter_model.safetensors")
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(network.source), "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name_of(network.source), "r": rank,
         "lora_alpha": some[0].scale * rank, "target_modules": sorted({part for a in some for part in a.A}),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip
@@ -133,17 +139,28 @@ def save(network: models.Transformer, path: str | Path, card: str = "") -> None:
 
 def load(folder: Path, device="cpu", dtype: torch.dtype | None = None) -> models.Transformer:
     """The base model that a PEFT adapter names, with the adapter beside it. ValueError for what cannot be done here."""
-    settings = read_json(folder / "adapter_config.json")
-    for key, wanted in (("peft_type", "LORA"), ("bias", "none"), ("use_rslora", False), ("use_dora", False),
-                        ("fan_in_fan_out", False), ("modules_to_save", None), ("rank_pattern", {}),
-                        ("alpha_pattern", {}), ("layers_to_transform", None)):  # fmt: skip
-        if settings.get(key, wanted) not in (wanted, None):
-            raise ValueError(f"{folder}: adapter_config.json asks for {key} {settings[key]!r}, which is not done here")
-    try:
-        base, rank, alpha = settings["base_model_name_or_path"], int(settings["r"]), float(settings["lora_alpha"])
-        targets = list(settings["target_modules"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: adapter_config.json lacks or spoils {error}; fetch it again") from None
+    settings, file = read_json(folder / "adapter_config.json"), f"{folder}: adapter_config.json"
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+    for key in ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "rank_pattern",
+                "alpha_pattern", "layers_to_transform", "layer_replication", "target_parameters",
+                "alora_invocation_tokens", "lora_bias"):  # fmt: skip
+        plain[key] = ()
+    for key, fine in plain.items():
+        if settings.get(key) and settings[key] not in fine:
+            raise ValueError(f"{file} asks for {key} {settings[key]!r}, which is not done here; merge it with PEFT")
+    base, rank, alpha, targets = (
+        settings.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+    )
+    for key, good in (
+        ("base_model_name_or_path", isinstance(base, str) and bool(base)),
+        ("r", isinstance(rank, int) and rank >= 1),
+        ("lora_alpha", isinstance(alpha, (int, float)) and 0 < alpha < math.inf),
+        ("target_modules", isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets)),
+    ):
+        if not good:
+            raise ValueError(f"{file}: {key} cannot be {settings.get(key)!r}; mend it, or fetch the adapter again")
+    if (models.locate(base) / "adapter_config.json").exists():
+        raise ValueError(f"{file}: its base {base} is an adapter too; merge that into its own base first, with PEFT")
     network = attach(models.load(base, device, dtype), rank, alpha, targets)
     places = named(network)
     try:

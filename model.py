@@ -359,6 +359,14 @@ COMPANIONS = ("generation_config.json tokenizer.json tokenizer_config.json speci
               "chat_template.jinja chat_template.json vocab.json merges.txt tokenizer.model").split()  # fmt: skip
 
 
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file; ValueError where it cannot be written, as on a full disk."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be written ({error})") from None
+
+
 def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9) -> None:
     """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
 
@@ -380,7 +388,7 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, partial / file, metadata={"format": "pt"})
+        write_tensors(shard, partial / file)
     if len(files) > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}

@@ -53,7 +53,8 @@ def curves(runs: list[Path], to: Path) -> Path:
                 panel.plot(x, smooth(steps[key], width), color=COLOURS[key], alpha=0.9 / len(runs) ** 0.5, label=label)
         for at, summary in tested.items():
             phi = {key: np.nan if (v := summary["phi"][key]) is None else v for key in ("value", "low", "high")}
-            error = [[phi["value"] - phi["low"]], [phi["high"] - phi["value"]]]
+            # By rounding, a bound may lie a hair on the wrong side.
+            error = [[np.maximum(0, phi["value"] - phi["low"])], [np.maximum(0, phi["high"] - phi["value"])]]
             label = None if n or at else "Phi-CCT on test questions, 95 %"
             panels[0].errorbar([at], [phi["value"]], error, color=COLOURS["phi"], fmt="o", capsize=3, label=label)
     for panel in panels:

@@ -6,6 +6,7 @@ run gives the same numbers whatever the number of ranks, up to rounding. gloo on
 """
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ class Ranks:
         """Everyone's shares, back in the order that `share` cut up."""
         if self.world == 1:
             return items
+        self.meet()
         shares = [None] * self.world
         dist.all_gather_object(shares, items)
         whole: list = [None] * sum(map(len, shares))
@@ -52,8 +54,16 @@ class Ranks:
     def sum_(self, tensors: list[torch.Tensor]) -> None:
         """Adds up tensors over all ranks, in place."""
         if self.world > 1:
+            self.meet()
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def meet(self) -> None:
+        """Waits until all have come. A collective ends before Python hears a signal; this lets one through."""
+        work = dist.barrier(async_op=True)
+        while not work.is_completed():
+            time.sleep(0.0005)
+        work.wait()
 
     def leave(self) -> None:
         """Before an early exit: the others may be gone, so nothing is waited for."""

@@ -251,8 +251,11 @@ def write_json(path, obj):
 
 
 def append_jsonl(path, records):
-    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN becomes null."""
-    lines = [json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n" for record in records]
+    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN, inf: null."""
+    lines = []
+    for record in records:
+        finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(finite) + "\n")
     with Path(path).open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 

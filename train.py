@@ -124,6 +124,11 @@ LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "st
          "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
 
 
+# What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
+CHANGEABLE = {"resume", "out", "steps", "lr", "warmup", "decay", "clip_norm", "micro", "recompute", "note",
+              "save_every", "checkpoint_every"}  # fmt: skip
+
+
 def learning_rate(step: int, args: Args) -> float:
     """At `step` (from 0): linear warm-up, then constant, or decay to 10 % of the peak at the last step."""
     if step < args.warmup:
@@ -462,9 +467,9 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
-    if ranks.rank == 0:
+    if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
+        report.write_json(out / "args.json", dataclasses.asdict(args))
     if args.calibrate:
         plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
@@ -485,7 +490,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     optimizer = Optimizer(model, args)
     state = checkpoint.State(out / "checkpoints", optimizer, stream)
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
-        ranks.together(lambda: state.resume(tell=ranks.rank == 0))
+        ranks.together(lambda: state.resume(args.checkpoint_every, tell=ranks.rank == 0))
+        if ranks.rank == 0:
+            report.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
     started, first, problem, skips = time.time(), state.steps, "", 0
     with checkpoint.Signals(heed=ranks.rank == 0) as signals:
         try:
@@ -507,16 +514,19 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
                 anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
                 lr = learning_rate(step, args)
+                skipped = []
                 for _ in range(args.updates):
                     figures = update(
                         model, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
                     )
+                    skipped.append(figures["skipped"])
+                figures["skipped"] = sum(skipped)
                 clock.append(time.time())
                 # Each rank's log is a run of whole groups; gather them in the batch's order.
                 size = args.samples
                 grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
                 log = [entry for group in grouped for entry in group]
-                skips = skips + 1 if figures["skipped"] else 0
+                skips = skips + 1 if all(skipped) else 0
                 state.advance(step + 1)
                 if ranks.rank == 0:
                     seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
@@ -533,15 +543,19 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 signals.release()
                 if skips == SKIPS:
                     problem = f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
-                    problem += f"--clip-norm, and --resume from {checkpoint.newest(state.folder) or 'the start'}"
+                    problem += f"--clip-norm; the last good checkpoint is {checkpoint.newest(state.folder)}"
                     break
+            if ranks.rank == 0 and args.checkpoint_every and state.steps > skips:
+                signals.hold()
+                state.save()
+                signals.release()
         except (checkpoint.Stopped, RuntimeError) as error:
             if isinstance(error, checkpoint.Stopped):  # so this is rank 0
                 if args.checkpoint_every:
                     state.save()
                 print(f"stopped after step {state.steps}; go on with: torchrun train.py --resume --out {args.out}")
             elif ranks.rank == 0 or not signals.number:  # the others' collectives fail when rank 0 has stopped
-                raise
+                raise  # not saved: where it came, weights and step may not belong together
             ranks.leave()
             raise SystemExit(128 + signals.number) from None
     if problem and state.steps == skips:  # nothing was learned
@@ -550,8 +564,6 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)
         save(args, model, "model")  # before anything else can go wrong
-        if args.checkpoint_every:
-            state.save()
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
         finish(args, test, before, after)
@@ -621,7 +633,7 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
     print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
     try:
         print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)
-    except ImportError as error:
+    except (ImportError, ValueError, KeyError, OSError) as error:  # a picture is not worth a run
         print(f"no picture of the run: {error}; then `python plot.py {out}`", flush=True)
 
 
@@ -649,10 +661,16 @@ def parse(argv: list[str] | None = None) -> Args:
     if given.resume:
         try:
             record = json.loads((Path(given.out) / "args.json").read_text())
-            parser.set_defaults(**{f.name: record[f.name] for f in dataclasses.fields(Args) if f.name in record})
+            record = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Args) if f.name in record}
+            parser.set_defaults(**record)
         except (OSError, ValueError, TypeError) as error:
             parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
         parser.set_defaults(resume=True)
+        again = vars(parser.parse_args(argv))
+        for name in record.keys() - CHANGEABLE:
+            if again[name] != record[name]:
+                flag = name.replace("_", "-")
+                parser.error(f"--{flag} was {record[name]!r} and cannot change in a run that goes on; start a new one")
     elif given.model.startswith("toy"):
         parser.set_defaults(**toy.SETTINGS)
     return Args(**vars(parser.parse_args(argv)))

@@ -90,7 +90,9 @@ def test_what_is_written_is_read(tmp_path):
     with pytest.raises(ValueError, match="does not fit this run"):
         checkpoint.read(path, {"weight.b": torch.zeros(2)})
     with pytest.raises(ValueError, match="does not fit this run"):
-        checkpoint.read(path, {"weight.a": torch.zeros(7, 3)})
+        checkpoint.read(path, {"weight.a": torch.zeros(7, 3), "step.a": torch.zeros(())})
+    with pytest.raises(ValueError, match="does not fit this run"):
+        checkpoint.read(path, {"weight.a": torch.zeros(5, 3)})  # it holds more than is asked for
 
 
 @pytest.mark.parametrize("what", ["cut", "gone", "manifest cut", "manifest gone", "half written"])
@@ -113,6 +115,14 @@ def test_a_broken_checkpoint_is_told_and_passed_over(tmp_path, what):
     )
     checkpoint.write(tmp_path, 4, state(4), {})  # written anew
     assert checkpoint.newest(tmp_path, said.append) == path and not list(tmp_path.glob("*.part"))
+
+
+def test_a_broken_one_is_not_counted(tmp_path):
+    for steps in (2, 4):
+        checkpoint.write(tmp_path, steps, state(steps), {})
+    os.truncate(next((tmp_path / "step-00000004").glob("*.distcp")), 5)
+    checkpoint.write(tmp_path, 6, state(6), {})
+    assert checkpoint.newest(tmp_path).name == "step-00000006" and (tmp_path / "step-00000002").exists()
 
 
 def test_none(tmp_path):
@@ -171,9 +181,12 @@ def test_random_kills(folder, whole, tmp_path):
         kills += 1
         if (copy / "args.json").exists():
             given = ["--resume", "--out", copy]
+        logged = len((copy / "metrics.jsonl").read_text().splitlines()) if (copy / "metrics.jsonl").exists() else 0
     assert kills >= KILLS // 2
-    code, _, error = finish(start(given))
+    code, printed, error = finish(start(given))
     assert code == 0, error
+    (done,) = re.findall(r"going on after step (\d+)", printed)
+    assert logged - 3 <= int(done) <= logged  # a checkpoint every two steps, and one line may be torn
     same(out, copy)
 
 
@@ -221,6 +234,85 @@ def test_a_signal_does_not_wait_for_the_step(folder, tmp_path):
     assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000003"
 
 
+KILLED = """
+import os, signal, sys, checkpoint, train
+save, saves = checkpoint.dcp.save, []
+def cut_short(tensors, checkpoint_id, no_dist):
+    save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
+    saves.append(checkpoint_id)
+    if len(saves) == 2:  # all is written but the manifest
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.dcp.save = cut_short
+sys.exit(train.main())
+"""
+
+
+def test_a_kill_while_saving(folder, whole, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    copy = tmp_path / "o"
+    code, _, _ = finish(start(flags(folder, copy), script=tmp_path / "killed.py"))
+    assert code == -signal.SIGKILL and list((copy / "checkpoints").glob("*.part"))
+    code, printed, error = finish(start(["--resume", "--out", copy]))
+    assert code == 0 and "going on after step 2, from " in printed, error
+    same(whole[0], copy)
+
+
+def test_frozen_labels_and_calibration(folder, tmp_path):
+    """What was taken from the initial model is again taken from it, not from the model that goes on."""
+    changes = {"labels": "frozen", "frozen_questions": 20, "steps": 6, "eval_questions": 0, "lr": 1e-2}
+    runs = []
+    for name in ("whole", "stopped"):
+        given = flags(folder, tmp_path / name, **changes) + ["--calibrate", "--calibration-questions", "5"]
+        assert finish(start(given))[0] == 0
+        runs.append(tmp_path / name)
+    shutil.rmtree(runs[1] / "checkpoints" / "step-00000006")
+    code, printed, error = finish(start(["--resume", "--out", runs[1]]))
+    assert code == 0 and "going on after step 4, from " in printed, error
+    assert timeless(runs[0] / "metrics.jsonl") == timeless(runs[1] / "metrics.jsonl")
+    assert (runs[0] / "calibration.json").read_text() == (runs[1] / "calibration.json").read_text()
+
+
+HELD = """
+import os, signal, sys, train
+step, steps = train.Optimizer.step, []
+def signalled(self, *rest):
+    steps.append(1)
+    if len(steps) == 3:  # in the moment in which weights change
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *rest)
+train.Optimizer.step = signalled
+sys.exit(train.main())
+"""
+
+
+def test_a_signal_while_weights_change(folder, whole, tmp_path):
+    """The step is finished first: weights, optimizer and logs are of the same step."""
+    (tmp_path / "held.py").write_text(HELD)
+    copy = tmp_path / "o"
+    code, printed, error = finish(start(flags(folder, copy, checkpoint_every=1000), script=tmp_path / "held.py"))
+    assert code == 128 + signal.SIGTERM and "stopped after step 3; go on with" in printed, error
+    code, printed, error = finish(start(["--resume", "--out", copy]))
+    assert code == 0 and "going on after step 3, from " in printed, error
+    same(whole[0], copy)
+
+
+WAITING = SLOW.replace("if step == 3:", "if step == 3 and os.environ['RANK'] == '1':").replace(
+    "import sys", "import os, sys"
+)
+
+
+def test_a_signal_while_waiting_for_another_rank(folder, tmp_path):
+    """Rank 0 is done with its share of step 4, rank 1 is not: it need not be waited for."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), 2, tmp_path / "waiting.py")
+    next(line for line in process.stdout if "in step 4" in line)
+    time.sleep(1)
+    process.terminate()
+    process.stdout.read()
+    process.wait(60)
+    assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000003"
+
+
 def test_other_ranks(folder, whole, tmp_path):
     """Begun on two ranks and stopped by SIGTERM to torchrun; ended on one: the same up to rounding."""
     copy = tmp_path / "o"
@@ -252,7 +344,31 @@ def test_a_truncated_checkpoint_of_a_run(folder, whole, tmp_path):
     same(whole[0], copy)
 
 
-def test_resume_mistakes(folder, tmp_path):
+def test_resume_mistakes(folder, whole, tmp_path):
+    """One line, status 2, and nothing of the run is touched."""
     for out in (tmp_path / "none", tmp_path):
         code, _, error = finish(start(["--resume", "--out", out]))
         assert code == 2 and "--resume: --out" in error and error.count("\n") == 1
+    copy = tmp_path / "o"
+    shutil.copytree(whole[0], copy)
+    files = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for changes in (["--seed", "5"], ["--eval-questions", "4"], ["--lora", "4"], ["--data", "elsewhere"]):
+        code, _, error = finish(start(["--resume", "--out", copy, *changes]))
+        assert code == 2 and f"{changes[0]} was " in error and error.count("\n") == 1
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == files
+    for path in (copy / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    code, _, error = finish(start(["--resume", "--out", copy]))
+    assert code == 2 and "holds no whole checkpoint; start anew" in error and error.count("\n") == 1
+    assert (copy / "metrics.jsonl").read_bytes() == files[copy / "metrics.jsonl"]
+
+
+def test_more_steps(folder, whole, tmp_path):
+    """A run that has ended may be given more, at another learning rate."""
+    copy = tmp_path / "o"
+    shutil.copytree(whole[0], copy)
+    code, printed, error = finish(start(["--resume", "--out", copy, "--steps", STEPS + 2, "--lr", "1e-4"]))
+    assert code == 0 and f"going on after step {STEPS}, from " in printed, error
+    metrics = timeless(copy / "metrics.jsonl")
+    assert metrics[:STEPS] == timeless(whole[0] / "metrics.jsonl") and len(metrics) == STEPS + 2
+    assert json.loads((copy / "args.json").read_text())["steps"] == STEPS + 2

@@ -1,6 +1,7 @@
 """lora.py against PEFT, which reads what it writes; adapters unmerged, over weights that never move."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -82,6 +83,34 @@ def test_what_peft_saves_is_read(tmp_path, family):
     theirs.save_pretrained(tmp_path / "adapter")
     tokens = torch.randint(5, 300, (2, 30))
     assert (models.load(tmp_path / "adapter")(tokens) - theirs.eval()(tokens).logits).abs().max() < 1e-4
+
+
+def test_where_the_base_is(folder, tmp_path, monkeypatch):
+    """A relative path is made absolute; a snapshot in the hub's cache is told by its id."""
+    monkeypatch.chdir(folder.parent)
+    lora.save(lora.attach(models.load(folder.name), 2, 4.0), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder.resolve())
+    hub = tmp_path / "hub" / "models--some--model" / "snapshots" / "0123"
+    assert lora.name_of(hub) == "some/model"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bf16(folder, recompute):
+    """bf16 weights, fp32 adapters: forward, sampler, KL and backward run; the gradient is close to fp32's."""
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network = disturb(lora.attach(models.load(folder, dtype=dtype), 4, 8.0))
+        network.recompute = recompute
+        groups, rewards = noisy_groups(lora.attach(models.load(folder), 4, 8.0), 1.0)
+        optimizer, kept = train.Optimizer(network, train.Args()), []
+        optimizer.step = lambda *_, o=optimizer, kept=kept: kept.extend(m.grad.flatten() for m in o.masters) or 1.0
+        assert Sampler(network).generate([[7, 8, 9]], 2, 4)
+        train.update(network, network, optimizer, groups, rewards, 0.0, train.Args(kl=0.1), train.Ranks())
+        gradients.append(torch.cat(kept))
+        assert gradients[-1].dtype == torch.float32
+    a, b = gradients
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
 
 
 def test_as_peft_begins(folder):
@@ -184,10 +213,8 @@ def test_a_run(done, folder, tmp_path):
         assert [r["text"] for r in mine] == [r["text"] for r in its]
 
 
-def test_resume(done, folder, tmp_path, monkeypatch):
+def test_resume(done, folder, tmp_path, monkeypatch, capsys):
     """From the checkpoint in the middle, which holds adapters alone."""
-    import shutil
-
     out, _ = done
     shutil.copytree(out, tmp_path / "o")
     shutil.rmtree(tmp_path / "o" / "checkpoints" / "step-00000004")
@@ -195,9 +222,21 @@ def test_resume(done, folder, tmp_path, monkeypatch):
     assert size < (folder / "model.safetensors").stat().st_size * 2  # weights and both moments would be three times
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path / "o")])
     assert train.main() == 0
+    assert "going on after step 2, from " in capsys.readouterr().out
     assert timeless(out / "metrics.jsonl") == timeless(tmp_path / "o" / "metrics.jsonl")
     name = "model/adapter_model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "o" / name).read_bytes()
+
+
+def test_faith_notes(done, folder, tmp_path, capsys):
+    """What the run's folder tells of calibration and opening is told of an adapter too."""
+    shutil.copytree(done[0] / "model", tmp_path / "m")
+    record = json.loads((tmp_path / "m" / "training.json").read_text())
+    (tmp_path / "m" / "training.json").write_text(json.dumps(record | {"opening": "My"}))
+    (tmp_path / "m" / "calibration.json").write_text("{}")
+    faith.open_subject(str(tmp_path / "m"), "none", "", 3)
+    printed = capsys.readouterr().out
+    assert "explanations that begin 'My'" in printed and f"--calibration {tmp_path / 'm'}/calibration.json" in printed
 
 
 def test_ranks(done, folder, tmp_path):
@@ -214,7 +253,7 @@ def test_mistakes(done, folder, tmp_path, monkeypatch, capsys):
     for changes, words in (
         ({"lora": -1}, "--lora must be at least 0"),
         ({"lora": 4, "lora_alpha": 0}, "--lora-alpha must be above 0"),
-        ({"lora": 4, "lora_targets": "q_proj,w"}, "no layer is called w; there are q_proj, "),
+        ({"lora": 4, "lora_targets": "q_proj,w"}, "no layer is called 'w'; there are q_proj, "),
         ({"model": out / "model"}, "is an adapter; merge it"),
     ):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags(folder, **{"out": tmp_path / "x", **changes})])
@@ -225,14 +264,18 @@ def test_mistakes(done, folder, tmp_path, monkeypatch, capsys):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     for changes, words in (
         ({"use_dora": True}, "asks for use_dora True"), ({"bias": "all"}, "asks for bias 'all'"),
-        ({"r": None}, "lacks"),
+        ({"r": None}, "r cannot be None"), ({"r": 0}, "r cannot be 0"), ({"lora_alpha": float("nan")}, "cannot be nan"),
+        ({"base_model_name_or_path": None}, "cannot be None"), ({"target_modules": ".*q_proj"}, "cannot be '"),
+        ({"target_modules": [["q_proj"]]}, "cannot be"), ({"init_lora_weights": "pissa"}, "asks for init_lora_weights"),
+        ({"base_model_name_or_path": str(tmp_path / "a")}, "is an adapter too"),
         ({"r": 3}, r"lora_A.weight has shape \(2, 32\), not \(3, 32\)"), ({"target_modules": ["k_proj"]}, "k_proj"),
         ({"base_model_name_or_path": "no/model"}, "no model at no/model"),
     ):  # fmt: skip
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=words):
             models.load(tmp_path / "a")
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": []}))
+    models.load(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="cannot be read"):
         models.load(tmp_path / "a")

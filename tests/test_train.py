@@ -823,7 +823,7 @@ def test_a_run_that_cannot_go_on(folder, tmp_path, call, monkeypatch, what, when
         assert code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "o" / "model").exists()
     else:
         assert code == 0 and f"stopped after step {when + skipped}: " in out and words in out
-        assert not skipped or f"--resume from {tmp_path / 'o' / 'checkpoints' / 'step-'}" in out
+        assert not skipped or f"last good checkpoint is {tmp_path / 'o' / 'checkpoints' / 'step-'}" in out
         kept, last = weights(tmp_path / "o" / "model"), weights(tmp_path / "o" / "step-1")
         assert all(torch.equal(kept[name], last[name]) for name in kept)
         assert any(not torch.equal(kept[name], w) for name, w in weights(folder).items())
@@ -967,10 +967,23 @@ def faulty(subject, batch, step, args):
         groups[-1], rewards[-1] = (prompt, [first, *rest]), [1.0, 0.0, 0.0, 0.0]
     if os.environ["RANK"] == "1" and step == 1:
         raise {error}
+    if os.environ["RANK"] == "1" and step == 2:  # not finite, on one rank
+        prompt, (first, *rest) = groups[-1]
+        first = replace(first, logprobs=[float("nan"), *first.logprobs[1:]])
+        groups[-1], rewards[-1] = (prompt, [first, *rest]), [1.0, 0.0, 0.0, 0.0]
     return groups, rewards, log
 train.groups_of = faulty
 sys.exit(train.main())
 """
+
+
+def test_a_step_that_is_not_finite_on_one_rank(folder, tmp_path):
+    """It is skipped on all, and all go on alike."""
+    (tmp_path / "faults.py").write_text(FAULTS.format(error="").replace("        raise \n", "        pass\n"))
+    ran = torchrun(2, tmp_path / "faults.py", flags(folder, tmp_path / "o", steps=4, eval_questions=0))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    metrics = lines(tmp_path / "o" / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 0, 1, 0] and metrics[3]["sampler_gap_max"] < 1e-4
 
 
 @pytest.mark.parametrize("error", ["ValueError('a prompt is too long')", "RuntimeError('a surprise')"])
