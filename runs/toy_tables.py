@@ -23,11 +23,15 @@ def interval(figure: dict) -> str:
 
 
 def spread(values: list[float]) -> str:
+    unknown, values = sum(v is None for v in values), [v for v in values if v is not None]
     if not values:
-        return "–"
+        return "undefined" if unknown else "–"
+    digits = 3 if max(map(abs, values)) < 0.02 else 2
     if len(values) == 1:
-        return f"{values[0]:.2f}".replace("-", "−")
-    return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]".replace("-", "−")
+        return f"{values[0]:.{digits}f}".replace("-", "−") + f" ({unknown} undefined)" * bool(unknown)
+    return f"{median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]".replace("-", "−") + (
+        f" ({unknown} undefined)" if unknown else ""
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -55,6 +59,23 @@ def main() -> None:
         table(["seed", "Phi before", "Phi after", "less the shortcut", "P(M given I = 1), P(M given I = 0)",
                "planted cause: agreement before, after", "accuracy on X, change", "other words named, change",
                "tokens before, after", "repeats"], rows)  # fmt: skip
+
+    print("\n**In short: median and range over seeds**")
+    columns = [[figures(run) for run in runs(kind)] for kind in ("adverb", "bias")]
+    rows = [
+        [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
+        for what, part, key in (
+            ("Phi before", "before", "phi"), ("**Phi after**", "after", "phi"),
+            ("less the best shortcut's", "after", "phi_less_shortcut"),
+            ("P(mention, I = 1)", "after", "mention_if_flip"),
+            ("P(mention, I = 0)", "after", "mention_if_same"),
+            ("mentions that agree with the planted cause, before", "before", "planted_agreement"),
+            ("the same, after", "after", "planted_agreement"), ("influence rate", "after", "flip_rate"),
+            ("accuracy on X, change", "difference", "accuracy"),
+            ("other words named, change", "difference", "decoy_any"),
+        )
+    ]  # fmt: skip
+    table(["", "adverbs", "bias phrases"], rows)
 
     print("\n**Labels: median and range over seeds**")
     rows = []
