@@ -52,11 +52,12 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
-STEPS, BATCH, LR = 600, 96, 3e-3  # of the base's supervised training
+BATCH, LR = 96, 3e-3  # of the base's supervised training
 HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word where it is named
 CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
-# What can be named after --model: the shape, and the share of the corpus that asks CHECK in place of the why.
-VARIANTS = {"toy": ("llama", 0.25), "toy-qwen3": ("qwen3", 0.25), "toy-plain": ("llama", 0.0)}
+# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, and the steps
+# of supervised training. After 600 the Qwen3 shape had not learned to answer CHECK yet.
+VARIANTS = {"toy": ("llama", 0.25, 600), "toy-qwen3": ("qwen3", 0.25, 1000), "toy-plain": ("llama", 0.0, 600)}
 # What train.py does with the toy, unless told otherwise.
 SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 120, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
@@ -174,7 +175,7 @@ def corpus(tokenizer: models.Tokenizer, questions: list[Question], check: float,
 def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> models.Transformer:
     """Supervised training of the base on the corpus, from nothing; minutes on two cores."""
     torch.manual_seed(0)
-    family, check = VARIANTS[variant]
+    family, check, steps = VARIANTS[variant]
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps(configuration(size, family), indent=1))
     tokenizer = models.Tokenizer(folder)
@@ -184,7 +185,7 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
             torch.nn.init.normal_(parameter, std=0.06)
     optimizer = torch.optim.AdamW(network.parameters(), LR, (0.9, 0.98), weight_decay=0.01)
     examples = corpus(tokenizer, make_questions(), check, random.Random(0))
-    for step in range(STEPS):
+    for step in range(steps):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in rows])
@@ -194,7 +195,7 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
         loss = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (steps - step) / steps)
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1, float(loss.detach()))
@@ -209,9 +210,10 @@ def build(folder: Path, variant: str = "toy") -> Path:
 
         def progress(step: int, loss: float) -> None:
             if step % 50 == 0:
-                left = (time.time() - started) / step * (STEPS - step)
+                steps = VARIANTS[variant][2]
+                left = (time.time() - started) / step * (steps - step)
                 print(
-                    f"making the toy's base model: step {step}/{STEPS}, loss {loss:.3f}, {left:.0f} s left", flush=True
+                    f"making the toy's base model: step {step}/{steps}, loss {loss:.3f}, {left:.0f} s left", flush=True
                 )
 
         network = train_base(scratch, variant, progress)
