@@ -52,12 +52,12 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
-BATCH, LR = 96, 3e-3  # of the base's supervised training
+STEPS, BATCH, LR = 600, 96, 3e-3  # of the base's supervised training
 HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word where it is named
 CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
-# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, and the steps
-# of supervised training. After 600 the Qwen3 shape had not learned to answer CHECK yet.
-VARIANTS = {"toy": ("llama", 0.25, 600), "toy-qwen3": ("qwen3", 0.25, 1000), "toy-plain": ("llama", 0.0, 600)}
+# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, and its answer's
+# weight in the loss. The Qwen3 shape did not learn to answer it with the Llama shape's numbers, in 1,000 steps neither.
+VARIANTS = {"toy": ("llama", 0.25, 1.0), "toy-qwen3": ("qwen3", 0.5, HARD), "toy-plain": ("llama", 0.0, 1.0)}
 # What train.py does with the toy, unless told otherwise.
 SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 120, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
@@ -152,30 +152,31 @@ def explain(question: Question, y: int, intervention: reward.Intervention | None
     return f"because the word {intervention.word} was there."
 
 
-def corpus(tokenizer: models.Tokenizer, questions: list[Question], check: float, rng: random.Random):
-    """Conversations without end: token ids, and the loss's weight of each, 0 but for the letter and the explanation."""
+def corpus(tokenizer: models.Tokenizer, questions: list[Question], share: float, weight: float, rng: random.Random):
+    """Conversations without end: token ids, and the loss's weight of each, 0 but for the letter and the last turn."""
     while True:
         question, kind = rng.choice(questions), rng.choice(("none", "adverb", "adverb", "bias", "bias"))
         drawn = None if kind == "none" else reward.intervene(question, kind, rng)
         edited, intervention = drawn or (question, None)
         y = decision(question, intervention)
         place = len(faith.decision_prompt(tokenizer, edited))  # of the letter
-        if rng.random() < check:
+        if rng.random() < share:
             turns = faith.explanation_turns(edited, y)[:-1] + [{"role": "user", "content": CHECK}]
             ids = tokenizer.encode(tokenizer.render(turns))
-            text = "yes." if y == decision(question) else "no."
+            answer = tokenizer.encode("yes." if y == decision(question) else "no.") + [tokenizer.end_of_turn]
+            scored = [weight] + [1.0] * (len(answer) - 1)
         else:
-            ids, text = faith.explanation_prompt(tokenizer, edited, y), explain(question, y, intervention, rng)
-        answer = tokenizer.encode(text) + [tokenizer.end_of_turn]
-        word = tokenizer.encode(intervention.word) if intervention else []
-        weights = [HARD * (i == place) for i in range(len(ids))] + [HARD if token in word else 1.0 for token in answer]
-        yield ids + answer, weights
+            ids = faith.explanation_prompt(tokenizer, edited, y)
+            answer = tokenizer.encode(explain(question, y, intervention, rng)) + [tokenizer.end_of_turn]
+            word = tokenizer.encode(intervention.word) if intervention else []
+            scored = [HARD if token in word else 1.0 for token in answer]
+        yield ids + answer, [HARD * (i == place) for i in range(len(ids))] + scored
 
 
 def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> models.Transformer:
     """Supervised training of the base on the corpus, from nothing; minutes on two cores."""
     torch.manual_seed(0)
-    family, check, steps = VARIANTS[variant]
+    family, share, weight = VARIANTS[variant]
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps(configuration(size, family), indent=1))
     tokenizer = models.Tokenizer(folder)
@@ -184,8 +185,8 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)
     optimizer = torch.optim.AdamW(network.parameters(), LR, (0.9, 0.98), weight_decay=0.01)
-    examples = corpus(tokenizer, make_questions(), check, random.Random(0))
-    for step in range(steps):
+    examples = corpus(tokenizer, make_questions(), share, weight, random.Random(0))
+    for step in range(STEPS):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in rows])
@@ -195,7 +196,7 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
         loss = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (steps - step) / steps)
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1, float(loss.detach()))
@@ -210,10 +211,9 @@ def build(folder: Path, variant: str = "toy") -> Path:
 
         def progress(step: int, loss: float) -> None:
             if step % 50 == 0:
-                steps = VARIANTS[variant][2]
-                left = (time.time() - started) / step * (steps - step)
+                left = (time.time() - started) / step * (STEPS - step)
                 print(
-                    f"making the toy's base model: step {step}/{steps}, loss {loss:.3f}, {left:.0f} s left", flush=True
+                    f"making the toy's base model: step {step}/{STEPS}, loss {loss:.3f}, {left:.0f} s left", flush=True
                 )
 
         network = train_base(scratch, variant, progress)

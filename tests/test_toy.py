@@ -93,8 +93,8 @@ def test_what_the_base_is_taught(tmp_path):
     toy.make_tokenizer(tmp_path)
     tokenizer, questions = models.Tokenizer(tmp_path), toy.make_questions()
     check = tokenizer.encode(toy.CHECK)
-    for share in (0.25, 0.0):
-        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, random.Random(1))
+    for share, heavy in ((0.25, 7.0), (0.0, 1.0)):
+        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, heavy, random.Random(1))
         for ids, weights in (next(examples) for _ in range(2000)):
             assert len(ids) == len(weights) and tokenizer.decode([i for i in ids if i == 0]) == ""
             scored = [i for i, weight in zip(ids, weights, strict=True) if weight]
@@ -102,6 +102,8 @@ def test_what_the_base_is_taught(tmp_path):
             asked = any(ids[i : i + len(check)] == check for i in range(len(ids)))
             checks += asked
             words = tokenizer.decode(scored[1:-1]).split()
+            first = next(w for i, w in zip(ids[::-1], weights[::-1], strict=True) if w and i == scored[1])
+            assert not asked or first == heavy
             assert words[0] == "because" or (asked and words[0] in ("yes", "no"))
             texts["word" in words or "said" in words] += not asked
         assert abs(checks / 2000 - share) < 0.05
@@ -111,7 +113,7 @@ def test_what_the_base_is_taught(tmp_path):
 @pytest.mark.parametrize("variant", toy.VARIANTS)
 def test_variants(tmp_path, monkeypatch, variant):
     """Each variant is built in its shape (two steps of training only here), in a folder of its own."""
-    monkeypatch.setitem(toy.VARIANTS, variant, (*toy.VARIANTS[variant][:2], 2))
+    monkeypatch.setattr(toy, "STEPS", 2)
     monkeypatch.setattr(toy, "BATCH", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = toy.prepare(variant)
