@@ -55,7 +55,7 @@ PUSH = 2.5  # weight classes
 STEPS, BATCH, LR = 600, 96, 3e-3  # of the base's supervised training
 HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word where it is named
 CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
-# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, and its answer's
+# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, its answer's
 # weight in the loss. The Qwen3 shape did not learn to answer it with the Llama shape's numbers, in 1,000 steps neither.
 VARIANTS = {"toy": ("llama", 0.25, 1.0), "toy-qwen3": ("qwen3", 0.5, HARD), "toy-plain": ("llama", 0.0, 1.0)}
 # What train.py does with the toy, unless told otherwise.
