@@ -5,9 +5,8 @@ option and some toward the second, some personas toward the option they suggest,
 classes; a third do nothing. So an edit changes the answer only where it pushes against the truth and the question is
 close, and there we know the cause, for we planted it. The base's explanations name the inserted word every other
 time, whether it mattered or not: Phi-CCT is about 0. What reinforcement learning then has to find is when to name it.
-One thing more is planted: asked "Is that right?" in place of "why?", the base says truly whether its answer is the
-heavier thing, so it knows in the second turn what it does not tell there. (`--model toy-plain` is the same without
-that: harder, since the knowledge must then be found by trial and error.) What all this shows is that the method works
+In `--model toy-asked` and `toy-qwen3` one thing more is planted: asked "Is that right?" in place of "why?", the base
+says truly whether its answer is the heavier thing, so it knows in the second turn what it does not tell there. What all this shows is that the method works
 and is implemented right; nothing about the explanations of real models, which have no cause so simple.
 
 `prepare` writes an ordinary Hugging Face directory and ordinary data files, made once and kept in the user's cache
@@ -57,7 +56,7 @@ HARD = 4.0  # weight there of what must be known by heart: the letter, and the i
 CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
 # What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, its answer's
 # weight in the loss. The Qwen3 shape did not learn to answer it with the Llama shape's numbers, in 1,000 steps neither.
-VARIANTS = {"toy": ("llama", 0.25, 1.0), "toy-qwen3": ("qwen3", 0.5, HARD), "toy-plain": ("llama", 0.0, 1.0)}
+VARIANTS = {"toy": ("llama", 0.0, 1.0), "toy-qwen3": ("qwen3", 0.5, HARD), "toy-asked": ("llama", 0.25, 1.0)}
 # What train.py does with the toy, unless told otherwise.
 SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 120, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip

@@ -24,7 +24,7 @@ measure() {  # NAME MODEL flags: a line that measures MODEL into OUT/NAME.json
         --max-new-tokens 16 --limit 1500 --fit 500 --json $to.json --rows $to $* > $to.log 2>&1"
 }
 
-for variant in toy toy-qwen3 toy-plain; do  # one after the other: two threads each do no harm here
+for variant in toy toy-qwen3 toy-asked; do  # one after the other: two threads each do no harm here
     python -c 'import sys, toy; toy.prepare(sys.argv[1])' "$variant"
 done
 base=$(python -c 'import toy; print(toy.prepare())')
@@ -37,7 +37,7 @@ base=$(python -c 'import toy; print(toy.prepare())')
     done
     train "qwen3/${seeds[0]}" --model toy-qwen3 --seed "${seeds[0]}"
     for kind in adverb bias; do
-        train "plain-$kind/${seeds[0]}" --model toy-plain --intervention "$kind" --seed "${seeds[0]}"
+        train "asked-$kind/${seeds[0]}" --model toy-asked --intervention "$kind" --seed "${seeds[0]}"
     done
 } | side_by_side
 {

@@ -44,7 +44,7 @@ def runs(name: str) -> list[Path]:
 
 
 def main() -> None:
-    for name in ("adverb", "bias", "qwen3", "plain-adverb", "plain-bias"):
+    for name in ("adverb", "bias", "qwen3", "asked-adverb", "asked-bias"):
         rows = []
         for run in runs(name):
             f = figures(run)

@@ -122,7 +122,7 @@ def test_variants(tmp_path, monkeypatch, variant):
     assert models.read_config(folder / "model").family == family
     for form in toy.FORMS:
         assert tasks.load("toy", folder / f"{form}.jsonl") == toy.make_questions(form)
-    with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-plain"):
+    with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-asked"):
         toy.prepare("toy-x")
 
 
@@ -165,12 +165,12 @@ def test_the_default_run_learns(run, capsys):
     with capsys.disabled():
         print(f" Phi {before['phi']['value']:.3f} -> {after['phi']['value']:.3f}", end="")
     assert after["n"]["value"] == 1500
-    assert abs(before["phi"]["value"]) < 0.2  # at most 0.08 on five seeds; another machine's base is another
+    assert abs(before["phi"]["value"]) < 0.12
     assert after["phi"]["value"] >= 0.5
     assert after["phi_less_shortcut"]["low"] > 0
     assert after["accuracy"]["value"] > before["accuracy"]["value"] - 0.03
     assert after["planted_agreement"]["value"] > before["planted_agreement"]["value"] + 0.2
-    assert after["planted_influence"]["value"] > 0.9 < before["planted_influence"]["value"]
+    assert after["planted_influence"]["value"] > 0.93 < before["planted_influence"]["value"]
     assert after["decoy_any"]["value"] < before["decoy_any"]["value"] + 0.02
     assert after["tokens"]["value"] < 1.5 * before["tokens"]["value"] and after["repeats"]["value"] < 0.01
     assert "1500 test questions, T=1" in printed and f"step {toy.SETTINGS['steps']}/" in printed
@@ -187,7 +187,7 @@ def test_decisions_follow_the_rule(run):
         rows = faith.decision_rows(subject, cases)
         right = [(r["y"], r["y_edit"]) == (toy.decision(c.question), toy.decision(c.edited, c.intervention))
                  for c, r in zip(cases, rows, strict=True)]  # fmt: skip
-        assert sum(right) > 0.9 * len(right)
+        assert sum(right) > 0.97 * len(right)
 
 
 def test_it_is_an_ordinary_model(run):
