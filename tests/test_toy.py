@@ -59,7 +59,9 @@ def test_questions(form):
     for kind in reward.KINDS:
         cases = faith.draw_cases(questions, kind, 0)
         flips = [toy.decision(c.question) != toy.decision(c.edited, c.intervention) for c in cases]
-        assert len(cases) > 3500 and 0.15 < sum(flips) / len(flips) < 0.3
+        everywhere = form == "questions" or kind == "bias"  # the other form has no place for some adverbs
+        assert len(cases) == len(questions) if everywhere else 3500 < len(cases) < len(questions)
+        assert 0.15 < sum(flips) / len(flips) < 0.3
         assert flips == [c.intervention.name in c.question.moved_by for c in cases]
 
 
