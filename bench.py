@@ -12,80 +12,18 @@ median of the runs, with natural ends and with all tokens forced; tokens count u
 
 import argparse
 import platform
-import random
-import resource
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+import files
 import model as models
 import report
+from bench_train import train_step
+from rates import make_prompts, peak_memory, product_rate, read_rate, seconds
 from rollout import Sampler, Slots
-
-TEXT = """A woman in a green coat waits at the corner while two boys carry a long wooden ladder past the bakery . The
-street is wet , it rained all morning , and a delivery van blocks half of the road . Somebody laughs behind an open
-window . Is it true that the boys know the woman ? Say first what speaks for it , then what speaks against it ."""
-
-
-def make_prompts(tokenizer: models.Tokenizer, count: int, length: int) -> list[list[int]]:
-    """Chat prompts of about `length` tokens each, from 16 % shorter to 16 % longer, all different."""
-    words, prompts = TEXT.split(), []
-    for i in range(count):
-        target = round(length * (0.84 + 0.32 * i / max(1, count - 1)))
-        turned, prompt = words[i % len(words) :] + words[: i % len(words)], []
-        for n in range(1, target):
-            text = " ".join((turned * (n // len(turned) + 1))[:n])
-            longer = tokenizer.encode(tokenizer.render([{"role": "user", "content": text}]))
-            if prompt and len(longer) > target:
-                break
-            prompt = longer
-        prompts.append(prompt)
-    return prompts
-
-
-def seconds(work, device: torch.device) -> float:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    started = now()
-    work()
-    return now() - started
-
-
-def product_rate(config: models.Config, rows: int, device, dtype, head: bool) -> tuple[float, float]:
-    """(seconds, operations) of a layer's products with `rows` rows, times the layers, and the head's; best of five."""
-    E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.heads * D, config.kv_heads * D
-    shapes = [(H + 2 * K, E), (E, H), (2 * M, E), (E, M)]
-    total, operations = 0.0, 0.0
-    for n, (out, inner) in [(config.layers, s) for s in shapes] + ([(1, (config.vocab_size, E))] if head else []):
-        x = torch.randn(rows, inner, device=device, dtype=dtype)
-        # One weight after another, as in a model: a few alone would stay in the processor's cache.
-        some = min(n, max(1, int(2e9 / (out * inner * 4))))
-        weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(some)]
-        repeats = max(1, round(2e9 / (2 * rows * out * inner * len(weights))))
-
-        def products():
-            for _ in range(repeats):  # noqa: B023
-                for weight in weights:  # noqa: B023
-                    F.linear(x, weight)  # noqa: B023
-
-        best = min(seconds(products, device) for _ in range(5)) / repeats / len(weights)
-        total, operations = total + n * best, operations + n * 2.0 * rows * out * inner
-    return total, operations
-
-
-def read_rate(device) -> float:
-    """Bytes per second at which memory is read, best of five."""
-    x = torch.ones(2**26, device=device)  # 256 MiB, more than caches hold
-    return x.nbytes / min(seconds(x.sum, device) for _ in range(5))
 
 
 def limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
@@ -114,13 +52,6 @@ def limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
         "prefill_gflops": prefill_ops / prefill_s / 1e9, "decode_gflops": decode_ops / decode_s / 1e9,
         "read_gb_s": bandwidth / 1e9, "weights_mb": weights / 1e6,
     }  # fmt: skip
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB: of this process since it began, on CUDA of its tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
 
 
 class Theirs:
@@ -242,174 +173,7 @@ def rollout(args: argparse.Namespace) -> None:
             figures["grid"].append({"samples": samples, "length": length, "prompts": count, "ratios": ratios})
             print(f"| {samples} | {length} | {count} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
     if args.json:
-        report.write_json(args.json, {"args": vars(args), **figures})
-
-
-class Trl:
-    """TRL's GRPO step on the same prompts: its own loop, sampling by itself or fed with `tokens`, rewards drawn."""
-
-    def __init__(self, folder: Path, prompts, samples: int, new: int, micro: int, scratch: str):
-        import datasets  # only here: not requirements of the product
-        import transformers
-        import trl
-
-        transformers.utils.logging.set_verbosity_error()
-        datasets.utils.logging.disable_progress_bar()
-        self.version, self.drawn, self.fed, self.tokens = trl.__version__, random.Random(0), None, 0
-        self.ids, self.samples = prompts, samples
-        sequences = len(prompts) * samples
-        config = trl.GRPOConfig(
-            output_dir=scratch, per_device_train_batch_size=micro * samples, num_generations=samples, beta=0.0,
-            gradient_accumulation_steps=sequences // (micro * samples), max_completion_length=new, temperature=1.0,
-            top_k=0, max_steps=1, learning_rate=1e-9, use_cpu=not torch.cuda.is_available(), report_to="none",
-            bf16=torch.cuda.is_available(), disable_tqdm=True, save_strategy="no", logging_strategy="no",
-            shuffle_dataset=False, gradient_checkpointing=False,
-        )  # fmt: skip
-        self.trainer = trl.GRPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            processing_class=transformers.AutoTokenizer.from_pretrained(folder), args=config,
-            train_dataset=datasets.Dataset.from_list([{"prompt": str(i)} for i in range(len(prompts))]),
-            rollout_func=self.rollout, reward_funcs=self.reward,
-        )  # fmt: skip
-        self.trainer.remove_callback(transformers.PrinterCallback)
-        self.end = self.trainer.processing_class.eos_token_id
-
-    def rollout(self, prompts, trainer) -> dict:
-        """Prompts come as token ids by their number; what they give is sampled by generate, or what was `fed`."""
-        which = [int(prompt) for prompt in prompts]
-        started = time.perf_counter()
-        if self.fed:
-            taken = {i: list(self.fed[i]) for i in set(which)}
-            completions = [taken[i].pop() for i in which]
-        else:
-            longest, model = max(len(self.ids[i]) for i in which), trainer.model
-            rows = [[self.end] * (longest - len(self.ids[i])) + self.ids[i] for i in which]
-            seen = [[0] * (longest - len(self.ids[i])) + [1] * len(self.ids[i]) for i in which]
-            rows, seen = (torch.tensor(x, device=model.device) for x in (rows, seen))
-            with torch.inference_mode():
-                out = model.generate(input_ids=rows, attention_mask=seen, generation_config=trainer.generation_config)
-            completions = [cut(row, self.end) for row in out[:, longest:].tolist()]
-        self.rollout_s, self.tokens = time.perf_counter() - started, sum(map(len, completions))
-        return {"prompt_ids": [self.ids[i] for i in which], "completion_ids": completions, "logprobs": None}
-
-    def reward(self, completions, **_) -> list[float]:
-        return [float(self.drawn.random() < 0.5) for _ in completions]
-
-    def step(self, fed=None) -> float:
-        """Seconds of one optimizer step of its own training loop."""
-        self.fed = fed
-        return seconds(lambda: self.trainer.train(), self.trainer.model.device)
-
-
-def cut(tokens: list[int], end: int) -> list[int]:
-    """Up to and with the first end."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def step_limit(config: models.Config, groups, device, dtype) -> dict:
-    """The least seconds of forward and backward of the groups, each prompt once: three times the forward's products."""
-    tokens = sum(len(prompt) + sum(len(c.tokens) - 1 for c in answers) for prompt, answers in groups)
-    scored = sum(len(c.tokens) for _, answers in groups for c in answers)
-    rows = min(tokens, 1024)
-    body_s, body = product_rate(config, rows, device, dtype, head=False)
-    both_s, both = product_rate(config, rows, device, dtype, head=True)
-    ahead = max(both_s - body_s, 0.0)
-    operations = 3 * (body * tokens + (both - body) * scored) / rows
-    return {"limit_s": 3 * (body_s * tokens + ahead * scored) / rows, "tflop": operations / 1e12,
-            "gflops": both / both_s / 1e9, "tokens_in": tokens, "tokens_scored": scored}  # fmt: skip
-
-
-def train_step(args: argparse.Namespace) -> None:
-    import train  # the product's own step; nothing else here needs it
-    from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
-
-    if args.count % args.micro:
-        raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
-    tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = models.load(args.model, device)
-    sampler = Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)
-    prompts = make_prompts(tokenizer, args.count, args.length)
-    settings = train.Args(lr=1e-9, max_new_tokens=args.new, micro=args.micro, loss="dapo")
-    optimizer, ranks, drawn = train.Optimizer(network, settings), train.Ranks(), random.Random(0)
-    letters = list(range(5, 8))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
-    sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    print(f"{sizes}, {args.samples} samples each, at most {args.new} new tokens, T = 1")
-
-    def step(seed: int, answers=None) -> tuple[dict, list]:
-        """One step by hand, in train.update's parts, so that each can be timed: (seconds by phase, answers)."""
-        spent = {}
-        if answers is None:
-            pairs = [p for p in prompts for _ in range(4)]  # X and X' of two candidates for each prompt kept
-            spent["labels"] = seconds(lambda: sampler.option_logprobs(pairs, letters, together=2), device)
-            answers = []
-            spent["rollout"] = seconds(
-                lambda: answers.extend(sampler.generate(prompts, args.samples, args.new, seed=seed)), device
-            )
-        groups = list(zip(prompts, answers, strict=True))
-        lengths = torch.tensor([len(c.tokens) for _, group in groups for c in group])
-        spent |= {"forward": 0.0, "backward": 0.0}
-        for start in range(0, len(groups), args.micro):
-            some = groups[start : start + args.micro]
-            rewards = torch.tensor([[float(drawn.random() < 0.5) for _ in group] for _, group in some])
-            mine = torch.tensor([len(c.tokens) for _, group in some for c in group])
-            weights = token_weights(mine, "dapo", args.new, len(lengths), int(lengths.sum())).to(device)
-            A = advantages(rewards, "std").flatten().repeat_interleave(mine).to(device)
-            old = torch.tensor([lp for _, group in some for c in group for lp in c.logprobs], device=device)
-            losses: list = []
-
-            def forward():
-                packed = pack([(p, [c.tokens for c in g]) for p, g in some], device)  # noqa: B023
-                logprobs = token_logprobs(network, packed, 1.0)
-                losses.append((policy_loss(logprobs, old, A, 0.2, 0.2) * weights).sum())  # noqa: B023
-
-            spent["forward"] += seconds(forward, device)
-            spent["backward"] += seconds(lambda: (losses[0].backward(), optimizer.accumulate()), device)  # noqa: B023
-        spent["optimizer"] = seconds(lambda: optimizer.step(1e-9, 1.0, ranks), device)
-        return spent, answers
-
-    step(0)  # warm
-    figures: dict = {"device": name, "args": vars(args), "ours": [], "generating": [], "fed": []}
-    with tempfile.TemporaryDirectory() as scratch:
-        theirs = None
-        if args.against:
-            theirs = Trl(models.locate(args.model), prompts, args.samples, args.new, args.micro, scratch)
-        for i in range(args.repeats):
-            spent, answers = step(i + 1)
-            figures["ours"].append(spent)
-            if theirs:
-                tokens, own = sum(len(c.tokens) for g in answers for c in g), sum(spent.values()) - spent["labels"]
-                whole = theirs.step()
-                per_token = (whole / theirs.tokens) / (own / tokens)
-                pair = {"theirs_s": whole, "theirs_rollout_s": theirs.rollout_s, "theirs_tokens": theirs.tokens}
-                figures["generating"].append(pair | {"ours_s": own, "ours_tokens": tokens, "ratio": per_token})
-                fed, _ = step(0, answers)
-                whole = theirs.step([[c.tokens for c in group] for group in answers])
-                figures["fed"].append(
-                    {"theirs_s": whole, "ours_s": sum(fed.values()), "ratio": whole / sum(fed.values())}
-                )
-                print(
-                    f"pair {i + 1}: generating {per_token:.2f}, same tokens {figures['fed'][-1]['ratio']:.2f}",
-                    flush=True,
-                )
-    phases = {key: statistics.median(run[key] for run in figures["ours"]) for key in figures["ours"][0]}
-    groups = list(zip(prompts, answers, strict=True))
-    bound = step_limit(network.config, groups, device, network.dtype)
-    both = phases["forward"] + phases["backward"]
-    tokens = sum(len(c.tokens) for _, group in groups for c in group)
-    figures |= {"phases": phases, **bound, "share_of_limit": bound["limit_s"] / both, "peak_gb": peak_memory(device),
-                "tokens_s": tokens / sum(phases.values())}  # fmt: skip
-    print("\n" + ", ".join(f"{key} {value:.2f} s" for key, value in phases.items())
-          + f"; {tokens} new tokens, {figures['tokens_s']:.0f} a second, labels included")  # fmt: skip
-    print(f"forward and backward: limit {bound['limit_s']:.2f} s ({bound['tflop']:.2f} TFLOP at {bound['gflops']:.0f} "
-          f"GFLOP/s), share {figures['share_of_limit']:.0%}; peak memory {figures['peak_gb']:.2f} GB")  # fmt: skip
-    for key, what in (("generating", "both generating, per new token, without labels"), ("fed", "same tokens")):
-        if figures[key]:
-            figures[f"{key}_ratio"] = statistics.median(pair["ratio"] for pair in figures[key])
-            print(f"TRL {theirs.version}, {what}: ratio {figures[f'{key}_ratio']:.2f} (median of {args.repeats} pairs)")
-    if args.json:
-        report.write_json(args.json, figures)
+        files.write_json(args.json, {"args": vars(args), **figures})
 
 
 def main(argv: list[str] | None = None) -> int:

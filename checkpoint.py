@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-import report
+import files
 
 
 def describe(error: BaseException) -> str:
@@ -48,7 +48,7 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, kee
         dcp.save(tensors, checkpoint_id=part, no_dist=True)
         files = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"steps": steps, "place": place, "names": sorted(tensors), "files": files}
-        report.write_json(part / "manifest.json", manifest)
+        files.write_json(part / "manifest.json", manifest)
         part.rename(target)
     except (OSError, ValueError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -138,7 +138,7 @@ class State:
                 if path and later > path:  # broken
                     shutil.rmtree(later, ignore_errors=True)
             for name in ("metrics.jsonl", "explanations.jsonl"):
-                report.cut_jsonl(run / name, lambda record: record["step"] < self.steps)
+                files.cut_jsonl(run / name, lambda record: record["step"] < self.steps)
 
 
 class Stopped(Exception):

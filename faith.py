@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import report
 import reward
 import tasks
@@ -349,12 +350,12 @@ def run_measure(args: argparse.Namespace) -> None:
     print(file=sys.stderr)
     if args.rows:
         for t in rows:
-            report.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
+            files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
     fit_rows = decision_rows(subject, fit)
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
     if args.json:
-        report.write_json(args.json, {"args": vars(args), "summary": summaries})
+        files.write_json(args.json, {"args": vars(args), "summary": summaries})
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -383,7 +384,7 @@ def run_ask(args: argparse.Namespace) -> None:
     print(f"M = {M}   the explanation {'names' if M else 'does not name'} it")
     print(f"r = {reward.reward(M, I):g}")
     if args.json:
-        report.write_json(args.json, row)
+        files.write_json(args.json, row)
 
 
 def main(argv: list[str] | None = None) -> int:

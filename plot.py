@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import report
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
@@ -28,7 +29,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def read(run: Path) -> tuple[dict[str, np.ndarray], dict[int, dict]]:
     """A run's metrics, a number per step, and its figures at T = 1 {step: summary}; ValueError for no such run."""
-    metrics = report.read_jsonl(run / "metrics.jsonl")
+    metrics = files.read_jsonl(run / "metrics.jsonl")
     if not metrics or not all(key in record for record in metrics for key in NAMES):
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps of train.py; give a run's folder")
     steps = {key: np.array([np.nan if m[key] is None else m[key] for m in metrics], float) for key in NAMES}

@@ -21,17 +21,14 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden size, V vocabulary, G group.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
 import random
-import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +36,7 @@ import torch
 
 import checkpoint
 import faith
+import files
 import lora
 import model as models
 import plot
@@ -46,87 +44,11 @@ import report
 import reward
 import tasks
 import toy
+from args import Args, check, command, parse
 from faith import Case, Subject
 from grpo import advantages, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from ranks import Ranks
 from rollout import Completion, Sampler, option_scores
-
-
-def option(default, text: str, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
-
-ADAPTED = ",".join(lora.TARGETS)
-
-
-@dataclass
-class Args:
-    """Everything a run depends on; each field is a flag, and all are saved with the run."""
-
-    model: str = option("toy", "Hugging Face directory, hub id in the local cache, or the embedded toy (toy.py), made "
-                        "on first use; toy-qwen3 and toy-asked are others")  # fmt: skip
-    task: str = option("toy", "what the questions are", tasks.TASKS)
-    data: str = option("", "folder or file with the task's published data; the toy brings its own")
-    intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
-    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. By default "
-                      "a new one in out/")  # fmt: skip
-    labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
-                         ("on-policy", "frozen"))  # fmt: skip
-    calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
-    calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
-    steps: int = option(100, "optimizer steps")
-    prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
-    samples: int = option(8, "explanations sampled per edited question: the group")
-    candidates: int = option(256, "edited questions labelled per step at most, in search of a balanced batch")
-    frozen_questions: int = option(1000, "with --labels frozen: training questions labelled at the start")
-    max_new_tokens: int = option(48, "an explanation is cut here")
-    temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
-    lr: float = option(1e-5, "AdamW's peak learning rate")
-    warmup: int = option(5, "steps of linear warm-up")
-    decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"))
-    weight_decay: float = option(0.0, "AdamW's")
-    beta2: float = option(0.98, "AdamW's second-moment decay; runs are short")
-    clip_norm: float = option(1.0, "largest norm of the gradient")
-    loss: str = option("dr_grpo", "what a token's loss is divided by: its explanation's length (grpo), all tokens "
-                       "of the step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))  # fmt: skip
-    advantage: str = option("std", "divide by the group's standard deviation or not (Dr. GRPO)", ("std", "mean"))
-    clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
-    clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference")
-    anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
-                           "keeps decisions where they were; 0: off (ours)")  # fmt: skip
-    anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")
-    opening: str = option("", "every explanation is forced to begin so, {letter} being the option picked (ours)")
-    lora: int = option(0, "rank of LoRA adapters, trained in place of the weights and saved as a PEFT adapter; 0: all "
-                       "weights are trained")  # fmt: skip
-    lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank")
-    lora_targets: str = option(ADAPTED, "with --lora: the layers that have adapters")
-    recompute: bool = option(False, "activation checkpointing: less memory, a third more work in the update")
-    updates: int = option(1, "optimizer updates per batch of explanations")
-    micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
-    eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
-    eval_before: bool = option(True, "measure the initial model too; not needed where another run has")
-    fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
-    note: str = option("", "a line for the model card, such as where the weights come from")
-    save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
-    checkpoint_every: int = option(20, "steps between checkpoints, the last two are kept; 0: none, not even when "
-                                   "the run is stopped")  # fmt: skip
-    resume: bool = option(
-        False, "go on with the run in --out from its last checkpoint, with its flags but for those given"
-    )
-    seed: int = option(0, "of everything drawn")
-
-
-# The smallest values of flags. Batches are half and half, and groups compare samples: so 2 of each.
-LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
-         "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
-         "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
-         "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
-
-
-# What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
-CHANGEABLE = {"resume", "out", "steps", "lr", "warmup", "decay", "clip_norm", "micro", "recompute", "note",
-              "save_every", "checkpoint_every"}  # fmt: skip
 
 
 def learning_rate(step: int, args: Args) -> float:
@@ -354,12 +276,10 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         out = Path(args.out)
-        report.write_jsonl(out / f"{name}.fit.jsonl", fit_rows)
+        files.write_jsonl(out / f"{name}.fit.jsonl", fit_rows)
         for t in rows:
-            report.write_jsonl(out / f"{name}.T{t:g}.jsonl", rows[t])
-        report.write_json(
-            out / f"{name}.json", {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
-        )
+            files.write_jsonl(out / f"{name}.T{t:g}.jsonl", rows[t])
+        files.write_json(out / f"{name}.json", {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows})
     return rows
 
 
@@ -428,18 +348,7 @@ def furnish(args: Args, ranks: Ranks) -> None:
 
 def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:  # so written, NaN fails too
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name in ("temperature", "lr", "clip_norm", "lora_alpha"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if not 0 <= args.beta2 < 1:
-        raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
-    if args.prompts % 2:
-        raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
-    if args.seed >= 2**31:
-        raise ValueError(f"--seed must be below 2^31, not {args.seed}")
+    check(args)
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
@@ -469,20 +378,18 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     out, model = Path(args.out), subject.sampler.model
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "args.json", dataclasses.asdict(args))
+        files.write_json(out / "args.json", dataclasses.asdict(args))
     if args.calibrate:
         plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
         if ranks.rank == 0:
-            report.write_json(
-                out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)}
-            )
+            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
     reference = None
     if args.kl:
         reference = model if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
-        before = {t: report.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
+        before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
         before = evaluate(subject, test, fit, "before", args, ranks)
     frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
@@ -492,7 +399,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
         ranks.together(lambda: state.resume(args.checkpoint_every, tell=ranks.rank == 0))
         if ranks.rank == 0:
-            report.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
+            files.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
     started, first, problem, skips = time.time(), state.steps, "", 0
     with checkpoint.Signals(heed=ranks.rank == 0) as signals:
         try:
@@ -532,8 +439,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
                     record = {"step": step, **step_metrics(log, labelled, size), **figures, **seconds,
                               "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
-                    report.append_jsonl(out / "explanations.jsonl", log)
-                    report.append_jsonl(out / "metrics.jsonl", [record])
+                    files.append_jsonl(out / "explanations.jsonl", log)
+                    files.append_jsonl(out / "metrics.jsonl", [record])
                     left = (time.time() - started) / (step + 1 - first) * (args.steps - step - 1)
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                     if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
@@ -586,7 +493,7 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
     if args.resume:  # what the run wrote before it was stopped is written anew
         shutil.rmtree(out / name, ignore_errors=True)
     (lora if args.lora else models).save(model, out / name, model_card(args))
-    report.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
+    files.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
     if args.calibrate:
         shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
 
@@ -624,7 +531,7 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
         columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in phases}
         if before:
             columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
-            report.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
+            files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
         print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
         figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
     if after:
@@ -635,45 +542,6 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
         print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)
     except (ImportError, ValueError, KeyError, OSError) as error:  # a picture is not worth a run
         print(f"no picture of the run: {error}; then `python plot.py {out}`", flush=True)
-
-
-def command(args: Args) -> str:
-    """The flags that give these arguments, those at their defaults left out."""
-    flags = []
-    for field in dataclasses.fields(Args):
-        name, value = field.name.replace("_", "-"), getattr(args, field.name)
-        if value != field.default and name != "resume":
-            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return shlex.join(flags)
-
-
-def parse(argv: list[str] | None = None) -> Args:
-    parser = report.Parser(prog="train.py", description=__doc__.split("\n")[0])
-    for field in dataclasses.fields(Args):
-        flag = "--" + field.name.replace("_", "-")
-        extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
-        if isinstance(field.default, bool):
-            extra["action"] = argparse.BooleanOptionalAction
-        else:
-            extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
-        parser.add_argument(flag, default=field.default, **extra)
-    given = parser.parse_args(argv)
-    if given.resume:
-        try:
-            record = json.loads((Path(given.out) / "args.json").read_text())
-            record = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Args) if f.name in record}
-            parser.set_defaults(**record)
-        except (OSError, ValueError, TypeError) as error:
-            parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
-        parser.set_defaults(resume=True)
-        again = vars(parser.parse_args(argv))
-        for name in record.keys() - CHANGEABLE:
-            if again[name] != record[name]:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag} was {record[name]!r} and cannot change in a run that goes on; start a new one")
-    elif given.model.startswith("toy"):
-        parser.set_defaults(**toy.SETTINGS)
-    return Args(**vars(parser.parse_args(argv)))
 
 
 def main() -> int:

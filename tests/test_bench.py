@@ -8,8 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_train
 import grpo
 import model as models
+import rates
 from rollout import Sampler
 
 
@@ -20,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("length", [40, 128])
 def test_prompts(folder, length):
-    prompts = bench.make_prompts(models.Tokenizer(folder), 8, length)
+    prompts = rates.make_prompts(models.Tokenizer(folder), 8, length)
     lengths = [len(p) for p in prompts]
     assert 0.8 * length <= min(lengths) < 0.9 * length and 1.1 * length < max(lengths) <= 1.2 * length
     assert len({tuple(p) for p in prompts}) == 8
@@ -29,7 +31,7 @@ def test_prompts(folder, length):
 def test_operations(folder):
     """Products of prefill and decode, against PyTorch's count of the same forward passes."""
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
-    prompts = bench.make_prompts(tokenizer, 3, 40)
+    prompts = rates.make_prompts(tokenizer, 3, 40)
     answers = Sampler(network).generate(prompts, 4, 10)
     bound = bench.limit(network, prompts, answers, 128)
     fed = sum(len(c.tokens) - 1 for group in answers for c in group)
@@ -63,7 +65,7 @@ def test_against_transformers(folder, tmp_path):
     pytest.importorskip("transformers")
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
     theirs = bench.Theirs(folder, [tiny.END, tiny.STOP], network)
-    prompts = bench.make_prompts(tokenizer, 3, 40)
+    prompts = rates.make_prompts(tokenizer, 3, 40)
     assert theirs.generate(prompts, 4, 10, forced=True) == 120
     counts = {theirs.generate(prompts, 4, 10, forced=False) for _ in range(5)}
     assert 12 <= min(counts) and max(counts) < 120
@@ -94,9 +96,9 @@ def test_mistakes(folder, capsys, changes, words):
 def test_operations_of_a_step(folder):
     """Forward and backward of packed groups, against PyTorch's count of the products in them."""
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
-    prompts = bench.make_prompts(tokenizer, 2, 40)
+    prompts = rates.make_prompts(tokenizer, 2, 40)
     groups = list(zip(prompts, Sampler(network).generate(prompts, 3, 10), strict=True))
-    bound = bench.step_limit(network.config, groups, torch.device("cpu"), torch.float32)
+    bound = bench_train.step_limit(network.config, groups, torch.device("cpu"), torch.float32)
     packed = grpo.pack([(p, [c.tokens for c in group]) for p, group in groups])
     assert (bound["tokens_in"], bound["tokens_scored"]) == (packed.tokens.numel(), len(packed.targets))
     with FlopCounterMode(display=False) as counter:
@@ -134,8 +136,8 @@ def test_what_trl_is_fed(folder, tmp_path):
     """TRL trains on our tokens, all of them, each with its prompt; by itself it samples as many as it should."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    prompts = bench.make_prompts(models.Tokenizer(folder), 2, 40)
-    theirs = bench.Trl(folder, prompts, 4, 12, 1, str(tmp_path))
+    prompts = rates.make_prompts(models.Tokenizer(folder), 2, 40)
+    theirs = bench_train.Trl(folder, prompts, 4, 12, 1, str(tmp_path))
     seen, loss = [], theirs.trainer.compute_loss
 
     def spied(model, inputs, *rest, **more):

@@ -16,7 +16,7 @@ import tiny
 import torch
 
 import checkpoint
-import report
+import files
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
@@ -49,7 +49,7 @@ def finish(process, timeout=300):
 
 
 def timeless(path):
-    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in report.read_jsonl(path)]
+    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in files.read_jsonl(path)]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def test_lines_are_cut(tmp_path):
     text = "".join(json.dumps({"step": n, "x": 0.1}) + "\n" for n in range(4))
     for torn in ("", '{"step": 4, "x"', '{"step": 1}'):
         file.write_text(text + torn)
-        report.cut_jsonl(file, lambda record: record["step"] < 3)
+        files.cut_jsonl(file, lambda record: record["step"] < 3)
         assert file.read_text() == "".join(text.splitlines(keepends=True)[:3])
-    report.cut_jsonl(tmp_path / "none", lambda record: True)
+    files.cut_jsonl(tmp_path / "none", lambda record: True)
 
 
 # ---- runs that are stopped -----------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number):
     code, printed, error = finish(process)
     assert code == 128 + number and not error, error
     (done,) = re.findall(r"stopped after step (\d+); go on with: torchrun train.py --resume --out ", printed)
-    assert int(done) >= 3 and len(report.read_jsonl(copy / "metrics.jsonl")) == int(done)
+    assert int(done) >= 3 and len(files.read_jsonl(copy / "metrics.jsonl")) == int(done)
     assert checkpoint.newest(copy / "checkpoints").name == f"step-{int(done):08d}"
     code, printed, error = finish(start(["--resume", "--out", copy]))
     assert code == 0 and f"going on after step {done}, from " in printed, error

@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import matthews_corrcoef
 
+import files
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -444,7 +445,7 @@ def test_json_is_valid_whole_and_has_null_for_undefined(tmp_path):
     path = tmp_path / "out.json"
     s = report.summary(cells(0, 5, 0, 5), resamples=10) | {"array": np.arange(2), "inf": math.inf}
     path.write_text("old")
-    report.write_json(path, s)
+    files.write_json(path, s)
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -453,7 +454,7 @@ def test_json_is_valid_whole_and_has_null_for_undefined(tmp_path):
     assert got["phi"] == {"value": None, "low": None, "high": None, "undefined": 10}
     assert got["reward"]["value"] == 0.5 and got["array"] == [0, 1] and got["inf"] is None
     with pytest.raises(AttributeError):
-        report.write_json(path, {"good": 1, "bad": object()})
+        files.write_json(path, {"good": 1, "bad": object()})
     assert json.loads(path.read_text())["n"] == {"value": 10}  # the old file is whole
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
@@ -461,17 +462,17 @@ def test_json_is_valid_whole_and_has_null_for_undefined(tmp_path):
 def test_rows_survive_a_file(tmp_path):
     rows = cells(2, 2, 2, 2, overlap=float("nan"), text="line\u2028break \u00e9\n")
     path = tmp_path / "rows.jsonl"
-    report.write_jsonl(path, rows)
+    files.write_jsonl(path, rows)
     assert len(path.read_text().splitlines()) == 8
-    assert report.read_jsonl(path) == [row | {"overlap": None} for row in rows]
+    assert files.read_jsonl(path) == [row | {"overlap": None} for row in rows]
     path.write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert report.read_jsonl(path) == [{"text": "a\u2028b"}]
+    assert files.read_jsonl(path) == [{"text": "a\u2028b"}]
     with pytest.raises(ValueError, match="cannot be written"):
-        report.write_jsonl(tmp_path / "no" / "rows.jsonl", rows)
+        files.write_jsonl(tmp_path / "no" / "rows.jsonl", rows)
     with pytest.raises(ValueError, match="cannot be written"):
-        report.write_jsonl(tmp_path, rows)
+        files.write_jsonl(tmp_path, rows)
     with pytest.raises(ValueError, match="cannot be written"):
-        report.write_jsonl(path / "rows.jsonl", rows)
+        files.write_jsonl(path / "rows.jsonl", rows)
     assert [p.name for p in tmp_path.parent.glob("*.part")] == []
 
 
@@ -479,12 +480,12 @@ def test_rows_survive_a_file(tmp_path):
 
 
 @pytest.fixture
-def files(tmp_path):
+def measured(tmp_path):
     before = random_rows(40, 11)
     paths = {name: tmp_path / f"{name}.rows.jsonl" for name in ("before", "after", "fit")}
-    report.write_jsonl(paths["before"], before)
-    report.write_jsonl(paths["after"], [row | {"mention": row["influence"]} for row in before])
-    report.write_jsonl(paths["fit"], random_rows(60, 12))
+    files.write_jsonl(paths["before"], before)
+    files.write_jsonl(paths["after"], [row | {"mention": row["influence"]} for row in before])
+    files.write_jsonl(paths["fit"], random_rows(60, 12))
     return paths
 
 
@@ -493,9 +494,9 @@ def command(*args):
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_command_prints_both_and_their_difference(files, tmp_path):
+def test_command_prints_both_and_their_difference(measured, tmp_path):
     out = tmp_path / "out.json"
-    got = command(files["before"], files["after"], "--fit", files["fit"], "--json", out)
+    got = command(measured["before"], measured["after"], "--fit", measured["fit"], "--json", out)
     assert got.returncode == 0 and got.stderr == ""
     first, second = got.stdout.split("\n\n")
     assert first.split("\n")[0].split() == ["figure", "before", "after"]
@@ -505,11 +506,11 @@ def test_command_prints_both_and_their_difference(files, tmp_path):
     assert figures["after"]["phi"]["value"] == pytest.approx(1.0)
     expected = figures["after"]["phi"]["value"] - figures["before"]["phi"]["value"]
     assert figures["difference"]["phi"]["value"] == pytest.approx(expected)
-    assert command(files["before"], files["after"], "--markdown").stdout.startswith("| figure ")
+    assert command(measured["before"], measured["after"], "--markdown").stdout.startswith("| figure ")
 
 
-def test_command_refuses_bad_input_in_one_line(files, tmp_path):
-    good, bad = files["before"], tmp_path / "bad.jsonl"
+def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
+    good, bad = measured["before"], tmp_path / "bad.jsonl"
     text = good.read_text()
     first, rest = text.split("\n", 1)
     without = {key: x for key, x in json.loads(first).items() if key != "mention"}

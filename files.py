@@ -1,0 +1,67 @@
+"""JSON and JSON-lines files, written whole: beside their place, then renamed over it.
+
+NaN and infinity are null in them, since JSON has neither.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def write_jsonl(path, values, indent=None):
+    """A value a line, whole or not at all: written beside path, then renamed over it; NaN becomes null."""
+    texts = [json.dumps(value, default=lambda x: x.tolist()) for value in values]  # NumPy values as Python's
+    texts = [json.dumps(json.loads(t, parse_constant=lambda _: None), indent=indent) + "\n" for t in texts]
+    part = Path(f"{path}.part")
+    try:
+        part.write_text("".join(texts), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write_json(path, obj):
+    """One JSON value, as write_jsonl does."""
+    write_jsonl(path, [obj], indent=1)
+
+
+def append_jsonl(path, records):
+    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN, inf: null."""
+    lines = []
+    for record in records:
+        finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(finite) + "\n")
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def cut_jsonl(path, keep):
+    """Drops the lines of a JSON-lines file, if it is there, from the first that is torn or not to keep(value) on."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if not line.endswith("\n") or not keep(json.loads(line)):
+                break
+        except ValueError:
+            break
+        kept.append(line)
+    if len(kept) < len(lines):
+        part = Path(f"{path}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+
+def read_jsonl(path):
+    """The values of a JSON-lines file; ValueError names the file, and the line that is not JSON."""
+    values, where = [], path
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+            where = f"{path}, line {number}"
+            values += [json.loads(line)] if line.strip() else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+    return values
