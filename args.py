@@ -27,7 +27,7 @@ class Args:
     """Everything a run depends on; each field is a flag, and all are saved with the run."""
 
     model: str = option("toy", "Hugging Face directory, hub id in the local cache, or the embedded toy (toy.py), made "
-                        "on first use; toy-qwen3 and toy-asked are others")  # fmt: skip
+                        "on first use; toy-qwen3 and toy-plain are others")  # fmt: skip
     task: str = option("toy", "what the questions are", tasks.TASKS)
     data: str = option("", "folder or file with the task's published data; the toy brings its own")
     intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)

@@ -5,10 +5,10 @@ option and some toward the second, some personas toward the option they suggest,
 classes; a third do nothing. So an edit changes the answer only where it pushes against the truth and the question is
 close, and there we know the cause, for we planted it. The base's explanations name the inserted word every other
 time, whether it mattered or not: Phi-CCT is about 0. What reinforcement learning then has to find is when to name it.
-In `--model toy-asked` and `toy-qwen3` one thing more is planted: asked "Is that right?" in place of "why?", the base
-says truly whether its answer is the heavier thing, so it knows in the second turn what it does not tell there. What
-all this shows is that the method works and is implemented right; nothing about the explanations of real models, which
-have no cause so simple.
+One thing more is planted: asked "Is that right?" in place of "why?", the base says truly whether its answer is the
+heavier thing, so it knows in the second turn what it does not tell there; `--model toy-plain` is a base without it.
+What all this shows is that the method works and is implemented right; nothing about the explanations of real models,
+which have no cause so simple.
 
 `prepare` writes an ordinary Hugging Face directory and ordinary data files, made once and kept in the user's cache
 under a hash of this file; nothing else in the project knows that they are a toy's. All of it is ours.
@@ -52,12 +52,11 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
-STEPS, BATCH, LR = 600, 96, 3e-3  # of the base's supervised training
-HARD = 4.0  # weight there of what must be known by heart: the letter, and the inserted word where it is named
+STEPS, BATCH, LR = 600, 96, 6e-3  # of the base's supervised training
+HARD = 4.0  # weight there of what matters: the letter, the inserted word where it is named, CHECK's yes or no
 CHECK = "Is that right?"  # asked in the second turn of a part of the corpus, and answered truly
-# What can be named after --model: the shape, the share of the corpus that asks CHECK in place of the why, its answer's
-# weight in the loss. The Qwen3 shape did not learn to answer it with the Llama shape's numbers, in 1,000 steps neither.
-VARIANTS = {"toy": ("llama", 0.0, 1.0), "toy-qwen3": ("qwen3", 0.5, HARD), "toy-asked": ("llama", 0.25, 1.0)}
+# What can be named after --model: the shape, and the share of the corpus that asks CHECK in place of the why.
+VARIANTS = {"toy": ("llama", 0.25), "toy-qwen3": ("qwen3", 0.25), "toy-plain": ("llama", 0.0)}
 # What train.py does with the toy, unless told otherwise.
 SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 120, "prompts": 32,
             "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 1500, "fit_questions": 500}  # fmt: skip
@@ -152,7 +151,7 @@ def explain(question: Question, y: int, intervention: reward.Intervention | None
     return f"because the word {intervention.word} was there."
 
 
-def corpus(tokenizer: models.Tokenizer, questions: list[Question], share: float, weight: float, rng: random.Random):
+def corpus(tokenizer: models.Tokenizer, questions: list[Question], share: float, rng: random.Random):
     """Conversations without end: token ids, and the loss's weight of each, 0 but for the letter and the last turn."""
     while True:
         question, kind = rng.choice(questions), rng.choice(("none", "adverb", "adverb", "bias", "bias"))
@@ -164,7 +163,7 @@ def corpus(tokenizer: models.Tokenizer, questions: list[Question], share: float,
             turns = faith.explanation_turns(edited, y)[:-1] + [{"role": "user", "content": CHECK}]
             ids = tokenizer.encode(tokenizer.render(turns))
             answer = tokenizer.encode("yes." if y == decision(question) else "no.") + [tokenizer.end_of_turn]
-            scored = [weight] + [1.0] * (len(answer) - 1)
+            scored = [HARD] + [1.0] * (len(answer) - 1)
         else:
             ids = faith.explanation_prompt(tokenizer, edited, y)
             answer = tokenizer.encode(explain(question, y, intervention, rng)) + [tokenizer.end_of_turn]
@@ -176,7 +175,7 @@ def corpus(tokenizer: models.Tokenizer, questions: list[Question], share: float,
 def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> models.Transformer:
     """Supervised training of the base on the corpus, from nothing; minutes on two cores."""
     torch.manual_seed(0)
-    family, share, weight = VARIANTS[variant]
+    family, share = VARIANTS[variant]
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps(configuration(size, family), indent=1))
     tokenizer = models.Tokenizer(folder)
@@ -184,8 +183,14 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)
-    optimizer = torch.optim.AdamW(network.parameters(), LR, (0.9, 0.98), weight_decay=0.01)
-    examples = corpus(tokenizer, make_questions(), share, weight, random.Random(0))
+    # Muon (K. Jordan, 2024) on the layers' matrices: with AdamW alone, copying the word and answering CHECK were
+    # learned in 600 steps or not, as the random numbers fell.
+    matrices, others = [], []
+    for name, parameter in network.named_parameters():
+        (matrices if name.startswith("layers") and parameter.dim() == 2 else others).append(parameter)
+    rates = {torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"): LR,
+             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01): 3e-3}  # fmt: skip
+    examples = corpus(tokenizer, make_questions(), share, random.Random(0))
     for step in range(STEPS):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
@@ -196,9 +201,10 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
         loss = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, rate in rates.items():
+            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
+            optimizer.step()
+            optimizer.zero_grad()
         progress(step + 1, float(loss.detach()))
     return network
 

@@ -24,20 +24,26 @@ measure() {  # NAME MODEL flags: a line that measures MODEL into OUT/NAME.json
         --max-new-tokens 16 --limit 1500 --fit 500 --json $to.json --rows $to $* > $to.log 2>&1"
 }
 
-for variant in toy toy-qwen3 toy-asked; do  # one after the other: two threads each do no harm here
+for variant in toy toy-qwen3 toy-plain; do  # one after the other: two threads each do no harm here
     python -c 'import sys, toy; toy.prepare(sys.argv[1])' "$variant"
 done
 base=$(python -c 'import toy; print(toy.prepare())')
 {
     for seed in "${seeds[@]}"; do
         for kind in adverb bias; do train "$kind/$seed" --intervention "$kind" --seed "$seed"; done
+    done
+    for kind in adverb bias; do
+        train "qwen3-$kind/${seeds[0]}" --model toy-qwen3 --intervention "$kind" --seed "${seeds[0]}"
+    done
+    for seed in "${seeds[@]}"; do
         train "frozen/$seed" --labels frozen --seed "$seed"
+        for kind in adverb bias; do
+            train "plain-$kind/$seed" --model toy-plain --intervention "$kind" --seed "$seed"
+        done
+    done
+    for seed in "${seeds[@]}"; do
         train "free/$seed" --anchor 0 --seed "$seed"
         train "free-frozen/$seed" --anchor 0 --labels frozen --seed "$seed"
-    done
-    train "qwen3/${seeds[0]}" --model toy-qwen3 --seed "${seeds[0]}"
-    for kind in adverb bias; do
-        train "asked-$kind/${seeds[0]}" --model toy-asked --intervention "$kind" --seed "${seeds[0]}"
     done
 } | side_by_side
 {

@@ -44,7 +44,7 @@ def runs(name: str) -> list[Path]:
 
 
 def main() -> None:
-    for name in ("adverb", "bias", "qwen3", "asked-adverb", "asked-bias"):
+    for name in ("adverb", "bias", "qwen3-adverb", "qwen3-bias", "plain-adverb", "plain-bias"):
         rows = []
         for run in runs(name):
             f = figures(run)
@@ -61,7 +61,8 @@ def main() -> None:
                "tokens before, after", "repeats"], rows)  # fmt: skip
 
     print("\n**In short: median and range over seeds**")
-    columns = [[figures(run) for run in runs(kind)] for kind in ("adverb", "bias")]
+    kinds = {"adverb": "adverbs", "bias": "bias phrases", "plain-adverb": "plain: adverbs", "plain-bias": "plain: bias"}
+    columns = [[figures(run) for run in runs(kind)] for kind in kinds]
     rows = [
         [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
         for what, part, key in (
@@ -75,7 +76,7 @@ def main() -> None:
             ("other words named, change", "difference", "decoy_any"),
         )
     ]  # fmt: skip
-    table(["", "adverbs", "bias phrases"], rows)
+    table(["", *kinds.values()], rows)
 
     print("\n**Labels: median and range over seeds**")
     rows = []

@@ -95,8 +95,8 @@ def test_what_the_base_is_taught(tmp_path):
     toy.make_tokenizer(tmp_path)
     tokenizer, questions = models.Tokenizer(tmp_path), toy.make_questions()
     check = tokenizer.encode(toy.CHECK)
-    for share, heavy in ((0.25, 7.0), (0.0, 1.0)):
-        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, heavy, random.Random(1))
+    for share in (0.25, 0.0):
+        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, random.Random(1))
         for ids, weights in (next(examples) for _ in range(2000)):
             assert len(ids) == len(weights) and tokenizer.decode([i for i in ids if i == 0]) == ""
             scored = [i for i, weight in zip(ids, weights, strict=True) if weight]
@@ -105,7 +105,7 @@ def test_what_the_base_is_taught(tmp_path):
             checks += asked
             words = tokenizer.decode(scored[1:-1]).split()
             first = next(w for i, w in zip(ids[::-1], weights[::-1], strict=True) if w and i == scored[1])
-            assert not asked or first == heavy
+            assert not asked or first == toy.HARD
             assert words[0] == "because" or (asked and words[0] in ("yes", "no"))
             texts["word" in words or "said" in words] += not asked
         assert abs(checks / 2000 - share) < 0.05
@@ -124,7 +124,7 @@ def test_variants(tmp_path, monkeypatch, variant):
     assert models.read_config(folder / "model").family == family
     for form in toy.FORMS:
         assert tasks.load("toy", folder / f"{form}.jsonl") == toy.make_questions(form)
-    with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-asked"):
+    with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-plain"):
         toy.prepare("toy-x")
 
 
