@@ -46,8 +46,8 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, kee
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         dcp.save(tensors, checkpoint_id=part, no_dist=True)
-        files = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        manifest = {"steps": steps, "place": place, "names": sorted(tensors), "files": files}
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        manifest = {"steps": steps, "place": place, "names": sorted(tensors), "files": sizes}
         files.write_json(part / "manifest.json", manifest)
         part.rename(target)
     except (OSError, ValueError, RuntimeError, CheckpointException) as error:

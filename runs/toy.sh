@@ -10,7 +10,7 @@ mkdir -p "$out"
 
 draw='import hashlib, sys; print(*(int(hashlib.sha256(f"{sys.argv[1]}/{i}".encode()).hexdigest()[:6], 16) for i in range(5)))'
 read -r -a seeds <<< "$(python -c "$draw" "$commit")"
-side_by_side() { xargs -P "${JOBS:-2}" -d '\n' -I{} bash -c '{}'; }
+side_by_side() { xargs -P "${JOBS:-2}" -d '\n' -I{} bash -c '{} || exit 255'; }  # a run that fails ends it all
 
 train() {  # NAME flags: a line that trains into OUT/NAME, nothing where that is done
     local to=$out/$1
@@ -41,10 +41,6 @@ base=$(python -c 'import toy; print(toy.prepare())')
             train "plain-$kind/$seed" --model toy-plain --intervention "$kind" --seed "$seed"
         done
     done
-    for seed in "${seeds[@]}"; do
-        train "free/$seed" --anchor 0 --seed "$seed"
-        train "free-frozen/$seed" --anchor 0 --labels frozen --seed "$seed"
-    done
 } | side_by_side
 {
     for kind in adverb bias; do
@@ -56,5 +52,11 @@ base=$(python -c 'import toy; print(toy.prepare())')
             measure "held-out/$kind/$seed" "$model" --data "$base" --intervention $kind --words held-out --seed "$drawn"
             measure "transfer/$kind/$seed" "$model" --data "$base" --intervention $other --seed "$drawn"
         done
+    done
+} | side_by_side
+{
+    for seed in "${seeds[@]}"; do
+        train "free/$seed" --anchor 0 --seed "$seed"
+        train "free-frozen/$seed" --anchor 0 --labels frozen --seed "$seed"
     done
 } | side_by_side
