@@ -11,7 +11,6 @@ median of the runs, with natural ends and with all tokens forced; tokens count u
 """
 
 import argparse
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import files
 import model as models
 import report
 from bench_train import train_step
-from rates import make_prompts, peak_memory, product_rate, read_rate, seconds
+from rates import introduce, make_prompts, peak_memory, product_rate, read_rate, seconds
 from rollout import Sampler, Slots
 
 
@@ -126,10 +125,7 @@ def rollout(args: argparse.Namespace) -> None:
     else:
         prompts = make_prompts(tokenizer, args.count, args.length)
     theirs = Theirs(models.locate(args.model), sampler.end_of_turn, network) if args.against else None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
-    sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    print(f"{sizes}, {args.samples} samples each, at most {args.new} new tokens, T = 1")
+    name = introduce(network, prompts, args.samples, args.new)
     sampler.generate(prompts[:2], 1, 2)  # warm
     figures = measure(sampler, theirs, prompts, args.samples, args.new, args.repeats)
     answers = figures.pop("answers")

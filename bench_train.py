@@ -1,7 +1,6 @@
 """bench.py train: a training step phase by phase, its share of the limit, and the ratio to TRL's."""
 
 import argparse
-import platform
 import random
 import statistics
 import tempfile
@@ -14,7 +13,7 @@ import files
 import model as models
 import train
 from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
-from rates import make_prompts, peak_memory, product_rate, seconds
+from rates import introduce, make_prompts, peak_memory, product_rate, seconds
 from rollout import Sampler
 
 
@@ -103,10 +102,7 @@ def train_step(args: argparse.Namespace) -> None:
     settings = train.Args(lr=1e-9, max_new_tokens=args.new, micro=args.micro, loss="dapo")
     optimizer, ranks, drawn = train.Optimizer(network, settings), train.Ranks(), random.Random(0)
     letters = list(range(5, 8))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
-    sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    print(f"{sizes}, {args.samples} samples each, at most {args.new} new tokens, T = 1")
+    name = introduce(network, prompts, args.samples, args.new)
 
     def step(seed: int, answers=None) -> tuple[dict, list]:
         """One step by hand, in train.update's parts, so that each can be timed: (seconds by phase, answers)."""

@@ -1,5 +1,6 @@
 """What this machine can do: seconds, rates of matrix products and of reading memory, memory used; made-up prompts."""
 
+import platform
 import resource
 import sys
 import time
@@ -75,3 +76,13 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
+
+
+def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> str:
+    """Prints what is measured and where; returns the device's name."""
+    cuda = network.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
+    sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+    print(f"{sizes}, {samples} samples each, at most {new} new tokens, T = 1")
+    return name
