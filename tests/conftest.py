@@ -54,8 +54,9 @@ def smollm2() -> Path:
     folder = Path(os.environ.get("FAITH_SMOLLM2") or default)
     if not folder.exists():
         tool = SHARED / "tools" / "fetch_smollm2.py"
-        if not tool.exists():
+        if not SHARED.exists():
             pytest.skip(f"no SmolLM2 in {folder}, and no ../shared to make it with; set FAITH_SMOLLM2")
+        assert tool.is_file(), f"{SHARED} is there, but {tool} is not"
         partial = folder.with_name(folder.name + ".partial")  # an attempt cut off must not pass for a model
         shutil.rmtree(partial, ignore_errors=True)
         made = subprocess.run([sys.executable, tool, partial], capture_output=True, text=True)
