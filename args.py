@@ -64,6 +64,9 @@ class Args:
                        "weights are trained")  # fmt: skip
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank")
     lora_targets: str = option(ADAPTED, "with --lora: the layers that have adapters")
+    parallel: str = option("auto", "several ranks: each has all weights, masters and moments (replicate), or a part of "
+                           "them and a frozen copy to sample from (shard: FSDP2). auto: replicate where it fits",
+                           ("auto", "replicate", "shard"))  # fmt: skip
     recompute: bool = option(False, "activation checkpointing: less memory, a third more work in the update")
     updates: int = option(1, "optimizer updates per batch of explanations")
     micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
@@ -88,7 +91,7 @@ LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "st
 
 
 # What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
-CHANGEABLE = {"resume", "out", "steps", "lr", "warmup", "decay", "clip_norm", "micro", "recompute", "note",
+CHANGEABLE = {"resume", "out", "steps", "lr", "warmup", "decay", "clip_norm", "micro", "parallel", "recompute", "note",
               "save_every", "checkpoint_every"}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ was cut short afterwards is told by its sizes, and the one before it is taken. t
 its index: resume runs of your own only. What others shall load is written by model.save, as safetensors.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -32,32 +33,53 @@ def describe(error: BaseException) -> str:
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
-def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, keep: int = 2) -> None:
-    """Writes the state after `steps` steps, then removes all but the newest `keep`. One process calls this.
+def write(folder: Path, steps: int, tensors: dict[str, Tensor], place: dict, keep: int = 2, ranks=None) -> None:
+    """Writes the state after `steps` steps, then removes all but the newest `keep`. One process calls this; or all
+    `ranks`, where the tensors are cut among them, each writing its parts into a folder that all see.
 
     place: what else a run must know to go on, as JSON. ValueError where it cannot be written; those there stay.
     """
     target = folder / f"step-{steps:08d}"
     part = folder / f"{target.name}.part"
-    if not faults(target):
-        return
-    try:
+
+    def attempt(work):
+        try:
+            return work()
+        except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(there).free / 1e6  # a full disk is not always what the error names
+            raise ValueError(f"{target}: cannot be written ({describe(error)}; {free:.0f} MB are free there)") from None
+
+    def begin() -> bool:
+        if not faults(target):
+            return False
         for left in (*folder.glob("*.part"), target):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        dcp.save(tensors, checkpoint_id=part, no_dist=True)
+        return True
+
+    def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"steps": steps, "place": place, "names": sorted(tensors), "files": sizes}
         files.write_json(part / "manifest.json", manifest)
         part.rename(target)
-    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        whole = [path for path in sorted(folder.glob("step-*[0-9]")) if not faults(path)]
+        for old in whole[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def on_first(work):
+        """work() on one rank, its result on all."""
+        if ranks is None:
+            return attempt(work)
+        return ranks.gather([ranks.together(lambda: attempt(work) if ranks.rank == 0 else None)])[0]
+
+    try:
+        if on_first(begin):
+            attempt(lambda: dcp.save(tensors, checkpoint_id=part, no_dist=ranks is None))  # fails on all ranks or none
+            on_first(end)
+    except ValueError:
         shutil.rmtree(part, ignore_errors=True)
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free / 1e6  # a full disk is not always what the error names
-        raise ValueError(f"{target}: cannot be written ({describe(error)}; {free:.0f} MB are free there)") from None
-    whole = [path for path in sorted(folder.glob("step-*[0-9]")) if not faults(path)]
-    for old in whole[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        raise
 
 
 def faults(path: Path) -> str:
@@ -84,46 +106,55 @@ def newest(folder: Path, tell=print) -> Path | None:
     return None
 
 
-def read(path: Path, tensors: dict[str, Tensor]) -> tuple[int, dict]:
-    """Reads a checkpoint into `tensors`, in place; returns the steps done and the place. ValueError for another's."""
+def read(path: Path, tensors: dict[str, Tensor], alone: bool = True) -> tuple[int, dict]:
+    """Reads a checkpoint into `tensors`, in place; returns the steps done and the place. ValueError for another's.
+
+    Not `alone`, all ranks call it, and each reads its parts of tensors that are cut among them.
+    """
     manifest = json.loads((path / "manifest.json").read_text())
     if odd := sorted(set(manifest["names"]) ^ tensors.keys()):
         raise ValueError(f"{path}: it does not fit this run ({odd[0]} is in one of them only)")
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, checkpoint_id=path, no_dist=alone)
     except (OSError, ValueError, RuntimeError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path}: it does not fit this run ({describe(error)})") from None
     return manifest["steps"], manifest["place"]
 
 
 class State:
-    """What a checkpoint holds: all tensors that an update changes, how many steps are done, where the data stands."""
+    """What a checkpoint holds: all tensors that an update changes, how many steps are done, where the data stands.
 
-    def __init__(self, folder: Path, optimizer, stream):
-        self.folder, self.optimizer, self.stream = folder, optimizer, stream
+    cut: the tensors are cut among the ranks, so that all of them save; else the first alone, for all hold the same.
+    """
+
+    def __init__(self, folder: Path, optimizer, stream, ranks, cut: bool = False):
+        self.folder, self.optimizer, self.stream, self.ranks, self.cut = folder, optimizer, stream, ranks, cut
         self.advance(0)
 
     def advance(self, steps: int) -> None:
         self.steps, self.place = steps, self.stream.place()
 
     def save(self) -> None:
-        """On one rank, for all hold the same. Where it cannot be written, that is said, and the earlier ones stay."""
-        if not self.steps:
+        """Where it cannot be written, that is said, and the earlier ones stay."""
+        if not self.steps or not (self.cut or self.ranks.rank == 0):
             return
         try:
-            write(self.folder, self.steps, self.optimizer.state(), self.place)
+            ranks = self.ranks if self.cut else None
+            write(self.folder, self.steps, self.optimizer.state(), self.place, ranks=ranks)
         except ValueError as error:
-            print(f"no checkpoint after step {self.steps}: {error}; the earlier ones are kept", flush=True)
+            if self.ranks.rank == 0:
+                print(f"no checkpoint after step {self.steps}: {error}; the earlier ones are kept", flush=True)
 
-    def resume(self, every: int, tell: bool) -> None:
+    def resume(self, every: int) -> None:
         """Goes back to the newest whole checkpoint, and cuts off what was logged after it.
 
         every: steps between checkpoints. ValueError where there is none though there should be, for then a run
         of many steps would be cut off whole; one that was killed before its first begins anew.
         """
+        tell = self.ranks.rank == 0
         run, path = self.folder.parent, newest(self.folder, print if tell else lambda line: None)
         if path:
-            self.steps, place = read(path, self.optimizer.state())
+            self.steps, place = read(path, self.optimizer.state(), alone=not self.cut)
             self.optimizer.refresh()
             self.stream.go(**place)
             self.advance(self.steps)
@@ -151,18 +182,26 @@ class Signals:
 
     What is held is short: the moments in which weights, optimizer and logs belong to different steps. Where not to
     `heed`, on all ranks but the one that saves, the signal is noted only: it would be waited for in vain.
+
+    With `ranks`, all of which have a part in the saving, none may stop where the others wait for it: the signal is
+    noted, cuts short only work that is open to it, and all raise Stopped when they next meet.
     """
 
-    def __init__(self, heed: bool = True):
-        self.heed, self.number, self.held = heed, 0, not heed
+    def __init__(self, heed: bool = True, ranks=None):
+        self.heed, self.ranks, self.number = heed, ranks, 0
+        self.held, self.busy = not heed or ranks is not None, False
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        if self.ranks:
+            self.ranks.signals = self
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.ranks:
+            self.ranks.signals = None
 
     def handle(self, number: int, frame) -> None:
         self.number = number
@@ -171,9 +210,21 @@ class Signals:
             raise Stopped
 
     def hold(self) -> None:
-        self.held = True
+        self.held = self.busy = True
 
     def release(self) -> None:
+        self.busy = False
+        if self.ranks:
+            return  # asked when they next meet
         if self.heed and self.number:
             raise Stopped  # still held
         self.held = not self.heed
+
+    @contextlib.contextmanager
+    def open(self):
+        """With ranks: work without collectives, which a signal may cut short."""
+        self.held = self.busy
+        try:
+            yield
+        finally:
+            self.held = True

@@ -5,11 +5,14 @@ same questions, takes its share of the work, and sees all results in the order o
 run gives the same numbers whatever the number of ranks, up to rounding. gloo on CPUs, NCCL on GPUs.
 """
 
+import contextlib
 import os
 import time
 
 import torch
 import torch.distributed as dist
+
+from checkpoint import Signals, Stopped
 
 
 class Ranks:
@@ -21,6 +24,7 @@ class Ranks:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+        self.signals: Signals | None = None  # where all agree on a stop: see checkpoint.Signals
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -44,9 +48,14 @@ class Ranks:
         """work()'s result; where it fails on any rank with a ValueError, all ranks raise the first one's."""
         result = error = None
         try:
-            result = work()
+            with self.signals.open() if self.signals else contextlib.nullcontext():
+                result = work()
         except ValueError as problem:
             error = str(problem)
+        except Stopped:
+            if not self.signals:
+                raise
+            # else all are told when they meet, in the next line
         if errors := [e for e in self.gather([error]) if e]:
             raise ValueError(errors[0])
         return result
@@ -59,11 +68,20 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def meet(self) -> None:
-        """Waits until all have come. A collective ends before Python hears a signal; this lets one through."""
-        work = dist.barrier(async_op=True)
+        """Waits until all have come. A collective ends before Python hears a signal; this lets one through.
+
+        Where a stop has to be agreed upon, all raise Stopped if one was asked to.
+        """
+        if self.world == 1:
+            return
+        asked = torch.tensor(self.signals.number if self.signals else 0, device=self.device)
+        work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
         while not work.is_completed():
             time.sleep(0.0005)
         work.wait()
+        if self.signals and not self.signals.busy and asked:
+            self.signals.number = int(asked)
+            raise Stopped
 
     def leave(self) -> None:
         """Before an early exit: the others may be gone, so nothing is waited for."""

@@ -42,6 +42,7 @@ import model as models
 import plot
 import report
 import reward
+import shard
 import tasks
 import toy
 from args import Args, check, command, parse
@@ -122,13 +123,18 @@ def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tu
 class Optimizer:
     """AdamW on what is trained, in fp32: the model's own weights, or masters of others, cast back into them.
 
-    Adam on bf16 weights would lose updates smaller than 2^-8 of a weight.
+    Adam on bf16 weights would lose updates smaller than 2^-8 of a weight. cut: the masters, where they are cut
+    among ranks and `model` is the copy that samples.
     """
 
-    def __init__(self, model: models.Transformer, args: Args):
-        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        self.names, self.weights = map(list, zip(*trained, strict=True))
-        self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float()) for w in self.weights]
+    def __init__(self, model: models.Transformer, args: Args, cut: shard.Cut | None = None):
+        trained = {n: w for n, w in (cut.model if cut else model).named_parameters() if w.requires_grad}
+        weights, self.cut = dict(model.named_parameters()), cut
+        self.names, self.weights = list(trained), [weights[name] for name in trained]
+        self.masters = list(trained.values())
+        if not cut:
+            self.masters = [m if m.dtype == torch.float32 else torch.nn.Parameter(m.detach().float())
+                            for m in self.masters]  # fmt: skip
         betas = (0.9, args.beta2)
         self.adam = torch.optim.AdamW(self.masters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
@@ -148,8 +154,9 @@ class Optimizer:
         for master in self.masters:
             if master.grad is None:  # a rank without work still takes part
                 master.grad = torch.zeros_like(master)
-        ranks.sum_([master.grad for master in self.masters])
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
+        if not self.cut:
+            ranks.sum_([master.grad for master in self.masters])
+        norm = shard.whole(torch.nn.utils.clip_grad_norm_(self.masters, clip_norm))
         if good and torch.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -163,7 +170,7 @@ class Optimizer:
         """Casts the masters back into the model."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is not master:
-                weight.copy_(master)
+                weight.copy_(shard.whole(master))
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that an update changes, by name: the tensors themselves, to save them or to load into them."""
@@ -182,7 +189,7 @@ Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanati
 
 
 def update(
-    model: models.Transformer, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
+    model: models.Transformer | shard.Cut, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
     lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0, hold=lambda: None,
 ) -> dict:  # fmt: skip
     """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures.
@@ -199,23 +206,28 @@ def update(
     if reference is None:  # a group whose rewards are all equal has no advantage, and so no gradient
         live = [i for i, r in enumerate(rewards) if min(r) < max(r)]
         groups, rewards = [groups[i] for i in live], [rewards[i] for i in live]
-    for start in range(0, len(groups), args.micro):
-        some = groups[start : start + args.micro]
+    cut = isinstance(model, shard.Cut)  # then every rank makes as many passes as the one with the most groups
+    for start in range(0, max(ranks.gather([len(groups)])) if cut else len(groups), args.micro):
+        if cut:
+            ranks.meet()  # they may agree to stop here
+        if not (some := groups[start : start + args.micro]):
+            shard.idle(model, reference is model)
+            continue
         packed = pack([(prompt, [c.tokens for c in answers]) for prompt, answers in some], ranks.device)
         lengths = torch.tensor([len(c.tokens) for _, answers in some for c in answers])
         A = advantages(torch.tensor(rewards[start : start + args.micro]), args.advantage).flatten()
         A = A.repeat_interleave(lengths).to(ranks.device)
         weights = token_weights(lengths, args.loss, args.max_new_tokens, sequences, tokens).to(ranks.device)
         old = torch.tensor([lp for _, answers in some for c in answers for lp in c.logprobs], device=ranks.device)
-        logprobs = token_logprobs(model, packed, args.temperature)
+        logprobs = shard.through(model, lambda m: token_logprobs(m, packed, args.temperature))  # noqa: B023
         per_token = policy_loss(logprobs, old, A, args.clip_low, args.clip_high)
         kl = torch.zeros_like(per_token)
         if reference is not None:
             with torch.no_grad(), lora.without(reference):  # which is the model itself where that has adapters
-                fixed = token_logprobs(reference, packed, args.temperature)
+                fixed = shard.through(reference, lambda m: token_logprobs(m, packed, args.temperature))  # noqa: B023
             kl = kl_k3(logprobs, fixed)
         loss = ((per_token + args.kl * kl) * weights).sum()
-        loss.backward()
+        shard.backward(model, loss, ranks.world)
         optimizer.accumulate()
         ratio = (logprobs - old).detach().exp()
         clipped = ((ratio < 1 - args.clip_low) & (A < 0)) | ((ratio > 1 + args.clip_high) & (A > 0))
@@ -234,26 +246,28 @@ def update(
             "skipped": int(not (good and math.isfinite(norm)))}  # fmt: skip
 
 
-def hold_decisions(subject: Subject, labelled: list, weight: float, ranks: Ranks) -> float:
+def hold_decisions(subject: Subject, model, labelled: list, weight: float, ranks: Ranks) -> float:
     """Backpropagates weight · mean KL(initial ‖ current) over the letters; returns this rank's share, unweighted.
 
     labelled: cases with the rows the initial model gave them; the mean is over X and X' of all ranks' cases.
     Reward never reaches the decisions, but the weights are theirs too, and a small model's letters lie so close
     together that a few steps would send every pick to one letter.
     """
-    mine = ranks.share(labelled)
+    mine, tokenizer = ranks.share(labelled), subject.tokenizer
     if not mine:
+        if isinstance(model, shard.Cut):
+            shard.idle(model, twice=False)
         return 0.0
-    model, tokenizer = subject.sampler.model, subject.tokenizer
     questions = [q for case, _ in mine for q in (case.question, case.edited)]
     initial = torch.tensor([p for _, row in mine for p in (row["p"], row["p_edit"])], device=ranks.device)
     prompts = [faith.decision_prompt(tokenizer, q) for q in questions]
     pairs = [prompts[i : i + 2] for i in range(0, len(prompts), 2)]
-    logp = option_scores(model, pairs, faith.letter_tokens(tokenizer, initial.shape[1]))  # (2 · cases, options)
+    letters = faith.letter_tokens(tokenizer, initial.shape[1])
+    logp = shard.through(model, lambda m: option_scores(m, pairs, letters))  # (2 · cases, options)
     if subject.offsets is not None:
         logp = (logp - torch.tensor(subject.offsets, device=ranks.device).float()).log_softmax(-1)
     kl = torch.nn.functional.kl_div(logp, initial, reduction="sum") / (2 * len(labelled))
-    (weight * kl).backward()
+    shard.backward(model, weight * kl, ranks.world)
     return float(kl.detach())
 
 
@@ -376,6 +390,7 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
+    sharded = shard.choose(args.parallel, model, bool(args.kl) and not args.lora, ranks.world) == "shard"
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "args.json", dataclasses.asdict(args))
@@ -384,9 +399,18 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         subject.offsets = faith.calibrate(subject, plain)
         if ranks.rank == 0:
             files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
+    cut = None  # the masters, where they are cut among the ranks
+    if sharded:
+        with torch.device("meta"):
+            like = models.Transformer(model.config, torch.float32)
+        if args.lora:
+            lora.attach(like, args.lora, args.lora_alpha, args.lora_targets.split(","))
+        like.recompute = args.recompute
+        cut = shard.cut(model, like, ranks.world)
+    trained = cut or model
     reference = None
     if args.kl:
-        reference = model if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
+        reference = trained if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
@@ -394,14 +418,14 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         before = evaluate(subject, test, fit, "before", args, ranks)
     frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
-    optimizer = Optimizer(model, args)
-    state = checkpoint.State(out / "checkpoints", optimizer, stream)
+    optimizer = Optimizer(model, args, cut)
+    state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, sharded)
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
-        ranks.together(lambda: state.resume(args.checkpoint_every, tell=ranks.rank == 0))
+        ranks.together(lambda: state.resume(args.checkpoint_every))
         if ranks.rank == 0:
             files.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
     started, first, problem, skips = time.time(), state.steps, "", 0
-    with checkpoint.Signals(heed=ranks.rank == 0) as signals:
+    with checkpoint.Signals(ranks.rank == 0, ranks if sharded else None) as signals:
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
@@ -419,12 +443,12 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
                 held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
-                anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
+                anchor = functools.partial(hold_decisions, subject, trained, held, args.anchor, ranks)
                 lr = learning_rate(step, args)
                 skipped = []
                 for _ in range(args.updates):
                     figures = update(
-                        model, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
+                        trained, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
                     )
                     skipped.append(figures["skipped"])
                 figures["skipped"] = sum(skipped)
@@ -443,8 +467,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     files.append_jsonl(out / "metrics.jsonl", [record])
                     left = (time.time() - started) / (step + 1 - first) * (args.steps - step - 1)
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
-                    if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-                        state.save()
+                if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+                    state.save()
+                if ranks.rank == 0:
                     if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                         save(args, model, f"step-{step + 1}")
                 signals.release()
@@ -452,15 +477,17 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     problem = f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
                     problem += f"--clip-norm; the last good checkpoint is {checkpoint.newest(state.folder)}"
                     break
-            if ranks.rank == 0 and args.checkpoint_every and state.steps > skips:
+            if args.checkpoint_every and state.steps > skips:
                 signals.hold()
                 state.save()
                 signals.release()
         except (checkpoint.Stopped, RuntimeError) as error:
-            if isinstance(error, checkpoint.Stopped):  # so this is rank 0
+            if isinstance(error, checkpoint.Stopped):  # so this is rank 0, or all are here
+                signals.hold()
                 if args.checkpoint_every:
                     state.save()
-                print(f"stopped after step {state.steps}; go on with: torchrun train.py --resume --out {args.out}")
+                if ranks.rank == 0:
+                    print(f"stopped after step {state.steps}; go on with: torchrun train.py --resume --out {args.out}")
             elif ranks.rank == 0 or not signals.number:  # the others' collectives fail when rank 0 has stopped
                 raise  # not saved: where it came, weights and step may not belong together
             ranks.leave()

@@ -239,10 +239,11 @@ def test_faith_notes(done, folder, tmp_path, capsys):
     assert "explanations that begin 'My'" in printed and f"--calibration {tmp_path / 'm'}/calibration.json" in printed
 
 
-def test_ranks(done, folder, tmp_path):
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_ranks(done, folder, tmp_path, parallel):
     out, given = done
     given = [str(tmp_path / "o") if text == str(out) else text for text in given]
-    ran = torchrun(2, "train.py", given)
+    ran = torchrun(2, "train.py", [*given, "--parallel", parallel])
     assert ran.returncode == 0, ran.stderr[-3000:]
     for a, b in zip(timeless(out / "metrics.jsonl"), timeless(tmp_path / "o" / "metrics.jsonl"), strict=True):
         assert all(a[k] == pytest.approx(b[k], abs=1e-5, rel=1e-5) for k in a if a[k] is not None)

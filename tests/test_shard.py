@@ -1,0 +1,156 @@
+"""shard.py: a run whose masters are cut among ranks, against the same run in one process; stopped and resumed.
+
+That a step is the same with weights, anchor, KL and activation checkpointing: test_ranks_change_nothing (test_train).
+"""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import tiny
+import torch
+from test_checkpoint import finish, flags, start, timeless
+
+import checkpoint
+import files
+import model as models
+import shard
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+CHANGES = {"steps": 8, "checkpoint_every": 1000, "eval_questions": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    code, _, error = finish(start(flags(folder, out, **CHANGES)))
+    assert code == 0, error
+    return out
+
+
+def close(one, other):
+    """The metrics of two runs, up to rounding."""
+    for a, b in zip(timeless(one / "metrics.jsonl"), timeless(other / "metrics.jsonl"), strict=True):
+        numbers = [k for k in a if a[k] is not None]
+        assert not {k: (a[k], b[k]) for k in numbers if a[k] != pytest.approx(b[k], abs=1e-4, rel=1e-4)}
+
+
+def until(process, text):
+    """Reads what a run prints up to a line with `text`."""
+    return next(line for line in process.stdout if text in line)
+
+
+def test_stopped_and_resumed(folder, whole, tmp_path):
+    """SIGTERM to torchrun in a step; the parts saved by two ranks are then read by two, three, and by one alone."""
+    out = tmp_path / "o"
+    process = start(flags(folder, out, parallel="shard", **CHANGES), ranks=2)
+    until(process, "step 3/")
+    process.terminate()
+    printed = process.stdout.read()
+    process.wait(90)
+    (done,) = re.findall(r"stopped after step (\d+); go on with", printed)
+    path = checkpoint.newest(out / "checkpoints")
+    assert path.name == f"step-{int(done):08d}" and not list((out / "checkpoints").glob("*.part"))
+    assert len(list(path.glob("*.distcp"))) == 2  # each rank wrote its own
+    for ranks, parallel in ((2, "shard"), (3, "shard"), (1, "replicate"), (2, "replicate")):
+        copy = tmp_path / f"{parallel}{ranks}"
+        shutil.copytree(out, copy)
+        code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", parallel], ranks))
+        assert code == 0 and f"going on after step {done}, from " in printed, error
+        close(whole, copy)
+
+
+def test_what_one_process_saved_is_cut(folder, whole, tmp_path):
+    copy = tmp_path / "o"
+    code, _, error = finish(start(flags(folder, copy, **CHANGES | {"checkpoint_every": 3})))
+    assert code == 0, error
+    shutil.rmtree(copy / "checkpoints" / "step-00000008")
+    code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", "shard"], ranks=2))
+    assert code == 0 and "going on after step 6, from " in printed, error
+    close(whole, copy)
+
+
+SLOW = """
+import os, sys, time, train
+groups_of = train.groups_of
+def slow(subject, batch, step, args):
+    if step == 2:
+        print("rank", os.environ["RANK"], os.getpid(), "in step 3", flush=True)
+        time.sleep(100 if os.environ["RANK"] == "1" else 0)
+    return groups_of(subject, batch, step, args)
+train.groups_of = slow
+sys.exit(train.main())
+"""
+
+
+def test_one_rank_is_told_to_stop(folder, tmp_path):
+    """Of a step in which it is busy alone, and the other waits: both save the steps done and leave."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    given = flags(folder, tmp_path / "o", parallel="shard", **CHANGES)
+    process = start(given, ranks=2, script=tmp_path / "slow.py")
+    pid = int(until(process, "rank 1").split()[2])
+    time.sleep(1)
+    os.kill(pid, signal.SIGTERM)
+    began = time.time()
+    assert until(process, "stopped after step 2; go on with")
+    finish(process, timeout=60)
+    assert time.time() - began < 60
+    assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000002"
+    assert len(files.read_jsonl(tmp_path / "o" / "metrics.jsonl")) == 2
+
+
+FULL = """
+import sys, checkpoint, train
+save, saves = checkpoint.dcp.save, []
+def full(tensors, checkpoint_id, no_dist):
+    saves.append(checkpoint_id)
+    if len(saves) == 2:
+        raise OSError(28, "No space left on device")
+    save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
+checkpoint.dcp.save = full
+sys.exit(train.main())
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written(folder, tmp_path):
+    """It is said once, the one before it stays, and the run goes on."""
+    (tmp_path / "full.py").write_text(FULL)
+    changes = CHANGES | {"steps": 5, "checkpoint_every": 2, "parallel": "shard"}
+    code, printed, error = finish(start(flags(folder, tmp_path / "o", **changes), 2, tmp_path / "full.py"))
+    assert code == 0, error
+    assert printed.count("no checkpoint after step 4: ") == 1 and "No space left on device" in printed
+    names = sorted(path.name for path in (tmp_path / "o" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000005"]
+
+
+def test_choose(folder, monkeypatch):
+    network = models.load(folder)
+    assert shard.choose("auto", network, False, 8) == "replicate"  # on a CPU
+    assert shard.choose("shard", network, False, 2) == "shard" and shard.choose("replicate", network, True, 2)
+    with pytest.raises(ValueError, match="--parallel shard cuts the model among ranks, and there is one; use torchrun"):
+        shard.choose("shard", network, False, 1)
+
+    class Big:  # of a GPU of 80 GB
+        device, trained = torch.device("cuda"), 8e9
+
+        def parameters(self):
+            class Weight:
+                requires_grad, nbytes = self.trained > 0, 2 * 8e9
+                numel = lambda _: 8e9  # noqa: E731
+
+            return [Weight()]
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
+    big = Big()
+    assert shard.choose("auto", big, False, 8) == "shard" and shard.choose("auto", big, False, 1) == "replicate"
+    big.trained = 0  # LoRA over a frozen base
+    assert shard.choose("auto", big, False, 8) == "replicate"
