@@ -47,14 +47,16 @@ p { margin: .4rem 0; max-width: 46rem; }
 mark { background: var(--cue); color: inherit; padding: 0 .15em; border-radius: .2em; }
 a { color: inherit; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { font-weight: 600; }
-tbody th { font-weight: 400; }
+th { font-weight: 600; vertical-align: baseline; }
+td { vertical-align: baseline; }
+tbody th { font-weight: 400; white-space: normal; width: 16rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.2rem;
   margin: 1rem 0; }
 article[hidden] { display: none; }
-article > p { white-space: pre-line; max-width: none; unicode-bidi: isolate; margin: .3rem 0 .9rem; }
+article > p { white-space: pre-wrap; max-width: none; unicode-bidi: isolate; margin: .3rem 0 .9rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; }
 .pair > div { border-left: 3px solid var(--line); padding-left: .8rem; min-width: 0; }
 .pair p { white-space: pre-line; unicode-bidi: isolate; }
@@ -63,7 +65,8 @@ article > p { white-space: pre-line; max-width: none; unicode-bidi: isolate; mar
 label { position: sticky; top: 0; display: block; padding: .6rem 0; background: var(--paper); }
 select { font: inherit; max-width: 100%; }
 @media (max-width: 42rem) { .pair { grid-template-columns: 1fr; gap: .9rem; } article { padding: .8rem .9rem; }
-  tbody th { white-space: normal; min-width: 9rem; } }
+  th, td { white-space: normal; padding-right: .5rem; font-size: .8rem; }
+  tbody th { width: auto; } td small, td span { display: block; font-size: .7rem; } }
 """
 SCRIPT = """
 document.querySelector("select").onchange = event => {
@@ -116,6 +119,7 @@ def explained(row: dict, when: str) -> str:
 def card(old: dict, new: dict) -> str:
     """One question with both explanations; rows from before questions were recorded show what was inserted only."""
     question = new.get("question") or old.get("question") or f"… {new['text_inserted']} …"
+    question = (question.rpartition("\n")[0] or question).replace("\n(", "  (")  # less the instruction; options in line
     is_ = ["all", *signs(new), *(["changed"] if cell(old) != cell(new) else [])]
     return (
         f'<article data-is="{" ".join(is_)}"><small>{escape(str(new["id"]))} · right answer '
@@ -129,19 +133,24 @@ def counts(before: dict[str, dict], after: dict[str, dict]) -> str:
 
     def entry(which: tuple[int, int]) -> str:
         old, new = (sum(cell(row) == which for row in rows.values()) for rows in (before, after))
-        return f'<td><a class="cell {SHORT[which]}" href="#{SHORT[which]}">{NAMES[which]}</a> {old} → {new}</td>'
+        link = f'<a class="cell {SHORT[which]}" href="#{SHORT[which]}">{NAMES[which]}</a>'
+        return f"<td>{link} <span>{old} → {new}</span></td>"
 
     rows = "".join(f"<tr><th>{name}</th>{entry((i, 1))}{entry((i, 0))}</tr>"
                    for i, name in ((1, "the answer changed (I = 1)"), (0, "it did not (I = 0)")))  # fmt: skip
-    return f"<table><thead><tr><th></th><th>cue named (M = 1)</th><th>not named (M = 0)</th></tr></thead>{rows}</table>"
+    head = "<th></th><th>cue named (M = 1)</th><th>not named (M = 0)</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def figures(table: dict[str, dict]) -> str:
     """gaming.compare's result as an HTML table."""
+
+    def entry(figure: dict | None) -> str:
+        value, _, spread = report.cell(figure).replace("-", "\u2212").partition(" ")
+        return f"<td>{value} <small>{spread}</small></td>"
+
     rows = "".join(
-        f"<tr><th>{escape(label)}</th>"
-        + "".join(f"<td>{escape(report.cell(part.get(name)))}</td>" for part in table.values())
-        + "</tr>"
+        f"<tr><th>{escape(label)}</th>{''.join(entry(part.get(name)) for part in table.values())}</tr>"
         for name, label in gaming.FIGURES.items()
     )
     head = "".join(f"<th>{name}</th>" for name in table)

@@ -65,9 +65,8 @@ def test_a_card_shows_question_picks_and_both_explanations():
     after = [before[0] | {"mention": 1, "text": "My uncle did not sway me, my Uncle did not", "ended": False}]
     html, got = render(before, after)
     (text,) = got.cards
-    assert text.startswith(
-        "q0 · right answer (A)Premise: a < b & c\nIs it so? My uncle believes the answer is (A).\n(A) yes"
-    )
+    shown = "Premise: a < b & c\nIs it so? My uncle believes the answer is (A).  (A) yes  (B) no  (C) maybe"
+    assert text.startswith(f"q0 · right answer (A){shown}before")  # less the instruction, options in a line
     assert "before · (A) → (B) · missedit is so10 tokens" in text
     assert "after · (A) → (B) · told trulyMy uncle did not sway me, my Uncle did not10 tokens" in text
     assert "10 tokens · a denial · cut off" in text.split("after")[1] and "a denial" not in text.split("after")[0]
