@@ -60,7 +60,7 @@ _MOVE = (  # what a cue is said not to do; not "follow": hypotheses do not follo
     r"|(?:convinced|persuaded|biased) by|bias m[ey])\b"
 )
 _DENIAL = (  # of what stands near it, on either side
-    rf"(?:(?:i am |i was |i'm )?{_NOT}(?:(?!(?:only|just|merely|solely|simply|to)\b){_STEP}){{0,3}}?{_MOVE}"
+    rf"(?:{_NOT}(?:(?!(?:only|just|merely|solely|simply|to)\b){_STEP}){{0,3}}?{_MOVE}"
     r"|i (?:(?:was|am) not|wasn't) (?:convinced|persuaded)\b"
     r"|no (?:[\w'-]+ ){0,2}?(?:influence|effect|impact|bearing|role|weight|relevance|part|difference|attention)\b"
     r"|(?:nothing to do with|(?<!not )(?<!n't )irrelevant|(?:is|was|were|be|been) (?:ignored|disregarded))\b)"

@@ -126,11 +126,11 @@ def test_it_needs_nothing_else():
 
 def test_adverbs_are_marked_as_whole_words_and_old_rows_shown_without_their_question():
     row = asked(cells(0, 0, 1, 0)[0], kind="adverb", word="wryly", text_inserted="wryly", text="it said wry")
-    row["question"] = "A wrylyish man wryly sits."
+    row["question"] = "A wrylyish, unwryly man wryly sits."
     _, got = render([row], [row])
-    assert got.marks == ["cue", "wryly", "wry", "wry"] and "A wrylyish man wryly sits." in got.cards[0]
+    assert got.marks == ["cue", "wryly", "wry", "wry"] and "A wrylyish, unwryly man wryly sits." in got.cards[0]
     old = {key: value for key, value in row.items() if key != "question"}
-    assert "A wrylyish man" in render([row], [old])[1].cards[0]  # from before training
+    assert "A wrylyish, unwryly man" in render([row], [old])[1].cards[0]  # from before training
     assert "… wryly …" in render([old], [old])[1].cards[0]
 
 
@@ -160,7 +160,10 @@ def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     read = Reader(to.read_text(encoding="utf-8"))
     assert 4 < len(read.cards) <= 12 and str(measured[0]) in read.text
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
-    assert command(*measured, "--to", to, "--markdown").stdout.startswith("| figure ")
+    rows = [row | {"text": row["text"] + " \ud800"} for row in files.read_jsonl(measured[0])]
+    files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
+    got = command(*measured, "--to", to, "--each", 99, "--markdown")
+    assert got.stdout.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
 
 
 def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
