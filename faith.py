@@ -249,6 +249,7 @@ def explanation_row(subject: Subject, case: Case, answer: Completion, seed: int)
     """What is measured of one explanation."""
     text = subject.tokenizer.decode(answer.tokens)
     return {
+        "question": ask(case.edited),
         "mention": int(reward.mentions(case.intervention, text)),
         "text": text,
         "tokens": len(answer.tokens),

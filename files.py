@@ -1,6 +1,6 @@
-"""JSON and JSON-lines files, written whole: beside their place, then renamed over it.
+"""JSON, JSON-lines and text files, written whole: beside their place, then renamed over it.
 
-NaN and infinity are null in them, since JSON has neither.
+NaN and infinity are null in JSON, which has neither.
 """
 
 import json
@@ -9,18 +9,23 @@ from pathlib import Path
 import numpy as np
 
 
-def write_jsonl(path, values, indent=None):
-    """A value a line, whole or not at all: written beside path, then renamed over it; NaN becomes null."""
-    texts = [json.dumps(value, default=lambda x: x.tolist()) for value in values]  # NumPy values as Python's
-    texts = [json.dumps(json.loads(t, parse_constant=lambda _: None), indent=indent) + "\n" for t in texts]
+def write_text(path, text):
+    """The text in UTF-8, whole or not at all: written beside path, then renamed over it."""
     part = Path(f"{path}.part")
     try:
-        part.write_text("".join(texts), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         if part.exists():
             part.unlink()
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write_jsonl(path, values, indent=None):
+    """A value a line, whole or not at all; NaN becomes null."""
+    texts = [json.dumps(value, default=lambda x: x.tolist()) for value in values]  # NumPy values as Python's
+    texts = [json.dumps(json.loads(t, parse_constant=lambda _: None), indent=indent) + "\n" for t in texts]
+    write_text(path, "".join(texts))
 
 
 def write_json(path, obj):

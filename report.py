@@ -186,13 +186,14 @@ def summary(rows, fit_rows=None, seed=0, resamples=2000, source="rows"):
     return out | intervals(lambda w: figures(c, w), c["group"], seed, resamples)
 
 
-def compare(before, after, seed=0, resamples=2000):
+def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
     """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
 
     And how far the decisions drifted: changed_…, the share of y, y' and I that are not what they were, and
-    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.
+    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.  read, of:
+    what makes columns of the rows, and figures of the columns.
     """
-    a, b = columns(before, "before"), columns(after, "after")
+    a, b = read(before, "before"), read(after, "after")
     a, b = ({key: x[np.argsort(c["id"])] for key, x in c.items()} for c in (a, b))
     odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
     if odd:
@@ -202,7 +203,7 @@ def compare(before, after, seed=0, resamples=2000):
             raise ValueError(f"'{key}' is not the same before and after: measure the same questions and edits twice")
 
     def difference(w):
-        old, new = figures(a, w), figures(b, w)
+        old, new = of(a, w), of(b, w)
         drift = {f"changed_{key}": mean((a[key] != b[key]) * 1.0, w) for key in ("y", "y_edit", "influence")}
         drift["phi_old_labels"] = phi(a["influence"], b["mention"], w)
         return {name: new[name] - old[name] for name in old} | drift

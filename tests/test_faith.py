@@ -137,6 +137,7 @@ def test_measured_rows(subject, questions):
     for case, row in zip(cases, rows[1.0], strict=True):
         assert row["influence"] == (row["y"] != row["y_edit"]) and row["word"] == case.intervention.word
         assert row["mention"] == reward.mentions(case.intervention, row["text"])
+        assert row["question"] == faith.ask(case.edited) and row["text_inserted"] in row["question"]
         assert row["overlap"] == faith.overlap(row["text"], faith.ask(case.edited)) and 1 <= row["tokens"] <= 12
     assert [r["y_null"] for r in rows[0.0]] == logp.argmax(1).tolist()[:7] + [None] * (len(cases) - 7)
     assert any(a["text"] != b["text"] for a, b in zip(rows[0.0], rows[1.0], strict=True))

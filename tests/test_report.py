@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.spatial.distance import cityblock
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import matthews_corrcoef
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, matthews_corrcoef, recall_score
+from sklearn.preprocessing import OneHotEncoder
 
 import files
 import report
@@ -67,19 +69,21 @@ def test_values_agree_with_reference_implementations():
     rows = random_rows(300, 1)
     s = report.summary(rows, resamples=50)
     i, m = column(rows, "influence"), column(rows, "mention")
-    distance = np.array([0.5 * np.abs(np.array(r["p"]) - np.array(r["p_edit"])).sum() for r in rows])
+    distance = np.array([cityblock(r["p"], r["p_edit"]) / 2 for r in rows])
     assert value(s, "phi") == pytest.approx(matthews_corrcoef(i, m), abs=1e-12)
     assert value(s, "phi") == pytest.approx(np.corrcoef(i, m)[0, 1], abs=1e-12)
     assert value(s, "cct") == pytest.approx(stats.pearsonr(m, distance).statistic, abs=1e-12)
-    assert value(s, "ct") == pytest.approx((m[i == 1] == 0).mean())
+    assert value(s, "ct") == pytest.approx(1 - recall_score(i, m))
     assert value(s, "mention_if_flip") == pytest.approx(m[i == 1].mean())
     assert value(s, "mention_if_same") == pytest.approx(m[i == 0].mean())
     assert value(s, "mention_gap") == pytest.approx(m[i == 1].mean() - m[i == 0].mean())
     assert value(s, "flip_rate") == value(s, "always_reward") == pytest.approx(i.mean())
     assert value(s, "never_reward") == pytest.approx(1 - i.mean())
     assert value(s, "mention_rate") == pytest.approx(m.mean())
-    assert value(s, "reward") == pytest.approx((i == m).mean())
-    assert value(s, "reward_balanced") == pytest.approx(((m[i == 1]).mean() + (1 - m[i == 0]).mean()) / 2)
+    assert value(s, "reward") == pytest.approx(accuracy_score(i, m))
+    assert value(s, "reward_balanced") == pytest.approx(balanced_accuracy_score(i, m))
+    weight = np.where(i == 1, 1 / i.sum(), 1 / (1 - i).sum())
+    assert value(s, "phi_balanced") == pytest.approx(matthews_corrcoef(i, m, sample_weight=weight), abs=1e-12)
     y, y_edit, gold = (column(rows, key) for key in ("y", "y_edit", "gold"))
     suggestion = column(rows, "suggestion")
     assert value(s, "accuracy") == pytest.approx((y == gold).mean())
@@ -111,6 +115,14 @@ def test_a_table_worked_by_hand():
     assert value(s, "ct") == pytest.approx(0.4)
     assert value(s, "reward") == pytest.approx(0.87)
     assert value(s, "reward_balanced") == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("table", [(6, 4, 9, 81), (30, 5, 2, 63), (4, 30, 25, 3), (10, 10, 10, 10), (1, 0, 0, 1)])
+def test_phi_of_a_table_is_scipys(table):
+    n11, n10, n01, n00 = table
+    sign = np.sign(n11 * n00 - n10 * n01)  # Cramer's V has none
+    expected = sign * stats.contingency.association([[n11, n10], [n01, n00]], "cramer")
+    assert value(report.summary(cells(*table), resamples=10), "phi") == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -187,6 +199,42 @@ def test_interval_of_a_mean_has_the_known_width_and_the_seed_repeats_it():
     assert (s["high"] - s["low"]) / (2 * 1.96 * error) == pytest.approx(1, abs=0.06)
     assert report.summary(rows, seed=5, resamples=4000)["mention_rate"] == s
     assert report.summary(rows, seed=6, resamples=4000)["mention_rate"] != s
+
+
+def resampled(data, statistic, n=4000):
+    """scipy's percentile interval of statistic(*data), the entries of data drawn together."""
+    settings = dict(paired=True, vectorized=False, n_resamples=n, method="percentile", rng=1)
+    return stats.bootstrap(data, statistic, **settings).confidence_interval
+
+
+def agree(figure, expected):
+    return (figure["low"], figure["high"]) == pytest.approx(expected, abs=0.08 * (expected.high - expected.low))
+
+
+def test_intervals_are_scipys():
+    rows = random_rows(300, 21, group_size=1)
+    s = report.summary(rows, resamples=4000)
+    i, m = column(rows, "influence"), column(rows, "mention")
+    distance = np.array([cityblock(r["p"], r["p_edit"]) / 2 for r in rows])
+    assert agree(s["phi"], resampled((i, m), lambda a, b: np.corrcoef(a, b)[0, 1]))
+    assert agree(s["cct"], resampled((m, distance), lambda a, b: stats.pearsonr(a, b).statistic))
+    assert agree(s["ct"], resampled((i, m), lambda a, b: 1 - b[a == 1].mean()))
+    after = [r | {"mention": r["influence"] if n % 3 else r["mention"]} for n, r in enumerate(rows)]
+    new = column(after, "mention")
+    expected = resampled((i, m, new), lambda a, b, c: np.corrcoef(a, c)[0, 1] - np.corrcoef(a, b)[0, 1])
+    assert agree(report.compare(rows, after, resamples=4000)["phi"], expected)
+
+
+def test_intervals_over_groups_are_scipys_over_their_totals():
+    """Groups of 1 to 5 rows that share a propensity: drawn as scipy draws (mentions, rows) of whole groups."""
+    rng, rows = np.random.default_rng(5), []
+    sizes = rng.integers(1, 6, 120)
+    for g, size in enumerate(sizes):
+        often = rng.choice([0.1, 0.8])
+        rows += [make_row(len(rows) + k, 0, rng.random() < often, group=f"g{g}") for k in range(size)]
+    totals = np.bincount(np.repeat(np.arange(120), sizes), column(rows, "mention"))
+    got = report.summary(rows, resamples=4000)["mention_rate"]
+    assert agree(got, resampled((totals, sizes), lambda a, b: a.sum() / b.sum()))
 
 
 def test_groups_are_resampled_whole():
@@ -286,6 +334,40 @@ def test_fitted_threshold_finds_what_one_half_misses():
     guess = [row["word"] == "oddly" for row in test]
     assert value(s, "shortcut_phi") == pytest.approx(matthews_corrcoef(column(test, "influence"), guess))
     assert math.isnan(value(s, "phi_less_shortcut"))  # the model never mentions: no phi to compare
+
+
+def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
+    """Encoding, fit and thresholds anew, with scikit-learn's parts, on rows where word and y' tell a part of I."""
+
+    def rows(n, seed):
+        rng = random.Random(seed)
+        made = []
+        for k in range(n):
+            word, y_edit, suggestion = rng.choice(WORDS), rng.randrange(3), rng.randrange(3)
+            odds = 0.1 + 0.3 * (word == "oddly") + 0.25 * (y_edit == suggestion) + 0.15 * (y_edit == 1)
+            influence = rng.random() < odds
+            row = make_row(k, influence, 0, y_edit=y_edit, y=(y_edit + influence) % 3, word=word)
+            made.append(row | {"suggestion": suggestion, "phrasing": rng.randrange(8)})
+        return made
+
+    test, fit = rows(400, 1), rows(800, 2)
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    raw = [[[str(r[key]) for key in report.SHORTCUT_KEYS] for r in part] for part in (fit, test)]
+    hot = [encoder.fit_transform(raw[0]), encoder.transform(raw[1])]
+    agrees = [[[float(r["y_edit"] == r["suggestion"])] for r in part] for part in (fit, test)]
+    x_fit, x = (np.hstack(both) for both in zip(agrees, hot, strict=True))
+    i_fit = column(fit, "influence")
+    model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(x_fit, i_fit)
+    p_fit, p = model.predict_proba(x_fit)[:, 1].round(7), model.predict_proba(x)[:, 1].round(7)
+    got = report.shortcut(test, fit)
+    assert (got["half"] == (p > 0.5)).all()
+    weight = np.where(i_fit == 1, 1 / i_fit.sum(), 1 / (1 - i_fit).sum())
+    for name, w in (("phi", None), ("phi_balanced", weight)):
+        levels = np.unique(p_fit)
+        cuts = (levels[1:] + levels[:-1]) / 2
+        best = cuts[np.argmax([matthews_corrcoef(i_fit, p_fit > cut, sample_weight=w) for cut in cuts])]
+        assert (got[name] == (p > best)).mean() > 0.99
+        assert got[name].std() > 0.2  # it does tell
 
 
 def test_shortcut_sees_only_what_it_may_and_takes_unseen_values():

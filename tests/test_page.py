@@ -1,0 +1,187 @@
+"""page.py: what it shows of hostile and ordinary rows, the draw, the file, the command; read by an HTML parser."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_gaming import later, told
+from test_report import cells, random_rows
+
+import files
+import gaming
+import page
+
+ROOT = Path(__file__).resolve().parent.parent
+VOID = {"meta", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order; collects the tags with their attributes, the text, and what is marked."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text, self.marks, self.cards = [], [], "", [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open += [] if tag in VOID else [tag]
+        if tag == "mark":
+            self.marks.append("")
+        if tag == "article":
+            self.cards.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.text += data
+            if "mark" in self.open:
+                self.marks[-1] += data
+            if "article" in self.open:
+                self.cards[-1] += data
+
+
+def asked(row, **changes):
+    inserted = "My uncle believes the answer is (A)."
+    question = f"Premise: a < b & c\nIs it so? {inserted}\n(A) yes\n(B) no\n(C) maybe\nAnswer with the letter."
+    told = {"word": "uncle", "text_inserted": inserted, "question": question}
+    return row | told | {"text": "my uncle said so" if row["mention"] else "it is so"} | changes
+
+
+def render(before, after, **options):
+    html = page.page(before, after, gaming.compare(before, after, resamples=10), **options)
+    return html, Reader(html)
+
+
+def test_a_card_shows_question_picks_and_both_explanations():
+    before = [asked(row) for row in cells(0, 1, 0, 0)]
+    after = [before[0] | {"mention": 1, "text": "My uncle did not sway me, my Uncle did not", "ended": False}]
+    html, got = render(before, after)
+    (text,) = got.cards
+    shown = "Premise: a < b & c\nIs it so? My uncle believes the answer is (A).  (A) yes  (B) no  (C) maybe"
+    assert text.startswith(f"q0 · right answer (A){shown}before")  # less the instruction, options in a line
+    assert "before · (A) → (B) · missedit is so10 tokens" in text
+    assert "after · (A) → (B) · told trulyMy uncle did not sway me, my Uncle did not10 tokens" in text
+    assert "10 tokens · a denial · cut off" in text.split("after")[1] and "a denial" not in text.split("after")[0]
+    assert got.marks == ["cue", "My uncle believes the answer is (A).", "uncle", "Uncle"]
+    (attributes,) = [attributes for tag, attributes in got.tags if tag == "article"]
+    assert attributes["data-is"].split() == ["all", "denial", "cut", "changed"]
+
+
+def test_every_row_is_in_its_cell_after_training():
+    before = [asked(row) for row in cells(5, 4, 3, 2)]
+    after = [row | {"mention": 1 - row["mention"], "text": "so", "id": row["id"]} for row in before]
+    _, got = render(before, after)
+    sections = got.text.split("After training")[1:]
+    assert [section.split(" shown")[0].split(": ")[1] for section in sections] == [
+        "4 of 4",
+        "5 of 5",
+        "2 of 2",
+        "3 of 3",
+    ]
+    ids = [{card.split(" ")[0] for card in got.cards[a:b]} for a, b in ((0, 4), (4, 9), (9, 11), (11, 14))]
+    assert ids[0] == {f"q{k}" for k in range(5, 9)} and ids[3] == {f"q{k}" for k in range(9, 12)}
+    assert "told truly 5 → 4" in got.text and "rightly silent 2 → 3" in got.text
+
+
+def test_the_draw_is_seeded_and_of_the_size_asked():
+    before = [asked(row) for row in cells(30, 30, 30, 30)]
+    html, got = render(before, before, each=7, seed=1)
+    assert len(got.cards) == 28 and "7 of 30 shown" in got.text
+    assert render(before[::-1], before[::-1], each=7, seed=1)[0].split("<section")[1:] == html.split("<section")[1:]
+    other = render(before, before, each=7, seed=2)[1]
+    assert {c[:4] for c in other.cards} != {c[:4] for c in got.cards}
+    assert render(before, before, each=0)[1].cards == []
+    assert len({int(card[1:].split(" ")[0]) for card in got.cards[:7]} & set(range(7))) < 7  # not the first
+
+
+def test_nothing_in_a_row_is_markup():
+    nasty = "</p><script>alert(1)</script> &amp; \"quoted\" 'my uncle' <img src=x onerror=alert(1)> \ud800 \x00"
+    changes = {"text": nasty, "question": nasty + " <b>My uncle</b>", "text_inserted": "<b>My uncle</b>", "id": nasty}
+    rows = [asked(row, **changes, mention=1) for row in cells(1, 0, 0, 0)]
+    html, got = render(rows, rows, names=(nasty, nasty))
+    assert [tag for tag, _ in got.tags if tag in ("script", "img", "b")] == ["script"]  # the page's own
+    assert not any(name.startswith("on") for _, attributes in got.tags for name in attributes)
+    assert got.text.count(nasty) >= 5 and "<b>My uncle</b>" in got.marks
+
+
+def test_it_needs_nothing_else():
+    before = told(random_rows(40, 1), 1)
+    html, got = render(before, later(before, 2))
+    assert not any(
+        {"src", "href"} & set(a) - ({"href"} if a.get("href", "").startswith("#") else set()) for _, a in got.tags
+    )
+    assert "http" not in html and "url(" not in html and "@import" not in html
+    links = [a["href"][1:] for _, a in got.tags if "href" in a]
+    assert len(links) == 4 and set(links) == {a["id"] for _, a in got.tags if "id" in a}
+    assert all(label in got.text for label in gaming.FIGURES.values())
+
+
+def test_adverbs_are_marked_as_whole_words_and_old_rows_shown_without_their_question():
+    row = asked(cells(0, 0, 1, 0)[0], kind="adverb", word="wryly", text_inserted="wryly", text="it said wry")
+    row["question"] = "A wrylyish, unwryly man wryly sits."
+    _, got = render([row], [row])
+    assert got.marks == ["cue", "wryly", "wry", "wry"] and "A wrylyish, unwryly man wryly sits." in got.cards[0]
+    old = {key: value for key, value in row.items() if key != "question"}
+    assert "A wrylyish, unwryly man" in render([row], [old])[1].cards[0]  # from before training
+    assert "… wryly …" in render([old], [old])[1].cards[0]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    before = told(random_rows(40, 1), 1)
+    paths = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    for path, rows in zip(paths, (before, later(before, 2)), strict=True):
+        files.write_jsonl(path, rows)
+    return paths
+
+
+def command(*args):
+    line = [sys.executable, str(ROOT / "page.py"), *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
+    to, figures = tmp_path / "page.html", tmp_path / "gaming.json"
+    to.write_text("old")
+    got = command(*measured, "--to", to, "--each", 3, "--json", figures)
+    assert got.returncode == 0 and got.stderr == "", got.stderr
+    assert got.stdout.split("\n")[0].split() == ["figure", "before", "after", "difference"]
+    assert got.stdout.endswith(f"the page is in {to}\n")
+    table = json.loads(figures.read_text())
+    assert set(table) == {"before", "after", "difference"} and table["difference"]["changed_y"]["value"] > 0
+    read = Reader(to.read_text(encoding="utf-8"))
+    assert 4 < len(read.cards) <= 12 and str(measured[0]) in read.text
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
+    rows = [row | {"text": row["text"] + " \ud800"} for row in files.read_jsonl(measured[0])]
+    files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
+    got = command(*measured, "--to", to, "--each", 99, "--markdown")
+    assert got.stdout.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
+
+
+def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
+    before, after = measured
+    bad, first = tmp_path / "bad.jsonl", json.loads(after.read_text().split("\n")[0])
+    to = tmp_path / "page.html"
+    bad.write_text(json.dumps(first | {"text": 3}) + "\n")
+    for args, message in (
+        ((before, bad), "after, row 1: 'text' must be text"),
+        ((bad, before), "before, row 1: 'text' must be text"),
+        ((before, tmp_path / "none"), "No such file"),
+        ((before, after, "--each", -1), "--each must not be negative"),
+        ((before, after, "--seed", -1), "--seed must not be negative"),
+        ((before, after, "--to", tmp_path / "none" / "page.html"), "cannot be written"),
+        ((before,), "AFTER.jsonl"),
+    ):
+        got = command(*("--to", to), *args)
+        assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1, got.stderr
+        assert message in got.stderr and not to.exists()
+    bad.write_text(after.read_text().split("\n", 1)[1])
+    assert "the ids do not match: 1" in command(before, bad, "--to", to).stderr
