@@ -41,7 +41,8 @@ class Args:
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
     samples: int = option(8, "explanations sampled per edited question: the group")
     candidates: int = option(256, "edited questions labelled per step at most, in search of a balanced batch")
-    frozen_questions: int = option(1000, "with --labels frozen: training questions labelled at the start")
+    frozen_questions: int = option(1000, "with --labels frozen, no --dataset: questions labelled at the start")
+    dataset: str = option("", "with --labels frozen: the folder of a `faith.py build`, whose labels are taken")
     max_new_tokens: int = option(48, "an explanation is cut here")
     temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
     lr: float = option(1e-5, "AdamW's peak learning rate")
@@ -102,6 +103,8 @@ def check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
+    if args.dataset and args.labels != "frozen":
+        raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.seed >= 2**31:

@@ -16,6 +16,7 @@ public), the calibration of letters, decoys, null edits.
 
     python faith.py --model DIR --task esnli --data DIR --intervention bias     measures, prints a table
     python faith.py ask --model DIR "Is a whale a fish?" --options yes no       walks one question through
+    python faith.py build …                                                     makes a data set (build.py)
 """
 
 import argparse
@@ -389,6 +390,10 @@ def run_ask(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["build"]:
+        import build  # here, for it imports this file
+
+        return build.main(argv[1:])
     asking = argv[:1] == ["ask"]
     parser = report.Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")

@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import build
 import checkpoint
 import faith
 import files
@@ -45,6 +46,7 @@ import reward
 import tasks
 import toy
 from args import Args, check, command, parse
+from build import balance
 from faith import Case, Subject
 from grpo import advantages, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from ranks import Ranks
@@ -71,6 +73,7 @@ class Stream:
         self.words = reward.words(args.intervention, held_out=False)
         self.position = 0  # candidates handed out so far
         self.epoch, self.left = -1, []
+        self.frozen: list[tuple[Case, dict]] = []  # labelled training questions of --dataset, if there is one
 
     def take(self, n: int) -> list[Case]:
         """The next n; questions without a place for an edit are passed over."""
@@ -94,14 +97,6 @@ class Stream:
     def go(self, position: int, epoch: int, left: int) -> None:
         self.position, self.epoch = position, epoch
         self.left = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:left] if left else []
-
-
-def balance(labelled: list[tuple[Case, dict]], size: int) -> list[tuple[Case, dict]]:
-    """The first size/2 with influence and as many without, alternating; fewer of both where one kind is short."""
-    moved = [pair for pair in labelled if pair[1]["influence"]]
-    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
-    n = min(len(moved), len(unmoved), size // 2)
-    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
 
 
 def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case, dict]]:
@@ -355,6 +350,9 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     questions = tasks.load(args.task, args.data)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: test questions are never trained on
+    stream = Stream(parts["fit"] + parts["train"], args)
+    if args.dataset:
+        stream.frozen = build.read(args.dataset, stream.questions, build.identity(args, questions))
     tokenizer = models.Tokenizer(args.model)
     network = models.load(args.model, ranks.device)
     if lora.adapters(network):
@@ -368,7 +366,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
-    return subject, test, fit, Stream(parts["fit"] + parts["train"], args)
+    return subject, test, fit, stream
 
 
 SKIPS = 5  # updates that were not finite, one after the other, end a run
@@ -392,7 +390,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
         before = evaluate(subject, test, fit, "before", args, ranks)
-    frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
+    frozen = stream.frozen or None
+    if args.labels == "frozen" and not args.dataset:
+        frozen = label(subject, stream.take(args.frozen_questions), ranks)
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
     optimizer = Optimizer(model, args)
     state = checkpoint.State(out / "checkpoints", optimizer, stream)
