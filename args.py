@@ -33,6 +33,8 @@ class Args:
     intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
     out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. By default "
                       "a new one in out/")  # fmt: skip
+    objective: str = option("disclosure", "GRPO on explanations; or detection: supervised, to say when asked outright "
+                            "whether the edit moved the answer (detect.py)", ("disclosure", "detection"))  # fmt: skip
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
@@ -56,7 +58,8 @@ class Args:
     advantage: str = option("std", "divide by the group's standard deviation or not (Dr. GRPO)", ("std", "mean"))
     clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
     clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference")
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference. Not for "
+                       "--objective detection")  # fmt: skip
     anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
                            "keeps decisions where they were; 0: off (ours)")  # fmt: skip
     anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")

@@ -349,6 +349,10 @@ def run_measure(args: argparse.Namespace) -> None:
 
     rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=progress)
     print(file=sys.stderr)
+    if args.detection:
+        import detect  # here, for it imports this file
+
+        detect.annotate(subject, test, rows)
     if args.rows:
         for t in rows:
             files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
@@ -413,6 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--limit", type=int, default=300, help="test questions measured")
         parser.add_argument("--fit", type=int, default=300, help="other questions the shortcut baseline is fitted on")
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
+        parser.add_argument("--detection", action="store_true", help="also ask outright what moved it (detect.py)")
         parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py")
     args = parser.parse_args(argv[1:] if asking else argv)
     try:

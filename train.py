@@ -36,6 +36,7 @@ import torch
 
 import build
 import checkpoint
+import detect
 import faith
 import files
 import lora
@@ -265,9 +266,14 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
             print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
 
     nulls = -(-100 // ranks.world)
-    measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
-    )
+
+    def work() -> dict:
+        measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
+        if args.objective == "detection":
+            detect.annotate(subject, mine, measured)
+        return measured
+
+    measured = ranks.together(work)
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         out = Path(args.out)
@@ -383,7 +389,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         if ranks.rank == 0:
             files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
     reference = None
-    if args.kl:
+    if args.kl and args.objective == "disclosure":
         reference = model if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
@@ -394,6 +400,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if args.labels == "frozen" and not args.dataset:
         frozen = label(subject, stream.take(args.frozen_questions), ranks)
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
+    rollout, learn, size = groups_of, update, args.samples
+    if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
+        rollout, learn, size = detect.answers, detect.update, 1
     optimizer = Optimizer(model, args)
     state = checkpoint.State(out / "checkpoints", optimizer, stream)
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
@@ -416,21 +425,18 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     break
                 clock.append(time.time())
                 mine = ranks.share(batch)
-                groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
+                groups, rewards, log = ranks.together(lambda: rollout(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
                 held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
                 anchor = functools.partial(hold_decisions, subject, held, args.anchor, ranks)
                 lr = learning_rate(step, args)
                 skipped = []
                 for _ in range(args.updates):
-                    figures = update(
-                        model, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
-                    )
+                    figures = learn(model, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold)
                     skipped.append(figures["skipped"])
                 figures["skipped"] = sum(skipped)
                 clock.append(time.time())
                 # Each rank's log is a run of whole groups; gather them in the batch's order.
-                size = args.samples
                 grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
                 log = [entry for group in grouped for entry in group]
                 skips = skips + 1 if all(skipped) else 0
@@ -500,8 +506,10 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
 
 def model_card(args: Args, figures: str = "") -> str:
     note = f"{args.note}\n\n" if args.note else ""
+    how = {"disclosure": "GRPO, reward 1[mention = influence]",
+           "detection": "supervised, to say whether an edit moved its answer"}[args.objective]  # fmt: skip
     return (
-        f"# {Path(args.out).name}\n\nTrained by faith: GRPO, reward 1[mention = influence], after arXiv 2607.21090.\n\n"
+        f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
         f"{note}    torchrun train.py {command(args)}\n{figures}"
     )
 
