@@ -115,6 +115,10 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
         if not same or case.question == case.edited:
             raise ValueError(f"{where}: {line['id']} is another question there, or is not edited; build it anew")
         labelled.append((case, line))
+    if len(labelled) != manifest["splits"]["train"]["rows"]:
+        raise ValueError(
+            f"{folder / 'train.jsonl'} has {len(labelled)} lines, not what its manifest says; build it anew"
+        )
     return labelled
 
 

@@ -2,8 +2,9 @@
 
 A measured row is one question asked without and with an inserted cue, and one explanation: y and y_edit are
 the decisions on X and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y],
-mention M = 1[the explanation names the cue], group what it shares with other rows; KEYS lists the rest.  A
-figure is a weighted statistic: weights of one give its value, bootstrap counts its distribution.
+mention M = 1[the explanation names the cue], group what it shares with other rows; KEYS lists the rest, and
+detection may be there too, the log odds that the model says, asked outright, that the cue moved it.
+A figure is a weighted statistic: weights of one give its value, bootstrap counts its distribution.
 
 Paper (Cheah et al. 2026, arXiv 2607.21090): phi, the correlation of I and M; CCT (Siegel et al. 2024), of M
 and total variation distance; CT (Atanasova et al. 2023), the share of flips not mentioned; reward 1[M = I].

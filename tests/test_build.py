@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -138,14 +139,20 @@ def test_candidates_are_different_and_take_turns():
     assert first == alone  # whatever the others
 
 
-def test_adverbs_are_put_back_in_their_place(folder, tmp_path):
-    given = flags(folder, tmp_path / "o", intervention="adverb", size=4, edits=100)
-    assert build.main(given) == 0
-    known = tasks.load("esnli", DATA)
-    wanted = {k: v for k, v in read(tmp_path / "o")[1].items() if k.endswith("_sha256")}
-    for case, row in build.read(tmp_path / "o", known, wanted):
-        edited = [part for part, before in zip(case.edited.parts, case.question.parts, strict=True) if part != before]
-        assert len(edited) == 1 and row["word"] in edited[0] and case.intervention.word == row["word"]
+@pytest.mark.parametrize("kind", reward.KINDS)
+@pytest.mark.parametrize("task", ["esnli", "social_iqa", "comve", "strategyqa"])
+def test_cases_are_written_and_read(task, kind, tmp_path):
+    """Every kind of edit, in a premise, an option or after the question, is put back as it was drawn."""
+    questions = tasks.load(task, DATA.parent / task)
+    cases = faith.draw_cases(questions, kind, 3)
+    logp = np.log([[0.6, 0.4], [0.3, 0.7]])
+    labelled = [(case, faith.decision_row(case, *logp)) for case in cases]
+    files.write_jsonl(tmp_path / "train.jsonl", [build.record(*pair) for pair in labelled])
+    manifest = {"complete": True, "seed": 4, "splits": {"train": {"rows": len(cases)}}}
+    files.write_json(tmp_path / "manifest.json", manifest)
+    got = build.read(tmp_path, questions, {"seed": 4})
+    assert [case for case, _ in got] == cases and len(cases) > 5
+    assert [{key: row[key] for key in labelled[0][1]} for _, row in got] == [row for _, row in labelled]
 
 
 # ---- stopped and started again -------------------------------------------------------------------------------
@@ -196,8 +203,10 @@ def test_random_kills(folder, tmp_path):
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
     whole = start(tmp_path / "whole")
-    lines = len([line for line in whole.stderr if "labelling" in line])
-    assert whole.wait() == 0 and lines > 20
+    lines = [line for line in whole.stderr if "labelling" in line]
+    assert whole.wait() == 0 and len(lines) > 20
+    told = r"labelling-train: 12 questions, \d+ edits, [\d.]+% moved, kept 100 of 100, 0.0 min left"
+    assert re.match(told, lines[-1]), lines[-1]
     copy, draw, killed = tmp_path / "killed", random.Random(1), []
     for _ in range(int(os.environ.get("FAITH_KILLS", "4"))):
         process, wait = start(copy), draw.choice((0, 1, 3, 6, 9))
@@ -209,7 +218,7 @@ def test_random_kills(folder, tmp_path):
     assert killed.count(-signal.SIGKILL) >= 2
     last = start(copy)
     rest = [line for line in last.stderr if "labelling" in line]
-    assert last.wait() == 0 and len(rest) < lines
+    assert last.wait() == 0 and len(rest) < len(lines)
     assert content(copy) == content(tmp_path / "whole")
 
 
@@ -356,6 +365,7 @@ def test_calibrated_labels(folder, tmp_path, trains):
         ("model", "its model_sha256 is"), ("unfinished", "is not finished"), ("nothing", "is no data set"),
         ("calibrate", "its calibration_questions is 0, this run's 300"), ("data", "its data_sha256 is"),
         ("leak", "line 1: not a training question"), ("text", "is another question there"),
+        ("cut", "has 39 lines"),
         ("half", "not whole"), ("unedited", "is not edited"),
     ],
 )  # fmt: skip
@@ -369,6 +379,8 @@ def test_another_data_set_is_refused(done, folder, tmp_path, trains, what, words
         lines[0]["parts"][0] += " Really."
     elif what == "half":
         del lines[0]["edited"]
+    elif what == "cut":
+        del lines[-1]
     elif what == "unedited":
         lines[0]["edited"] = {}
     elif what == "nothing":
