@@ -125,12 +125,16 @@ def test_training_teaches_the_answers(subject, labelled):
     assert [entry["text"] for entry in log] == [("no", "yes")[i] for i in influences]
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(subject, labelled):
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(subject, labelled, where, monkeypatch):
     network, args = subject.sampler.model, train.Args(lr=1.0)
     optimizer, items = train.Optimizer(network, args), detect.items(subject.tokenizer, labelled)
     before = [w.clone() for w in network.parameters()]
-    infinite = lambda: (network.norm.weight.sum() * torch.inf).backward() or 0.0  # noqa: E731
-    figures = detect.update(network, None, optimizer, items, [0] * 20, 1.0, args, Ranks(), anchor=infinite)
+    factor, plain = torch.inf if where == "gradient" else 1.0, detect.detection_loss
+    anchor = lambda: (network.norm.weight.sum() * factor).backward() or 0.0  # noqa: E731
+    if where == "loss":
+        monkeypatch.setattr(detect, "detection_loss", lambda *given: plain(*given) + torch.nan)
+    figures = detect.update(network, None, optimizer, items, [0] * 20, 1.0, args, Ranks(), anchor)
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
