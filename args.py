@@ -33,6 +33,8 @@ class Args:
     intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
     out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. By default "
                       "a new one in out/")  # fmt: skip
+    objective: str = option("disclosure", "GRPO on explanations; or detection: supervised, to say when asked outright "
+                            "whether the edit moved the answer (detect.py)", ("disclosure", "detection"))  # fmt: skip
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
@@ -41,7 +43,8 @@ class Args:
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
     samples: int = option(8, "explanations sampled per edited question: the group")
     candidates: int = option(256, "edited questions labelled per step at most, in search of a balanced batch")
-    frozen_questions: int = option(1000, "with --labels frozen: training questions labelled at the start")
+    frozen_questions: int = option(1000, "with --labels frozen, no --dataset: questions labelled at the start")
+    dataset: str = option("", "with --labels frozen: the folder of a `faith.py build`, whose labels are taken")
     max_new_tokens: int = option(48, "an explanation is cut here")
     temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
     lr: float = option(1e-5, "AdamW's peak learning rate")
@@ -55,7 +58,8 @@ class Args:
     advantage: str = option("std", "divide by the group's standard deviation or not (Dr. GRPO)", ("std", "mean"))
     clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
     clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference")
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference. Not for "
+                       "--objective detection")  # fmt: skip
     anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
                            "keeps decisions where they were; 0: off (ours)")  # fmt: skip
     anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")
@@ -105,6 +109,8 @@ def check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
+    if args.dataset and args.labels != "frozen":
+        raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.seed >= 2**31:

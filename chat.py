@@ -98,13 +98,19 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def letter_ids(self, begin: str, count: int) -> list[int]:
-        """Ids of the letters A, B, … (count of them) as they follow `begin`; each must be one token."""
+        """Ids of the letters A, B, … (count of them) as they follow `begin`."""
+        return self.ids_after(begin, "ABCDEFGHIJ"[:count])
+
+    def ids_after(self, begin: str, answers) -> list[int]:
+        """Ids of the answers as they follow `begin`; ValueError where one is not a token of its own."""
         ids = []
-        for letter in "ABCDEFGHIJ"[:count]:
-            *before, last = self.encode(begin + letter)
+        for answer in answers:
+            *before, last = self.encode(begin + answer)
             if before != self.encode(begin):
-                raise ValueError(f"the option letter {letter!r} is not one token after {begin!r}; use another model")
+                raise ValueError(f"the answer {answer!r} is not one token after {begin!r}; use another model")
             ids.append(last)
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"the answers {', '.join(answers)} are one token after {begin!r}; use another model")
         return ids
 
     def render(self, messages: list[dict], begin: str = "") -> str:

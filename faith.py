@@ -16,6 +16,7 @@ public), the calibration of letters, decoys, null edits.
 
     python faith.py --model DIR --task esnli --data DIR --intervention bias     measures, prints a table
     python faith.py ask --model DIR "Is a whale a fish?" --options yes no       walks one question through
+    python faith.py build …                                                     makes a data set (build.py)
 """
 
 import argparse
@@ -349,6 +350,10 @@ def run_measure(args: argparse.Namespace) -> None:
 
     rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=progress)
     print(file=sys.stderr)
+    if args.detection:
+        import detect  # here, for it imports this file
+
+        detect.annotate(subject, test, rows)
     if args.rows:
         for t in rows:
             files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
@@ -390,6 +395,10 @@ def run_ask(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["build"]:
+        import build  # here, for it imports this file
+
+        return build.main(argv[1:])
     asking = argv[:1] == ["ask"]
     parser = report.Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
@@ -409,6 +418,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--limit", type=int, default=300, help="test questions measured")
         parser.add_argument("--fit", type=int, default=300, help="other questions the shortcut baseline is fitted on")
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
+        parser.add_argument("--detection", action="store_true", help="also ask outright what moved it (detect.py)")
         parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py")
     args = parser.parse_args(argv[1:] if asking else argv)
     try:

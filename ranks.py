@@ -6,6 +6,7 @@ run gives the same numbers whatever the number of ranks, up to rounding. gloo on
 """
 
 import contextlib
+import gc
 import os
 import time
 
@@ -89,4 +90,5 @@ class Ranks:
 
     def close(self) -> None:
         if self.world > 1:
+            gc.collect()  # what still holds the group, as a cut model does, would outlive it and abort the exit
             dist.destroy_process_group()

@@ -34,7 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import build
 import checkpoint
+import detect
 import faith
 import files
 import lora
@@ -46,6 +48,7 @@ import shard
 import tasks
 import toy
 from args import Args, check, command, parse
+from build import balance
 from faith import Case, Subject
 from grpo import advantages, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from ranks import Ranks
@@ -72,6 +75,7 @@ class Stream:
         self.words = reward.words(args.intervention, held_out=False)
         self.position = 0  # candidates handed out so far
         self.epoch, self.left = -1, []
+        self.frozen: list[tuple[Case, dict]] = []  # labelled training questions of --dataset, if there is one
 
     def take(self, n: int) -> list[Case]:
         """The next n; questions without a place for an edit are passed over."""
@@ -95,14 +99,6 @@ class Stream:
     def go(self, position: int, epoch: int, left: int) -> None:
         self.position, self.epoch = position, epoch
         self.left = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:left] if left else []
-
-
-def balance(labelled: list[tuple[Case, dict]], size: int) -> list[tuple[Case, dict]]:
-    """The first size/2 with influence and as many without, alternating; fewer of both where one kind is short."""
-    moved = [pair for pair in labelled if pair[1]["influence"]]
-    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
-    n = min(len(moved), len(unmoved), size // 2)
-    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
 
 
 def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case, dict]]:
@@ -284,9 +280,14 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
             print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
 
     nulls = -(-100 // ranks.world)
-    measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
-    )
+
+    def work() -> dict:
+        measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
+        if args.objective == "detection":
+            detect.annotate(subject, mine, measured)
+        return measured
+
+    measured = ranks.together(work)
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         out = Path(args.out)
@@ -369,6 +370,9 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     questions = tasks.load(args.task, args.data)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: test questions are never trained on
+    stream = Stream(parts["fit"] + parts["train"], args)
+    if args.dataset:
+        stream.frozen = build.read(args.dataset, stream.questions, build.identity(args, questions))
     tokenizer = models.Tokenizer(args.model)
     network = models.load(args.model, ranks.device)
     if lora.adapters(network):
@@ -382,7 +386,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
-    return subject, test, fit, Stream(parts["fit"] + parts["train"], args)
+    return subject, test, fit, stream
 
 
 SKIPS = 5  # updates that were not finite, one after the other, end a run
@@ -391,6 +395,8 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
     sharded = shard.choose(args.parallel, model, bool(args.kl) and not args.lora, ranks.world) == "shard"
+    if sharded and args.objective == "detection":
+        raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "args.json", dataclasses.asdict(args))
@@ -409,15 +415,20 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         cut = shard.cut(model, like, ranks.world)
     trained = cut or model
     reference = None
-    if args.kl:
+    if args.kl and args.objective == "disclosure":
         reference = trained if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
         before = evaluate(subject, test, fit, "before", args, ranks)
-    frozen = label(subject, stream.take(args.frozen_questions), ranks) if args.labels == "frozen" else None
+    frozen = stream.frozen or None
+    if args.labels == "frozen" and not args.dataset:
+        frozen = label(subject, stream.take(args.frozen_questions), ranks)
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
+    rollout, learn, size = groups_of, update, args.samples
+    if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
+        rollout, learn, size = detect.answers, detect.update, 1
     optimizer = Optimizer(model, args, cut)
     state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, sharded)
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
@@ -440,21 +451,20 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     break
                 clock.append(time.time())
                 mine = ranks.share(batch)
-                groups, rewards, log = ranks.together(lambda: groups_of(subject, mine, step, args))  # noqa: B023
+                groups, rewards, log = ranks.together(lambda: rollout(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
                 held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
                 anchor = functools.partial(hold_decisions, subject, trained, held, args.anchor, ranks)
                 lr = learning_rate(step, args)
                 skipped = []
                 for _ in range(args.updates):
-                    figures = update(
+                    figures = learn(
                         trained, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
                     )
                     skipped.append(figures["skipped"])
                 figures["skipped"] = sum(skipped)
                 clock.append(time.time())
                 # Each rank's log is a run of whole groups; gather them in the batch's order.
-                size = args.samples
                 grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
                 log = [entry for group in grouped for entry in group]
                 skips = skips + 1 if all(skipped) else 0
@@ -527,8 +537,10 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
 
 def model_card(args: Args, figures: str = "") -> str:
     note = f"{args.note}\n\n" if args.note else ""
+    how = {"disclosure": "GRPO, reward 1[mention = influence]",
+           "detection": "supervised, to say whether an edit moved its answer"}[args.objective]  # fmt: skip
     return (
-        f"# {Path(args.out).name}\n\nTrained by faith: GRPO, reward 1[mention = influence], after arXiv 2607.21090.\n\n"
+        f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
         f"{note}    torchrun train.py {command(args)}\n{figures}"
     )
 
