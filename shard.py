@@ -30,13 +30,15 @@ class Cut(nn.Module):
 
 
 def choose(wish: str, model: models.Transformer, reference: bool, world: int) -> str:
-    """"replicate" or "shard", where the wish is "auto": replicate where a GPU has room for all it then holds.
+    """ "replicate" or "shard", where the wish is "auto": replicate where a GPU has room for all it then holds.
 
     Of a trained weight: itself and its gradient in bf16, its master, sum of gradients and two moments in fp32; of all
     weights the bf16 reference. A tenth of the memory is left to caches and activations; plan.py counts these too.
     """
     if wish == "shard" and world == 1:
-        raise ValueError("--parallel shard cuts the model among ranks, and there is one; use torchrun --nproc-per-node N")
+        raise ValueError(
+            "--parallel shard cuts the model among ranks, and there is one; use torchrun --nproc-per-node N"
+        )
     if wish != "auto":
         return wish
     if world == 1 or model.device.type != "cuda":
@@ -82,7 +84,7 @@ def backward(model, loss: Tensor, world: int) -> None:
 
 
 def idle(model: Cut, twice: bool) -> None:
-    """The passes of a micro-batch, to no effect: for a rank that has none while others have. twice: a reference's too."""
+    """The passes of a micro-batch, to no effect: for a rank that has none left. twice: a reference's pass too."""
 
     def nothing(model: models.Transformer) -> Tensor:
         return model(torch.zeros(1, 1, dtype=torch.int64, device=model.device)).sum() * 0

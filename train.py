@@ -185,8 +185,8 @@ Group = tuple[list[int], list[Completion]]  # a prompt and its sampled explanati
 
 
 def update(
-    model: models.Transformer | shard.Cut, reference, optimizer: Optimizer, groups: list[Group], rewards: list[list[float]],
-    lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0, hold=lambda: None,
+    model: models.Transformer | shard.Cut, reference, optimizer: Optimizer, groups: list[Group],
+    rewards: list[list[float]], lr: float, args: Args, ranks: Ranks, anchor=lambda: 0.0, hold=lambda: None,
 ) -> dict:  # fmt: skip
     """One optimizer update on this rank's groups, as part of a step over all ranks. Returns the step's figures.
 
