@@ -239,14 +239,18 @@ def test_faith_notes(done, folder, tmp_path, capsys):
     assert "explanations that begin 'My'" in printed and f"--calibration {tmp_path / 'm'}/calibration.json" in printed
 
 
-@pytest.mark.parametrize("parallel", ["replicate", "shard"])
-def test_ranks(done, folder, tmp_path, parallel):
-    out, given = done
-    given = [str(tmp_path / "o") if text == str(out) else text for text in given]
-    ran = torchrun(2, "train.py", [*given, "--parallel", parallel])
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    for a, b in zip(timeless(out / "metrics.jsonl"), timeless(tmp_path / "o" / "metrics.jsonl"), strict=True):
-        assert all(a[k] == pytest.approx(b[k], abs=1e-5, rel=1e-5) for k in a if a[k] is not None)
+def test_ranks(done, folder, tmp_path, monkeypatch):
+    """Two ranks, each with all or each with a part, against one. At lr 1e-2 AdamW makes rounding more than rounding."""
+    given = [*done[1], "--lr", "1e-3", "--out"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, str(tmp_path / "one")])
+    assert train.main() == 0
+    for parallel in ("replicate", "shard"):
+        ran = torchrun(2, "train.py", [*given, str(tmp_path / parallel), "--parallel", parallel])
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        runs = (timeless(tmp_path / name / "metrics.jsonl") for name in ("one", parallel))
+        for a, b in zip(*runs, strict=True):
+            numbers = [k for k in a if a[k] is not None]
+            assert not {k: (a[k], b[k]) for k in numbers if a[k] != pytest.approx(b[k], abs=1e-5, rel=1e-5)}
 
 
 def test_mistakes(done, folder, tmp_path, monkeypatch, capsys):
