@@ -1,4 +1,4 @@
-"""Checkpoints: a run's state, written whole, checked before it is read, the last few kept; and the signals to stop.
+"""Checkpoints: a run's state, written whole, checked before it is read, the last few kept.
 
     OUT/checkpoints/step-00000040/                 what torch.distributed.checkpoint wrote: weights and optimizer
     OUT/checkpoints/step-00000040/manifest.json    the name and size of each of its files, and the place in the data
@@ -8,10 +8,8 @@ was cut short afterwards is told by its sizes, and the one before it is taken. t
 its index: resume runs of your own only. What others shall load is written by model.save, as safetensors.
 """
 
-import contextlib
 import json
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
@@ -170,61 +168,3 @@ class State:
                     shutil.rmtree(later, ignore_errors=True)
             for name in ("metrics.jsonl", "explanations.jsonl"):
                 files.cut_jsonl(run / name, lambda record: record["step"] < self.steps)
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT came."""
-
-
-class Signals:
-    """Raises Stopped when SIGTERM or SIGINT comes: at once (in a long kernel: after it), but between `hold` and
-    `release` only at the latter.
-
-    What is held is short: the moments in which weights, optimizer and logs belong to different steps. Where not to
-    `heed`, on all ranks but the one that saves, the signal is noted only: it would be waited for in vain.
-
-    With `ranks`, all of which have a part in the saving, none may stop where the others wait for it: the signal is
-    noted, cuts short only work that is open to it, and all raise Stopped when they next meet.
-    """
-
-    def __init__(self, heed: bool = True, ranks=None):
-        self.heed, self.ranks, self.number = heed, ranks, 0
-        self.held, self.busy = not heed or ranks is not None, False
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        if self.ranks:
-            self.ranks.signals = self
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.ranks:
-            self.ranks.signals = None
-
-    def handle(self, number: int, frame) -> None:
-        self.number = number
-        if not self.held:
-            self.held = True  # once is enough: what follows is the saving
-            raise Stopped
-
-    def hold(self) -> None:
-        self.held = self.busy = True
-
-    def release(self) -> None:
-        self.busy = False
-        if self.ranks:
-            return  # asked when they next meet
-        if self.heed and self.number:
-            raise Stopped  # still held
-        self.held = not self.heed
-
-    @contextlib.contextmanager
-    def open(self):
-        """With ranks: work without collectives, which a signal may cut short."""
-        self.held = self.busy
-        try:
-            yield
-        finally:
-            self.held = True

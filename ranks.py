@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from checkpoint import Signals, Stopped
+from stop import Signals, Stopped
 
 
 class Ranks:
@@ -25,7 +25,7 @@ class Ranks:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        self.signals: Signals | None = None  # where all agree on a stop: see checkpoint.Signals
+        self.signals: Signals | None = None  # where all agree on a stop: see stop.Signals
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
 

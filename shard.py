@@ -5,7 +5,7 @@
     inference   a whole bf16 copy per rank, frozen, which labels and samples, refreshed in place after every step
 
 The copy is what lets ranks sample at their own pace: every pass through the cut model is a collective, so all ranks
-must make the same number of them. For the same reason a stop is agreed upon (checkpoint.Signals).
+must make the same number of them. For the same reason a stop is agreed upon (stop.Signals).
 Zhao et al. 2304.11277; https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 

@@ -23,10 +23,8 @@ Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden 
 
 import dataclasses
 import functools
-import json
 import math
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,18 +39,19 @@ import faith
 import files
 import lora
 import model as models
-import plot
 import report
+import results
 import reward
 import shard
 import tasks
 import toy
-from args import Args, check, command, parse
+from args import Args, check, parse
 from build import balance
 from faith import Case, Subject
 from grpo import advantages, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from ranks import Ranks
 from rollout import Completion, Sampler, option_scores
+from stop import Signals, Stopped
 
 
 def learning_rate(step: int, args: Args) -> float:
@@ -436,7 +435,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         if ranks.rank == 0:
             files.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
     started, first, problem, skips = time.time(), state.steps, "", 0
-    with checkpoint.Signals(ranks.rank == 0, ranks if sharded else None) as signals:
+    with Signals(ranks.rank == 0, ranks if sharded else None) as signals:
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
@@ -481,7 +480,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     state.save()
                 if ranks.rank == 0:
                     if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                        save(args, model, f"step-{step + 1}")
+                        results.save(args, model, f"step-{step + 1}")
                 signals.release()
                 if skips == SKIPS:
                     problem = f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
@@ -491,8 +490,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 signals.hold()
                 state.save()
                 signals.release()
-        except (checkpoint.Stopped, RuntimeError) as error:
-            if isinstance(error, checkpoint.Stopped):  # so this is rank 0, or all are here
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, Stopped):  # so this is rank 0, or all are here
                 signals.hold()
                 if args.checkpoint_every:
                     state.save()
@@ -507,10 +506,10 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if ranks.rank == 0:
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)
-        save(args, model, "model")  # before anything else can go wrong
+        results.save(args, model, "model")  # before anything else can go wrong
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
-        finish(args, test, before, after)
+        results.finish(args, test, before, after)
     ranks.gather([])  # nobody leaves before rank 0 has written all
 
 
@@ -522,65 +521,6 @@ def progress_line(record: dict, steps: int, explanations: int, seconds: float, l
         + "  SKIPPED: not finite"
         * record["skipped"]
     )
-
-
-def save(args: Args, model: models.Transformer, name: str) -> None:
-    """Writes the model to OUT/name, with what faith.py must know of the run to measure it."""
-    out = Path(args.out)
-    if args.resume:  # what the run wrote before it was stopped is written anew
-        shutil.rmtree(out / name, ignore_errors=True)
-    (lora if args.lora else models).save(model, out / name, model_card(args))
-    files.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
-    if args.calibrate:
-        shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
-
-
-def model_card(args: Args, figures: str = "") -> str:
-    note = f"{args.note}\n\n" if args.note else ""
-    how = {"disclosure": "GRPO, reward 1[mention = influence]",
-           "detection": "supervised, to say whether an edit moved its answer"}[args.objective]  # fmt: skip
-    return (
-        f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
-        f"{note}    torchrun train.py {command(args)}\n{figures}"
-    )
-
-
-def examples(test: list[Case], before: list[dict], after: list[dict], n: int = 5) -> str:
-    """n test questions and what was said of them: the first where the edit moved the answer, and the first others."""
-    cases, old = {case.question.id: case for case in test}, {row["id"]: row for row in before}
-    moved, unmoved = ([row for row in after if row["influence"] == i] for i in (1, 0))
-    lines = []
-    for row in moved[: (n + 1) // 2] + unmoved[: n // 2]:
-        text = " ".join(faith.ask(cases[row["id"]].edited).split("\n")[:-1])
-        picks = " → ".join(faith.LETTERS[row[key]] for key in ("y", "y_edit"))
-        lines.append(f"\n{text}\n    {row['text_inserted']!r}: {picks}, I = {row['influence']}")
-        if row["id"] in old:
-            was = old[row["id"]]
-            lines.append(f"    before  r = {reward.reward(was['mention'], was['influence']):g}  {was['text']!r}")
-        lines.append(f"    after   r = {reward.reward(row['mention'], row['influence']):g}  {row['text']!r}")
-    return "\n".join(lines)
-
-
-def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
-    """Prints before and after side by side, with examples, draws the curves, and fills in the model's card."""
-    out, figures = Path(args.out), ""
-    for t in after:
-        name = f"T={t:g}"
-        phases = ("before", "after") if before else ("after",)
-        columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in phases}
-        if before:
-            columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
-            files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
-        print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
-        figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
-    if after:
-        print(f"\nExplanations at T={max(after):g}:\n" + examples(test, before.get(max(after), []), after[max(after)]))
-    (out / "model" / "README.md").write_text(model_card(args, figures))
-    print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
-    try:
-        print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)
-    except (ImportError, ValueError, KeyError, OSError) as error:  # a picture is not worth a run
-        print(f"no picture of the run: {error}; then `python plot.py {out}`", flush=True)
 
 
 def main() -> int:

@@ -1,0 +1,75 @@
+"""What a run leaves behind: the trained model with its card, figures before beside after, examples, curves."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import faith
+import files
+import lora
+import model as models
+import plot
+import report
+import reward
+from args import Args, command
+from faith import Case
+
+
+def save(args: Args, model: models.Transformer, name: str) -> None:
+    """Writes the model to OUT/name, with what faith.py must know of the run to measure it."""
+    out = Path(args.out)
+    if args.resume:  # what the run wrote before it was stopped is written anew
+        shutil.rmtree(out / name, ignore_errors=True)
+    (lora if args.lora else models).save(model, out / name, model_card(args))
+    files.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
+    if args.calibrate:
+        shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
+
+
+def model_card(args: Args, figures: str = "") -> str:
+    note = f"{args.note}\n\n" if args.note else ""
+    how = {"disclosure": "GRPO, reward 1[mention = influence]",
+           "detection": "supervised, to say whether an edit moved its answer"}[args.objective]  # fmt: skip
+    return (
+        f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
+        f"{note}    torchrun train.py {command(args)}\n{figures}"
+    )
+
+
+def examples(test: list[Case], before: list[dict], after: list[dict], n: int = 5) -> str:
+    """n test questions and what was said of them: the first where the edit moved the answer, and the first others."""
+    cases, old = {case.question.id: case for case in test}, {row["id"]: row for row in before}
+    moved, unmoved = ([row for row in after if row["influence"] == i] for i in (1, 0))
+    lines = []
+    for row in moved[: (n + 1) // 2] + unmoved[: n // 2]:
+        text = " ".join(faith.ask(cases[row["id"]].edited).split("\n")[:-1])
+        picks = " → ".join(faith.LETTERS[row[key]] for key in ("y", "y_edit"))
+        lines.append(f"\n{text}\n    {row['text_inserted']!r}: {picks}, I = {row['influence']}")
+        if row["id"] in old:
+            was = old[row["id"]]
+            lines.append(f"    before  r = {reward.reward(was['mention'], was['influence']):g}  {was['text']!r}")
+        lines.append(f"    after   r = {reward.reward(row['mention'], row['influence']):g}  {row['text']!r}")
+    return "\n".join(lines)
+
+
+def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
+    """Prints before and after side by side, with examples, draws the curves, and fills in the model's card."""
+    out, figures = Path(args.out), ""
+    for t in after:
+        name = f"T={t:g}"
+        phases = ("before", "after") if before else ("after",)
+        columns = {phase: json.loads((out / f"{phase}.json").read_text())[name] for phase in phases}
+        if before:
+            columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
+            files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
+        print(f"\n{len(after[t])} test questions, {name}\n" + report.table(columns), flush=True)
+        figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
+    if after:
+        print(f"\nExplanations at T={max(after):g}:\n" + examples(test, before.get(max(after), []), after[max(after)]))
+    (out / "model" / "README.md").write_text(model_card(args, figures))
+    print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
+    try:
+        print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)
+    except (ImportError, ValueError, KeyError, OSError) as error:  # a picture is not worth a run
+        print(f"no picture of the run: {error}; then `python plot.py {out}`", flush=True)
