@@ -456,10 +456,10 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 anchor = functools.partial(hold_decisions, subject, trained, held, args.anchor, ranks)
                 lr = learning_rate(step, args)
                 skipped = []
-                for _ in range(args.updates):
-                    figures = learn(
-                        trained, reference, optimizer, groups, rewards, lr, args, ranks, anchor, signals.hold
-                    )
+                for i in range(args.updates):
+                    # At the initial weights its gradient is rounding alone, of which AdamW would make full steps.
+                    pull = anchor if step + i else lambda: 0.0
+                    figures = learn(trained, reference, optimizer, groups, rewards, lr, args, ranks, pull, signals.hold)
                     skipped.append(figures["skipped"])
                 figures["skipped"] = sum(skipped)
                 clock.append(time.time())

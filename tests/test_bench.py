@@ -60,7 +60,7 @@ def test_command(folder, tmp_path, capsys):
     assert len(figures["natural"]["runs"]) == 2 and figures["kv_mb"] < figures["kv_unshared_mb"]
 
 
-def test_against_transformers(folder, tmp_path):
+def test_against_transformers(folder, tmp_path, monkeypatch):
     """Both draw; forced, both draw all tokens, and the tokens counted are those up to the end of a turn."""
     pytest.importorskip("transformers")
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
@@ -68,7 +68,12 @@ def test_against_transformers(folder, tmp_path):
     prompts = rates.make_prompts(tokenizer, 3, 40)
     assert theirs.generate(prompts, 4, 10, forced=True) == 120
     counts = {theirs.generate(prompts, 4, 10, forced=False) for _ in range(5)}
-    assert 12 <= min(counts) and max(counts) < 120
+    assert 12 <= min(counts) < max(counts) <= 120
+    drawn = [[7, tiny.END, tiny.END, tiny.END], [7, 7, tiny.STOP, tiny.END], [7, 7, 7, 7], [tiny.STOP, 7, 7, 7]]
+    known = torch.tensor([[0] * max(map(len, prompts)) + row for row in drawn])
+    with monkeypatch.context() as patch:
+        patch.setattr(theirs.network, "generate", lambda **given: known)
+        assert theirs.generate(prompts, 4, 4, forced=False) == 2 + 3 + 4 + 1
     file = tmp_path / "figures.json"
     flags = ["rollout", "--model", folder, "--count", 2, "--length", 40, "--samples", 2, "--new", 6, "--repeats", 1]
     assert bench.main([str(x) for x in [*flags, "--against", "transformers", "--json", file]]) == 0

@@ -933,7 +933,7 @@ def torchrun(n, script, given, timeout=300):
         ),  # one has none
         (2, {"prompts": 6, "candidates": 192, "parallel": "shard", "anchor": 3.0, "anchor_questions": 5}),
         (
-            4,  # a power of 2: gradients that are rounding alone, as the anchor's at first, are so scaled exactly
+            4,
             {
                 "prompts": 6,
                 "kl": 0.05,
