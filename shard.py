@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import model as models
+import plan
 
 
 class Cut(nn.Module):
@@ -29,11 +30,10 @@ class Cut(nn.Module):
         return work(self.model)
 
 
-def choose(wish: str, model: models.Transformer, reference: bool, world: int) -> str:
-    """ "replicate" or "shard", where the wish is "auto": replicate where a GPU has room for all it then holds.
+def choose(wish: str, model: models.Transformer, world: int, **sizes) -> str:
+    """ "replicate" or "shard"; where the wish is "auto" and there are several GPUs, what plan.py takes.
 
-    Of a trained weight: itself and its gradient in bf16, its master, sum of gradients and two moments in fp32; of all
-    weights the bf16 reference. A tenth of the memory is left to caches and activations; plan.py counts these too.
+    sizes: what a plan.Setup says of a run, beside the GPUs.
     """
     if wish == "shard" and world == 1:
         raise ValueError(
@@ -43,10 +43,10 @@ def choose(wish: str, model: models.Transformer, reference: bool, world: int) ->
         return wish
     if world == 1 or model.device.type != "cuda":
         return "replicate"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.nbytes for p in model.parameters())
-    held = weights * (2 if reference else 1) + 18 * trained
-    return "replicate" if held < 0.9 * torch.cuda.mem_get_info(model.device)[1] else "shard"
+    # Prompts are a small part of a batch; so long as one usually is at most.
+    prompt = min(plan.Setup.prompt_tokens, model.config.context - sizes["new"])
+    memory = torch.cuda.mem_get_info(model.device)[1]
+    return plan.plan(model.config, gpus=world, gpu_memory_bytes=memory, prompt_tokens=prompt, **sizes)["parallel"]
 
 
 def cut(copy: models.Transformer, model: models.Transformer, world: int) -> Cut:

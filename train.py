@@ -393,7 +393,9 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
     out, model = Path(args.out), subject.sampler.model
-    sharded = shard.choose(args.parallel, model, bool(args.kl) and not args.lora, ranks.world) == "shard"
+    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "micro", "lora", "recompute")}
+    sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
+    sharded = shard.choose(args.parallel, model, ranks.world, **sizes) == "shard"
     if sharded and args.objective == "detection":
         raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
     if ranks.rank == 0 and not args.resume:

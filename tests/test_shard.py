@@ -3,20 +3,24 @@
 That a step is the same with weights, anchor, KL and activation checkpointing: test_ranks_change_nothing (test_train).
 """
 
+import dataclasses
 import os
 import re
 import shutil
 import signal
 import time
+import types
 
 import pytest
 import tiny
 import torch
 from test_checkpoint import finish, flags, start, timeless
+from test_plan import config as config_of_smollm2
 
 import checkpoint
 import files
 import model as models
+import plan
 import shard
 
 
@@ -133,24 +137,25 @@ def test_a_checkpoint_that_cannot_be_written(folder, tmp_path):
 
 
 def test_choose(folder, monkeypatch):
-    network = models.load(folder)
-    assert shard.choose("auto", network, False, 8) == "replicate"  # on a CPU
-    assert shard.choose("shard", network, False, 2) == "shard" and shard.choose("replicate", network, True, 2)
-    with pytest.raises(ValueError, match="--parallel shard cuts the model among ranks, and there is one; use torchrun"):
-        shard.choose("shard", network, False, 1)
-
-    class Big:  # of a GPU of 80 GB
-        device, trained = torch.device("cuda"), 8e9
-
-        def parameters(self):
-            class Weight:
-                requires_grad, nbytes = self.trained > 0, 2 * 8e9
-                numel = lambda _: 8e9  # noqa: E731
-
-            return [Weight()]
-
+    """By hand; else replicated, but for what plan.py cuts among several GPUs."""
+    network, batch = models.load(folder), {"new": 200, "prompts": 64, "samples": 16, "micro": 4, "recompute": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(shard.plan, "plan", None)  # not asked
+        assert shard.choose("auto", network, 8, **batch) == "replicate"  # on a CPU
+        assert shard.choose("shard", network, 2, **batch) == "shard"
+        assert shard.choose("replicate", network, 2, **batch) == "replicate"
+        with pytest.raises(ValueError, match="cuts the model among ranks, and there is one; use torchrun"):
+            shard.choose("shard", network, 1, **batch)
+    # Eight GPUs of 80 GB.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
-    big = Big()
-    assert shard.choose("auto", big, False, 8) == "shard" and shard.choose("auto", big, False, 1) == "replicate"
-    big.trained = 0  # LoRA over a frozen base
-    assert shard.choose("auto", big, False, 8) == "replicate"
+    eight = plan.read(str(tiny.ROOT / "configs" / "llama-3.1-8b.json"))
+    nine = dataclasses.replace(eight, layers=9)  # of its 32: what else is held decides
+    for config, changes, kept in (
+        (eight, {}, "shard"), (eight, {"lora": 16, "kl": True}, "replicate"), (nine, {}, "replicate"),
+        (nine, {"kl": True}, "shard"), (nine, {"recompute": False}, "shard"),
+        (nine, {"recompute": False, "micro": 1}, "replicate"), (config_of_smollm2(), {}, "replicate"),
+        (network.config, {"new": 500}, "replicate"),  # hardly a prompt fits beside it
+    ):  # fmt: skip
+        big = types.SimpleNamespace(config=config, device=torch.device("cuda"))
+        assert shard.choose("auto", big, 8, **batch | changes) == kept, changes
+    assert shard.choose("auto", big, 1, **batch) == "replicate"
