@@ -14,15 +14,19 @@ import sys
 import pytest
 import tiny
 import torch
+from test_lora import disturb
 from test_rollout import same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import faith
+import lora
 import model as models
 import reward
 import rollout
 import tasks
+import train
+from ranks import Ranks
 
 SOURCE = (tiny.ROOT / "rollout.py").read_text()
 
@@ -89,18 +93,25 @@ class Tapes:
                         old.copy_(value)
 
 
-def on_meta(module, config):
+def adapt(network, rank):
+    """With LoRA adapters as after some training; rank 0: as it is."""
+    return disturb(lora.attach(network, rank, 2.0 * rank)) if rank else network
+
+
+def on_meta(module, config, rank=0):
     """Runs the step without data, in several sizes."""
     with torch.device("meta"):
-        network = models.Transformer(config)
+        network = adapt(models.Transformer(config), rank)
     slots = module.Slots(config, 4, 3, 32, 16, "meta", torch.float32)
     for bucket in [(4, 12, 32, 16), (2, 6, 16, 8), (1, 1, 32, 16)]:
         module.decode_step(network, slots, torch.zeros(2, dtype=torch.int64, device="meta"), *bucket)
 
 
-def on_tape(module, folder, prompts):
+def on_tape(module, folder, prompts, rank=0):
     """Samples drawn on tapes against the plain sampler's: other seeds, prompts, temperatures, sizes and weights."""
-    network = models.load(folder)
+    torch.manual_seed(0)
+    network = adapt(models.load(folder), rank)
+    optimizer = train.Optimizer(network, train.Args())
     eager = rollout.Sampler(network)
     taped = module.Sampler(network, rows=6, lanes=2)
     taped.static = True
@@ -113,16 +124,16 @@ def on_tape(module, folder, prompts):
         b = eager.generate(some, seed=i, step=3 * i, keys=list(range(i, i + len(some))), **how)
         same(a, b)
         assert kept in (None, taped.slots) or taped.slots.T > kept.T
-        with torch.no_grad():  # a training step: in place
-            for w in network.parameters():
-                w *= 1.03
+        for w in optimizer.weights:
+            w.grad = torch.randn_like(w)
+        optimizer.step(0.01, 1.0, Ranks())  # in place
     assert taped.run.replays > 10
     return taped
 
 
-def constants(module, folder, prompts):
+def constants(module, folder, prompts, rank=0):
     """The numbers in a step's operations at two places of two generations."""
-    network = models.load(folder)
+    network = adapt(models.load(folder), rank)
     sampler, recorded = module.Sampler(network, rows=6, lanes=2), []
     run = sampler.allocate
     sizes = (3, 6, 112, 8)
@@ -159,17 +170,23 @@ def constants(module, folder, prompts):
         assert other == plain[0], next((a, b) for a, b in zip(plain[0], other, strict=False) if a != b)
 
 
-def test_meta(folder):
-    on_meta(rollout, models.read_config(folder))
+RANKS = pytest.mark.parametrize("rank", [0, 4])  # of LoRA adapters; 0: none
 
 
-def test_tape(folder, prompts, monkeypatch):
+@RANKS
+def test_meta(folder, rank):
+    on_meta(rollout, models.read_config(folder), rank)
+
+
+@RANKS
+def test_tape(folder, prompts, rank, monkeypatch):
     monkeypatch.setattr(rollout, "Graphs", rollout.Graphs)  # put back afterwards
-    on_tape(rollout, folder, prompts)
+    on_tape(rollout, folder, prompts, rank)
 
 
-def test_constants(folder, prompts):
-    constants(rollout, folder, prompts)
+@RANKS
+def test_constants(folder, prompts, rank):
+    constants(rollout, folder, prompts, rank)
 
 
 # Faults that a capture would bake in: what to find in the source, and what to put there.
