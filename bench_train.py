@@ -1,6 +1,12 @@
-"""bench.py train: a training step phase by phase, its share of the limit, and the ratio to TRL's."""
+"""bench.py train: a training step phase by phase, its share of the limit, and the ratio to TRL's.
+
+Peak memory is that of a process which has one of the two in it: ours before TRL is loaded, TRL's in a process of its
+own; libraries count, and each has taken a step before, so that AdamW's moments are there.
+"""
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import random
 import statistics
 import tempfile
@@ -73,6 +79,22 @@ class Trl:
         return seconds(lambda: self.trainer.train(), self.trainer.model.device)
 
 
+def trl_peak(folder: Path, prompts, samples: int, new: int, micro: int, fed) -> float:
+    """GB at the peak of a process that does nothing but TRL's step: one with the tokens `fed`, which leaves AdamW's
+    moments behind, then one that samples."""
+    with tempfile.TemporaryDirectory() as scratch:
+        theirs = Trl(folder, prompts, samples, new, micro, scratch)
+        theirs.step(fed)
+        theirs.step()
+        return peak_memory(theirs.trainer.model.device)
+
+
+def alone(work, *given):
+    """work(*given) in a process of its own, so that it shares no memory with this one."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *given).result()
+
+
 def cut(tokens: list[int], end: int) -> list[int]:
     """Up to and with the first end."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
@@ -136,12 +158,17 @@ def train_step(args: argparse.Namespace) -> None:
         spent["optimizer"] = seconds(lambda: optimizer.step(1e-9, 1.0, ranks), device)
         return spent, answers
 
-    step(0)  # warm
+    _, answers = step(0)  # warm
+    step(0)  # with AdamW's moments there
     figures: dict = {"device": name, "args": vars(args), "ours": [], "generating": [], "fed": []}
+    figures["peak_gb"] = peak_memory(device)  # before anything else is in this process
+    if args.against:
+        fed, folder = [[c.tokens for c in group] for group in answers], models.locate(args.model)
+        figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro, fed)
     with tempfile.TemporaryDirectory() as scratch:
         theirs = None
         if args.against:
-            theirs = Trl(models.locate(args.model), prompts, args.samples, args.new, args.micro, scratch)
+            theirs = Trl(folder, prompts, args.samples, args.new, args.micro, scratch)
         for i in range(args.repeats):
             spent, answers = step(i + 1)
             figures["ours"].append(spent)
@@ -165,7 +192,7 @@ def train_step(args: argparse.Namespace) -> None:
     bound = step_limit(network.config, groups, device, network.dtype)
     both = phases["forward"] + phases["backward"]
     tokens = sum(len(c.tokens) for _, group in groups for c in group)
-    figures |= {"phases": phases, **bound, "share_of_limit": bound["limit_s"] / both, "peak_gb": peak_memory(device),
+    figures |= {"phases": phases, **bound, "share_of_limit": bound["limit_s"] / both,
                 "tokens_s": tokens / sum(phases.values())}  # fmt: skip
     print("\n" + ", ".join(f"{key} {value:.2f} s" for key, value in phases.items())
           + f"; {tokens} new tokens, {figures['tokens_s']:.0f} a second, labels included")  # fmt: skip
@@ -175,5 +202,7 @@ def train_step(args: argparse.Namespace) -> None:
         if figures[key]:
             figures[f"{key}_ratio"] = statistics.median(pair["ratio"] for pair in figures[key])
             print(f"TRL {theirs.version}, {what}: ratio {figures[f'{key}_ratio']:.2f} (median of {args.repeats} pairs)")
+    if args.against:
+        print(f"TRL {theirs.version}, alone in its process: peak memory {figures['theirs_peak_gb']:.2f} GB")
     if args.json:
         files.write_json(args.json, figures)

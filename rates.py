@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,10 @@ def peak_memory(device: torch.device) -> float:
     """GB: of this process since it began, on CUDA of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
+    if sys.platform == "linux":  # where ru_maxrss begins at what the parent held
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> str:

@@ -1,6 +1,8 @@
 """bench.py: prompts as asked for, operations as PyTorch's own counter has them, figures that hang together."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -114,9 +116,10 @@ def test_operations_of_a_step(folder):
 
 
 def test_train_command(folder, tmp_path, capsys):
-    """Phases that add up; the same tokens for both; figures in the file as printed."""
+    """Phases that add up; the same tokens for both; figures in the file as printed; memory of each alone."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
+    ballast = torch.ones(500_000_000)  # 2 GB that are this process's
     flags = ["train", "--model", folder, "--count", 4, "--samples", 4, "--new", 12, "--length", 40, "--micro", 2,
              "--repeats", 2, "--against", "trl", "--json", tmp_path / "figures.json"]  # fmt: skip
     assert bench.main([str(x) for x in flags]) == 0
@@ -135,6 +138,25 @@ def test_train_command(folder, tmp_path, capsys):
         assert pair["ratio"] == pytest.approx(pair["theirs_s"] / pair["ours_s"])
     for key in ("generating", "fed"):
         assert f"ratio {figures[f'{key}_ratio']:.2f} (median of 2 pairs)" in out
+    assert 0.3 < figures["theirs_peak_gb"] < ballast.nbytes / 1e9 < figures["peak_gb"]
+    assert f"peak memory {figures['peak_gb']:.2f} GB\n" in out
+    assert f"alone in its process: peak memory {figures['theirs_peak_gb']:.2f} GB\n" in out
+
+
+PEAK = """
+import torch, rates
+before = rates.peak_memory(torch.device("cpu"))
+torch.ones(50_000_000).sum()
+print(before, rates.peak_memory(torch.device("cpu")))
+"""
+
+
+def test_peak_memory():
+    """What was freed counts; what the process held that started this one does not."""
+    ballast = torch.ones(500_000_000)
+    child = subprocess.run([sys.executable, "-c", PEAK], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    before, after = map(float, child.stdout.split())
+    assert after - before == pytest.approx(0.2, rel=0.1) and after < ballast.nbytes / 1e9
 
 
 def test_what_trl_is_fed(folder, tmp_path):
