@@ -34,13 +34,19 @@ def write_json(path, obj):
 
 
 def append_jsonl(path, records):
-    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN, inf: null."""
+    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN, inf: null.
+
+    ValueError where they cannot be written; then the last line may be torn.
+    """
     lines = []
     for record in records:
         finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
         lines.append(json.dumps(finite) + "\n")
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def cut_jsonl(path, keep):
@@ -55,9 +61,7 @@ def cut_jsonl(path, keep):
             break
         kept.append(line)
     if len(kept) < len(lines):
-        part = Path(f"{path}.part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+        write_text(path, "".join(kept))
 
 
 def read_jsonl(path):

@@ -21,7 +21,10 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
     out = Path(args.out)
     if args.resume:  # what the run wrote before it was stopped is written anew
         shutil.rmtree(out / name, ignore_errors=True)
-    (lora if args.lora else models).save(model, out / name, model_card(args))
+    try:
+        (lora if args.lora else models).save(model, out / name, model_card(args))
+    except OSError as error:
+        raise ValueError(f"{out / name}: cannot be written ({error.strerror})") from error
     files.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
     if args.calibrate:
         shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
@@ -67,7 +70,7 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
         figures += f"\n{len(after[t])} test questions, {name}\n\n" + report.table(columns, markdown=True) + "\n"
     if after:
         print(f"\nExplanations at T={max(after):g}:\n" + examples(test, before.get(max(after), []), after[max(after)]))
-    (out / "model" / "README.md").write_text(model_card(args, figures))
+    files.write_text(out / "model" / "README.md", model_card(args, figures))
     print(f"\nthe trained model is in {out / 'model'}; metrics.jsonl and explanations.jsonl beside it")
     try:
         print(f"the curves of the run: {plot.curves([out], out / 'curves.png')}", flush=True)

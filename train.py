@@ -526,15 +526,18 @@ def progress_line(record: dict, steps: int, explanations: int, seconds: float, l
 
 
 def main() -> int:
-    args = parse()
+    args, begun = parse(), False  # anew, and has got so far that it may have been saved
     ranks = Ranks()
     try:
         furnish(args, ranks)
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))
+        begun = not args.resume
         run(args, ranks, subject, test, fit, stream)
     except (ValueError, OSError) as error:
         if ranks.rank == 0:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+            last = checkpoint.newest(Path(args.out) / "checkpoints", lambda line: None) if begun else None
+            way = f"; once that is mended: torchrun train.py --resume --out {args.out}" if last else ""
+            print(f"train.py: {error}{way}", file=sys.stderr, flush=True)
         return 2
     finally:
         ranks.close()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -129,8 +130,8 @@ def test_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
 
 
-def test_a_full_disk_keeps_the_earlier_ones(tmp_path):
-    """Files of this process may not grow beyond a limit: the system's own error, as on a full disk."""
+def test_a_file_that_may_not_grow(tmp_path):
+    """Files of this process may not grow beyond a limit: as test_a_full_disk, wherever that is skipped."""
     checkpoint.write(tmp_path, 2, state(2), {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -143,6 +144,55 @@ def test_a_full_disk_keeps_the_earlier_ones(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
     assert checkpoint.newest(tmp_path).name == "step-00000002" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def disk():
+    """disk(size): a folder on a file system of its own that holds so many bytes.
+
+    A process in its own mount namespace has it; it is reached through that process, and goes with it.
+    """
+    holders = []
+
+    def make(size):
+        mount, why = f"mount -t tmpfs -o size={size} none /tmp && echo made && exec cat", ""
+        for command in (["unshare", "--mount"], ["unshare", "--mount", "--map-root-user"]):
+            try:
+                holders.append(subprocess.Popen([*command, "sh", "-c", mount], text=True, stdin=subprocess.PIPE,
+                                                stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+            except OSError as error:
+                pytest.skip(f"a small file system needs util-linux's unshare ({error})")
+            if holders[-1].stdout.readline():
+                return Path(f"/proc/{holders[-1].pid}/root/tmp")
+            why = holders[-1].stderr.read().strip()
+        pytest.skip(f"no file system can be mounted here, not in a namespace of its own either ({why})")
+
+    yield make
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_full_disk(disk):
+    """However much room there is, a checkpoint is written whole, or that is said and the one before it stays."""
+    small, tensors = disk(2**20), {"weight.a": torch.randn(30000), "step.a": torch.tensor(4.0)}
+    folder = small / "checkpoints"
+    checkpoint.write(folder, 2, state(2), {})
+    filler = small / "filler"
+    for pages in range(100):
+        filler.write_bytes(bytes(shutil.disk_usage(small).free - pages * 4096))
+        try:
+            checkpoint.write(folder, 4, tensors, {"left": 4})
+            break
+        except ValueError as error:
+            assert re.fullmatch(r"/proc/\S+/step-00000004: cannot be written \(.+; 0 MB are free there\)", str(error))
+        assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+        assert checkpoint.newest(folder).name == "step-00000002"
+        filler.unlink()
+    assert pages * 4096 > tensors["weight.a"].nbytes
+    read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    assert checkpoint.read(checkpoint.newest(folder), read) == (4, {"left": 4})
+    assert torch.equal(read["weight.a"], tensors["weight.a"])
 
 
 def test_lines_are_cut(tmp_path):
@@ -343,6 +393,55 @@ def test_a_truncated_checkpoint_of_a_run(folder, whole, tmp_path):
     assert code == 0 and f"{path} is not whole ({data.name} has 100 bytes of " in printed, error
     assert f"going on after step {STEPS - 2}, from " in printed
     same(whole[0], copy)
+
+
+@pytest.mark.parametrize("ranks, parallel", [(1, "replicate"), (2, "shard")])
+def test_no_room_for_a_second_checkpoint(folder, disk, ranks, parallel):
+    """It is said whenever one is due, the first stays, and the run goes on to its end."""
+    out = disk(900_000) / "o"
+    code, printed, error = finish(start(flags(folder, out, steps=6, parallel=parallel), ranks))
+    assert code == 0, error
+    failed = re.findall(r"^no checkpoint after step (\d): .*; the earlier ones are kept$", printed, re.MULTILINE)
+    assert failed == ["4", "6", "6"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not checkpoint.faults(out / "checkpoints" / "step-00000002")
+    assert len(files.read_jsonl(out / "metrics.jsonl")) == 6 and (out / "model" / "model.safetensors").exists()
+
+
+FILL = """
+import os, shutil, sys, train
+from pathlib import Path
+groups_of = train.groups_of
+def filling(subject, batch, step, args):
+    folder = Path(args.out).parent
+    if step == 3 and os.environ.get("RANK", "0") == "0":
+        (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free))
+    return groups_of(subject, batch, step, args)
+train.groups_of = filling
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize("ranks, parallel", [(1, "replicate"), (2, "shard")])
+def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
+    """A line that says what to do, and status 2; with room again the run goes on, and ends as if nothing had been."""
+    (tmp_path / "fill.py").write_text(FILL)
+    out = disk(5_000_000) / "o"
+    way = f"; once that is mended: torchrun train.py --resume --out {out}"
+    code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, tmp_path / "fill.py"))
+    line = f"train.py: {out}/explanations.jsonl: cannot be written (No space left on device){way}\n"
+    assert (code, error) == (2, line) if ranks == 1 else (code and error.count("train.py: ") == 1 and line in error)
+    assert checkpoint.newest(out / "checkpoints").name == "step-00000002"
+    code, _, error = finish(start(["--resume", "--out", out, "--parallel", "replicate"]))  # too early
+    assert (code, error) == (2, f"train.py: {out}/metrics.jsonl: cannot be written (No space left on device)\n")
+    (out.parent / "filler").unlink()
+    code, printed, error = finish(start(["--resume", "--out", out], ranks))
+    assert code == 0 and "going on after step 2, from " in printed, error
+    if ranks == 1:
+        same(whole[0], out)
+    for a, b in zip(timeless(whole[0] / "metrics.jsonl"), timeless(out / "metrics.jsonl"), strict=True):
+        assert all(a[k] == pytest.approx(b[k], abs=1e-4, rel=1e-4) for k in a if a[k] is not None)
+    assert not list(out.rglob("*.part*"))
 
 
 def test_resume_mistakes(folder, whole, tmp_path):
