@@ -17,7 +17,7 @@ import torch
 from test_lora import disturb
 from test_rollout import same
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 import faith
 import lora
@@ -45,7 +45,7 @@ def prompts(folder):
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operation with its arguments and results."""
+    """Keeps every operation with its arguments and results: tensors by their storage, as a graph knows addresses."""
 
     def __init__(self):
         super().__init__()
@@ -53,8 +53,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.ops.append((func, args, kwargs or {}, result))
+        self.ops.append((func, *tree_map(by_storage, (args, kwargs or {})), result))
         return result
+
+
+def by_storage(x):
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def storages(tree):
@@ -187,6 +191,21 @@ def test_tape(folder, prompts, rank, monkeypatch):
 @RANKS
 def test_constants(folder, prompts, rank):
     constants(rollout, folder, prompts, rank)
+
+
+@RANKS
+def test_a_weight_that_moves_is_caught(folder, prompts, rank, monkeypatch):
+    """An update that puts another tensor in a weight's place, instead of writing into it."""
+    monkeypatch.setattr(rollout, "Graphs", rollout.Graphs)
+    step = train.Optimizer.step
+
+    def moving(self, *rest):
+        self.weights[0].data = self.weights[0].data.clone()
+        return step(self, *rest)
+
+    monkeypatch.setattr(train.Optimizer, "step", moving)
+    with pytest.raises(AssertionError):
+        on_tape(rollout, folder, prompts, rank)
 
 
 # Faults that a capture would bake in: what to find in the source, and what to put there.
