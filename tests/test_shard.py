@@ -88,7 +88,7 @@ import os, sys, time, train
 groups_of = train.groups_of
 def slow(subject, batch, step, args):
     if step == 2:
-        os.write(1, f"rank {os.environ['RANK']} {os.getpid()} in step 3\n".encode())  # whole, beside the other's
+        os.write(1, f"rank {os.environ['RANK']} {os.getpid()} in step 3\\n".encode())  # whole, beside the other's
         time.sleep(100 if os.environ["RANK"] == "1" else 0)
     return groups_of(subject, batch, step, args)
 train.groups_of = slow
