@@ -18,6 +18,10 @@ import torch
 
 import checkpoint
 import files
+import lora
+import model as models
+import results
+from args import Args
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
@@ -193,6 +197,27 @@ def test_a_full_disk(disk):
     read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     assert checkpoint.read(checkpoint.newest(folder), read) == (4, {"left": 4})
     assert torch.equal(read["weight.a"], tensors["weight.a"])
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_full_disk_for_the_model(folder, disk, rank):
+    """It is there in whole, or not under its name; then a line says what is not written."""
+    small, network = disk(2**20), models.load(folder)
+    network = lora.attach(network, rank, 8.0) if rank else network
+    args, filler = Args(out=str(small), lora=rank, resume=True), small / "filler"
+    for pages in range(100):
+        filler.write_bytes(bytes(shutil.disk_usage(small).free - pages * 4096))
+        try:
+            results.save(args, network, "model")
+            break
+        except ValueError as error:
+            assert re.fullmatch(f"{small}/model.*cannot be written \\(.*No space left on device.*\\)", str(error))
+            assert not (small / "model").exists() or "training.json" in str(error)
+        filler.unlink()
+        shutil.rmtree(small / "model.partial", ignore_errors=True)
+    assert pages > 5
+    if not rank:
+        assert torch.equal(models.load(small / "model").embed_tokens.weight, network.embed_tokens.weight)
 
 
 def test_lines_are_cut(tmp_path):
