@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The paper's experiment at its size, on 8 GPUs of 80 GB: Llama-3.1-8B-Instruct and Qwen3-8B, trained on e-SNLI and on
+# Social IQa, with adverbs and with bias phrases; base, RQ1, RQ2-frozen, RQ2-on-policy; the other tasks, the other
+# intervention; then a table for each model.                       NOT YET RUN ON A GPU.
+#     bash runs/paper.sh DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/ (README, "Data")
+# DRY=1 prints the commands and runs nothing. What is done is not done again, a run that was cut off goes on. All
+# hyperparameters are ours, for the paper names none; SEEDS, GPUS and MODELS may be given in the environment.
+#
+# GPU-HOURS
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. runs/lines.sh
+data=$1 out=$(realpath -m "$2") gpus=${GPUS:-8} seeds=${SEEDS:-0}
+models=${MODELS:-meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen3-8B}
+launch="torchrun --nproc-per-node $gpus" each='CUDA_VISIBLE_DEVICES=$SLOT '
+test=1000 fit=300 elsewhere=500 new=200  # questions held out, of the shortcut, of another task; tokens of an explanation
+
+common="--no-calibrate --eval-questions $test --fit-questions $fit --no-eval-before --max-new-tokens $new \
+    --prompts 64 --updates 1 --warmup 10 --decay linear --weight-decay 0.0 --beta2 0.98 --clip-norm 1.0 \
+    --anchor 0.5 --anchor-questions 150 --recompute --micro 4 --checkpoint-every 20 --save-every 0"
+frozen="--labels frozen --dataset"
+grpo="--steps 200 --samples 16 --temperature 1.0 --lr 1e-6 --loss dr_grpo --advantage std --clip-low 0.2 --clip-high 0.2 \
+    --kl 0.02 --lora 0 --parallel shard"
+# RQ1 cannot be cut among the GPUs (--parallel shard), and 8 billion trained weights do not fit on one: adapters.
+detection="--objective detection --steps 200 --lr 1e-4 --lora 16 --lora-alpha 32 \
+    --lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --parallel replicate"
+
+for model in $models; do
+    to=$out/$(basename "$model")
+    for task in esnli social_iqa; do
+        for kind in adverb bias; do
+            build "$to/data/$task-$kind" --model "$model" --task $task --data "$data/$task" --intervention $kind \
+                --size 6000 --edits 8 --eval-questions $test --fit-questions $fit --seed 0
+        done
+    done | go "$gpus"
+
+    for seed in $seeds; do
+        for task in esnli social_iqa; do
+            for kind in adverb bias; do
+                asked="--model $model --task $task --data $data/$task --intervention $kind --seed $seed"
+                set=$to/data/$task-$kind name=$task-$kind-$seed
+                train "$to/rq1-$name" $asked $common $detection $frozen "$set"
+                train "$to/rq2-frozen-$name" $asked $common $grpo $frozen "$set"
+                train "$to/rq2-on-policy-$name" $asked $common $grpo --labels on-policy --candidates 1024
+            done
+        done
+    done | go 1
+
+    cell() {  # RUN MODEL TASK KIND QUESTIONS
+        measure "$1" "$3-$4" --model "$2" --task "$3" --data "$data/$3" --intervention "$4" --limit "$5" --fit $fit \
+            --max-new-tokens $new --detection --seed 0
+    }
+    {
+        for kind in adverb bias; do
+            for task in esnli social_iqa; do cell "$to/base" "$model" $task $kind $test; done
+            for task in comve strategyqa; do cell "$to/base" "$model" $task $kind $elsewhere; done
+        done
+        for task in esnli social_iqa; do
+            for kind in adverb bias; do
+                [ $kind = adverb ] && other=bias || other=adverb
+                [ $task = esnli ] && neighbour=social_iqa || neighbour=esnli
+                for run in "$to"/{rq1,rq2-frozen,rq2-on-policy}-$task-$kind-{0..9}; do :; done
+            done
+        done
+    } | go "$gpus"
+done
