@@ -169,7 +169,7 @@ def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_pa
     assert blocks[1] == "Phi-CCT" and lines[0] == ["", f"in-distribution (n = {N})", f"OOD: comve (n = {N})",
                                                    f"cross-intervention: adverb (n = {N})"]  # fmt: skip
     by_row = {line[0]: line[1:] for line in lines[2:]}
-    assert by_row["RQ2-frozen"] == ["undefined (2000 undefined)", "–", "–"]
+    assert by_row["RQ2-frozen"] == ["undefined", "–", "–"]
     assert by_row["RQ1"][0].startswith(f"{phi(cells['rq1']['esnli', 'bias']):.3f} [")
     written = json.loads((tmp_path / "a.json").read_text())["tables"][0]["rows"]
     assert written["RQ2-frozen"]["cells"]["in-distribution"][0]["phi"]["value"] is None
@@ -198,13 +198,14 @@ def test_tables_by_what_was_trained_on(paper_runs, tmp_path):
 def test_bad_input_is_one_line(paper_runs, tmp_path):
     runs, cells = paper_runs
     home = cells["s1"]["esnli", "bias"]
+    other = [home[0] | {"word": "other"}, *home[1:]]
     (tmp_path / "empty").mkdir()
     cases = {
         "no measured cells; see faith.py --rows": [tmp_path / "empty"],
         "esnli-bias of .*base and of .*fewer: the ids do not match": [
             runs["base"], write_run(tmp_path / "fewer", {("esnli", "bias"): home[1:]}, seed=4)],
         "'word' is not the same": [
-            runs["s1"], write_run(tmp_path / "edit", {("esnli", "bias"): [home[0] | {"word": "x"}] + home[1:]}, seed=4)],
+            runs["s1"], write_run(tmp_path / "edit", {("esnli", "bias"): other}, seed=4)],
         "its rows are not of adverb": [write_run(tmp_path / "kind", {("esnli", "adverb"): home}, seed=4)],
         "esnli-bias.T1.jsonl, row 2: the key 'mention' is missing": [write_run(tmp_path / "key", {("esnli", "bias"): [
             home[0], {k: v for k, v in home[1].items() if k != "mention"}]}, seed=4)],
