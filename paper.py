@@ -193,7 +193,8 @@ def entry(figures: list[dict | None], smoke: bool) -> str:
 
 def text(table: dict, markdown: bool) -> str:
     """A table for each figure of the cells, and one of what frozen labels gained."""
-    parts = [f"trained on {table['task']}, {table['intervention']}; explanations at T = 1"]
+    what = f"{table['task']}, {table['intervention']}; explanations at T = 1"
+    parts = ["trained on " * any(any(of["steps"]) for of in table["rows"].values()) + what]
     heads = [f"{head} (n = {table['n'][head]})" if head in table["n"] else head for head in table["columns"]]
     names = {row: row + f" ({len(of['runs'])} seeds)" * (len(of["runs"]) > 1) for row, of in table["rows"].items()}
     for figure, title in PARTS.items():

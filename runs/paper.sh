@@ -46,21 +46,36 @@ for model in $models; do
         done
     done | go 1
 
-    cell() {  # RUN MODEL TASK KIND QUESTIONS
-        measure "$1" "$3-$4" --model "$2" --task "$3" --data "$data/$3" --intervention "$4" --limit "$5" --fit $fit \
-            --max-new-tokens $new --detection --seed 0
+    cell() {  # RUN MODEL TASK KIND: so many questions of a task, whoever is asked
+        local questions=$elsewhere
+        case $3 in esnli | social_iqa) questions=$test ;; esac
+        measure "$1" "$3-$4" --model "$2" --task "$3" --data "$data/$3" --intervention "$4" --limit "$questions" \
+            --fit $fit --max-new-tokens $new --detection --seed 0
     }
+    runs=("$to/base")
     {
         for kind in adverb bias; do
-            for task in esnli social_iqa; do cell "$to/base" "$model" $task $kind $test; done
-            for task in comve strategyqa; do cell "$to/base" "$model" $task $kind $elsewhere; done
+            for task in esnli social_iqa comve strategyqa; do cell "$to/base" "$model" $task $kind; done
         done
-        for task in esnli social_iqa; do
+        for home in esnli social_iqa; do
             for kind in adverb bias; do
                 [ $kind = adverb ] && other=bias || other=adverb
-                [ $task = esnli ] && neighbour=social_iqa || neighbour=esnli
-                for run in "$to"/{rq1,rq2-frozen,rq2-on-policy}-$task-$kind-{0..9}; do :; done
+                for row in rq1 rq2-frozen rq2-on-policy; do
+                    for seed in $seeds; do
+                        run=$to/$row-$home-$kind-$seed
+                        for task in esnli social_iqa comve strategyqa; do cell "$run" "$run/model" $task $kind; done
+                        cell "$run" "$run/model" $home $other
+                    done
+                done
             done
         done
     } | go "$gpus"
+    for home in esnli social_iqa; do
+        for kind in adverb bias; do
+            for row in rq1 rq2-frozen rq2-on-policy; do
+                for seed in $seeds; do runs+=("$to/$row-$home-$kind-$seed"); done
+            done
+        done
+    done
+    tell "$to/table" "${runs[@]}"
 done
