@@ -6,7 +6,10 @@
 # DRY=1 prints the commands and runs nothing. What is done is not done again, a run that was cut off goes on. All
 # hyperparameters are ours, for the paper names none; SEEDS, GPUS and MODELS may be given in the environment.
 #
-# GPU-HOURS
+# GPU-hours at least: 31. That is a lower bound, of products at the peak rate (990 TFLOP/s) and bytes at 3.35 TB/s; take
+# several times as much. `python plan.py --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute` gives 4.2 s a
+# step of RQ2, qwen3-8b.json 4.3 s: 8 runs of each model x 200 steps x 8 GPUs = 15 + 15. RQ1 is prefills only, 0.1 a run;
+# a data set of 6,000 at 9 % flips 0.1, a cell of 1,000 questions some seconds of decoding, by the same count.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/lines.sh
