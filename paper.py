@@ -200,7 +200,7 @@ def text(table: dict, markdown: bool) -> str:
     for figure, title in PARTS.items():
         body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of["smoke"])
                                for head in table["columns"])] for row, of in table["rows"].items()]  # fmt: skip
-        if any(text != "–" for line in body for text in line[1:]):
+        if any(words != "–" for line in body for words in line[1:]):
             parts += [title, report.grid(["", *heads], body, markdown)]
     home, body = table["columns"][0], []
     for row, of in table["rows"].items():

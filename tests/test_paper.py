@@ -139,6 +139,9 @@ def test_a_share_by_hand():
     turned = [make_row(k, k // 2 % 2, row["influence"]) for k, row in enumerate(base)]
     got = paper.gain(base, turned, resamples=200)
     assert [got[key]["value"] for key in ("phi_base", "phi_initial", "phi_own", "vanished")] == [0, 1, 0, 1]
+    little = [row | {"mention": row["influence"]} if k < 4 else row for k, row in enumerate(base)]
+    got = paper.gain(base, little, resamples=200)  # there is a share, but of a gain that may be none
+    assert got["gain"]["value"] > 0 >= got["gain"]["low"] and np.isnan(got["vanished"]["value"])
     got = paper.gain(base, base, resamples=200)
     assert got["gain"]["value"] == 0 and np.isnan(got["vanished"]["value"])
     assert report.cell(got["vanished"]).startswith("undefined")
@@ -191,6 +194,7 @@ def test_tables_by_what_was_trained_on(paper_runs, tmp_path):
     assert first["columns"] == ["in-distribution", "cross-intervention: bias"]
     wanted = phi(cells["base"]["esnli", "adverb"])
     assert first["rows"]["base"]["cells"]["in-distribution"][0]["phi"]["value"] == pytest.approx(wanted)
+    assert [table["rows"]["RQ2-on-policy"]["runs"] for table in (first, second)] == [[str(adverb)], [str(runs["s1"])]]
     (alone,) = paper.tables([adverb], resamples=20)
     assert list(alone["rows"]) == ["RQ2-on-policy"]
 
