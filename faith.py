@@ -354,10 +354,14 @@ def run_measure(args: argparse.Namespace) -> None:
         import detect  # here, for it imports this file
 
         detect.annotate(subject, test, rows)
+    fit_rows = decision_rows(subject, fit)
     if args.rows:
         for t in rows:
             files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
-    fit_rows = decision_rows(subject, fit)
+        files.write_jsonl(f"{args.rows}.fit.jsonl", fit_rows)
+        if args.calibration == "fit":
+            known = {"mean_logp": subject.offsets.tolist(), "questions": len(parts["fit"])}
+            files.write_json(f"{args.rows}.calibration.json", known)
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
     if args.json:
@@ -419,7 +423,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--fit", type=int, default=300, help="other questions the shortcut baseline is fitted on")
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
         parser.add_argument("--detection", action="store_true", help="also ask outright what moved it (detect.py)")
-        parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py")
+        parser.add_argument("--rows", help="write the rows to PREFIX.T0.jsonl and so on, for report.py (RUN/cells/"
+                            "TASK-INTERVENTION is a cell of its table), the shortcut's to PREFIX.fit.jsonl, and what "
+                            "--calibration fit finds to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)
     try:
         check_arguments(args)

@@ -3,6 +3,7 @@
 matplotlib is needed here only, and nothing else in the project needs it: pip install matplotlib.
 
     python plot.py RUN [RUN …] [--to FILE.png]      one picture; several runs (seeds, say) are drawn over each other
+    python report.py RUN … --figure FILE.png        Phi by row and column of the paper's table (paper.py)
 
 A run is a folder that train.py wrote: its metrics.jsonl, and before.json and after.json where it was evaluated.
 """
@@ -37,13 +38,53 @@ def read(run: Path) -> tuple[dict[str, np.ndarray], dict[int, dict]]:
     return steps, {at: json.loads(file.read_text())["T=1"] for at, file in found.items() if file.exists()}
 
 
-def curves(runs: list[Path], to: Path) -> Path:
-    """Draws a PNG: Phi, reward and mentions of the training batches over the steps, Phi on test questions."""
+def blank(width: float, height: float):
+    """An empty figure, in inches; ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("it needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, to: Path) -> Path:
+    part = to.with_suffix(".part.png")
+    figure.savefig(part, dpi=150)
+    part.replace(to)
+    return to
+
+
+def with_interval(panel, x: float, f: dict, **style) -> None:
+    """A figure of report.py at x; what is undefined is not drawn."""
+    value, low, high = (np.nan if f[key] is None else f[key] for key in ("value", "low", "high"))
+    error = [[np.maximum(0, value - low)], [np.maximum(0, high - value)]]  # by rounding, a bound may be a hair off
+    panel.errorbar([x], [value], error, fmt="o", capsize=3, **style)
+
+
+def cells(tables: dict[str, dict[str, dict[str, dict | None]]], to: Path) -> Path:
+    """Draws a PNG: a panel a table, {title: {column: {row: figure}}}, the rows side by side in each column."""
+    figure = blank(10, 3.6 * len(tables))
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for panel, (title, table) in zip(panels, tables.items(), strict=True):
+        rows = list(dict.fromkeys(row for column in table.values() for row in column))
+        for n, row in enumerate(rows):
+            colour, label = list(COLOURS.values())[n % len(COLOURS)], row
+            for at, column in enumerate(table.values()):
+                if column.get(row):
+                    x = at + (n - (len(rows) - 1) / 2) * 0.8 / len(rows)
+                    with_interval(panel, x, column[row], color=colour, label=label)
+                    label = None
+        panel.axhline(0, color="#888888", linewidth=0.8)
+        panel.set(title=title, ylabel="Phi-CCT", xticks=range(len(table)), xticklabels=list(table))
+        panel.grid(alpha=0.3, axis="y")
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    return save(figure, to)
+
+
+def curves(runs: list[Path], to: Path) -> Path:
+    """Draws a PNG: Phi, reward and mentions of the training batches over the steps, Phi on test questions."""
+    figure = blank(10, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
     for n, run in enumerate(runs):
         steps, tested = read(Path(run))
@@ -53,20 +94,14 @@ def curves(runs: list[Path], to: Path) -> Path:
                 x, label = np.arange(1, len(steps[key]) + 1), None if n else NAMES[key]
                 panel.plot(x, smooth(steps[key], width), color=COLOURS[key], alpha=0.9 / len(runs) ** 0.5, label=label)
         for at, summary in tested.items():
-            phi = {key: np.nan if (v := summary["phi"][key]) is None else v for key in ("value", "low", "high")}
-            # By rounding, a bound may lie a hair on the wrong side.
-            error = [[np.maximum(0, phi["value"] - phi["low"])], [np.maximum(0, phi["high"] - phi["value"])]]
             label = None if n or at else "Phi-CCT on test questions, 95 %"
-            panels[0].errorbar([at], [phi["value"]], error, color=COLOURS["phi"], fmt="o", capsize=3, label=label)
+            with_interval(panels[0], at, summary["phi"], color=COLOURS["phi"], label=label)
     for panel in panels:
         panel.set(xlabel="step", ylim=(-0.15, 1.02))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         panel.spines[["top", "right"]].set_visible(False)
-    part = to.with_suffix(".part.png")
-    figure.savefig(part, dpi=150)
-    part.replace(to)
-    return to
+    return save(figure, to)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ intervals by bootstrap over groups (Efron & Tibshirani 1993, ch. 13).  A figure 
 empty margin) is NaN here, null in JSON and "undefined" in print, never 0.  N rows, R resamples.
 
     python report.py BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
+    python report.py BASE RUN [RUN …]      folders: the paper's table (paper.py)
 """
 
 import argparse
@@ -191,13 +192,8 @@ def summary(rows, fit_rows=None, seed=0, resamples=2000, source="rows"):
     return out | intervals(lambda w: figures(c, w), c["group"], seed, resamples)
 
 
-def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
-    """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
-
-    And how far the decisions drifted: changed_…, the share of y, y' and I that are not what they were, and
-    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.  read, of:
-    what makes columns of the rows, and figures of the columns.
-    """
+def pairs(before, after, read=columns):
+    """The columns (read makes them) of two measurements, in the same order; ValueError if the questions differ."""
     a, b = read(before, "before"), read(after, "after")
     a, b = ({key: x[np.argsort(c["id"])] for key, x in c.items()} for c in (a, b))
     odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
@@ -206,6 +202,17 @@ def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
     for key in ("group", "gold", "options", "kind", "word", "phrasing", "suggestion"):
         if (a[key].astype(str) != b[key].astype(str)).any():
             raise ValueError(f"'{key}' is not the same before and after: measure the same questions and edits twice")
+    return a, b
+
+
+def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
+    """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
+
+    And how far the decisions drifted: changed_…, the share of y, y' and I that are not what they were, and
+    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.  read, of:
+    what makes columns of the rows, and figures of the columns.
+    """
+    a, b = pairs(before, after, read)
 
     def difference(w):
         old, new = of(a, w), of(b, w)
@@ -231,8 +238,13 @@ def table(summaries, markdown=False):
     """{heading: summary or differences} -> aligned text, or Markdown, with a figure a line."""
     names = dict.fromkeys(name for part in summaries.values() for name in part)
     body = [[name, *(cell(part.get(name)) for part in summaries.values())] for name in names]
-    widths = [max(map(len, column)) for column in zip(["figure", *summaries], *body, strict=True)]
-    lines = [["figure", *summaries], ["-" * width for width in widths], *body]
+    return grid(["figure", *summaries], body, markdown)
+
+
+def grid(head, body, markdown=False):
+    """Texts in columns: a heading of each, and lines as long -> aligned text, or Markdown."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = [head, ["-" * width for width in widths], *body]
     lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
 
@@ -250,22 +262,30 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Command line; input that cannot be used ends it with one line on stderr and status 2."""
-    parser = Parser(description="A table of measured rows, and their paired differences.")
-    parser.add_argument("before", metavar="BEFORE.rows.jsonl")
-    parser.add_argument("after", metavar="AFTER.rows.jsonl")
-    parser.add_argument("--fit", metavar="FILE", help="rows to fit the shortcut on")
+    parser = Parser(description="Two measurements and their paired differences, or the paper's table of runs.")
+    parser.add_argument("paths", nargs="+", metavar="BEFORE.jsonl AFTER.jsonl, or RUN", help="rows, or folders: "
+                        "base, and runs of train.py, with cells/TASK-INTERVENTION (paper.py)")  # fmt: skip
+    parser.add_argument("--fit", metavar="FILE", help="rows to fit the shortcut on; cells have their own")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--figure", metavar="FILE.png", help="with runs: draw Phi by cell")
     args = parser.parse_args(argv)
     try:
-        paths, fit = {"before": args.before, "after": args.after}, files.read_jsonl(args.fit) if args.fit else None
+        if any(os.path.isdir(path) for path in args.paths):
+            import paper  # here, for it imports this file
+
+            return paper.show(args.paths, args.markdown, args.json, args.figure)
+        if len(args.paths) != 2:
+            parser.error("give the rows before and the rows after, or folders of runs")
+        paths = dict(zip(("before", "after"), args.paths, strict=True))
+        fit = files.read_jsonl(args.fit) if args.fit else None
         rows = {name: files.read_jsonl(path) for name, path in paths.items()}
         out = {name: summary(rows[name], fit, source=path) for name, path in paths.items()}
         difference = {"difference": compare(**rows)}
         print(table(out, args.markdown), table(difference, args.markdown), sep="\n\n")
         if args.json:
             files.write_json(args.json, out | difference)
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"report.py: {error}\n")
 
 

@@ -185,6 +185,29 @@ def test_measure_command(folder, tmp_path):
     assert code == 0 and "mention_gap" in out, err
 
 
+def test_a_cell_is_left_whole_and_its_calibration_is_taken_up(folder, tmp_path):
+    """A cell, measured with a calibration fitted on 8 questions; another with that file is the same to the byte."""
+    one, two = (tmp_path / name / "cells" / "esnli-bias" for name in ("base", "run"))
+    for cell, letters in ((one, "fit"), (two, f"{one}.calibration.json")):
+        cell.parent.mkdir(parents=True)
+        options = ("--temperature", "1", "--max-new-tokens", "4", "--rows", cell, "--json", f"{cell}.json")
+        code, _, err = run(*MEASURE, "--model", folder, *options, "--calibration", letters, "--detection")
+        assert code == 0, err
+    known = json.loads((one.parent / "esnli-bias.calibration.json").read_text())
+    questions = tasks.split(tasks.load("esnli", DATA / "esnli"), {"test": 8, "fit": 8}, seed=0)["fit"]
+    subject = faith.Subject(Sampler(load(folder)), Tokenizer(folder))
+    assert known == {"mean_logp": pytest.approx(faith.calibrate(subject, questions).tolist()), "questions": 8}
+    for name in ("esnli-bias.T1.jsonl", "esnli-bias.fit.jsonl"):
+        assert (one.parent / name).read_bytes() == (two.parent / name).read_bytes()
+    subject.offsets = np.array(known["mean_logp"])
+    fit = [json.loads(line) for line in (one.parent / "esnli-bias.fit.jsonl").read_text().splitlines()]
+    assert {r["id"]: r["y"] for r in fit} == {
+        q.id: int(y) for q, y in zip(questions, faith.decide(subject, questions).argmax(1), strict=True)
+    }
+    code, out, err = run("report.py", one.parent.parent)
+    assert code == 0 and "in-distribution (n = 8)" in out and "asked outright" in out, err
+
+
 def test_ask_command(folder, tmp_path):
     json_file = tmp_path / "row.json"
     words = ("--model", folder, "Is a man outside?", "--options", "yes", "no", "--max-new-tokens", "6")

@@ -1,0 +1,231 @@
+"""The paper's experiment as a table: base, RQ1, RQ2-frozen and RQ2-on-policy, at home and elsewhere.
+
+A run is a folder of train.py in which cells were measured afterwards; the base is one that holds nothing but cells:
+
+    RUN/args.json                  objective and labels: the row; task and intervention: what it was trained on
+    RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on questions of another name
+    RUN/cells/WHERE-KIND.fit.jsonl the rows its shortcut is fitted on
+
+All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
+faith.py the same --seed and --limit for each, and with --calibration the same file.
+
+A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
+over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
+reward is Phi with the initial model's I: of that gain, the share that vanishes against the trained model's own I is
+
+    1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined where the interval of that gain holds 0
+
+    python faith.py --model RUN/model --task TASK … --temperature 1 --rows RUN/cells/TASK-KIND
+    python report.py BASE RUN [RUN …] [--markdown] [--json FILE] [--figure FILE.png]
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import files
+import report
+
+KINDS = ("adverb", "bias")
+ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # their order in the table
+SMOKE = 20  # a run of fewer steps shows that the commands work, no more
+PARTS = {
+    "phi": "Phi-CCT",
+    "shortcut_phi": "Phi of the best shortcut",
+    "phi_less_shortcut": "Phi less the shortcut's",
+    "phi_less_base": "Phi less the base's",
+    "detection": "correlation of I and what it says of it when asked outright",
+}
+GAIN = {
+    "phi_base": "Phi of the base",
+    "phi_initial": "Phi with the initial I",
+    "phi_own": "Phi with its own I",
+    "vanished": "share of the gain that vanishes",
+}
+
+
+@dataclass
+class Run:
+    """A folder with measured cells; trained is None for the base."""
+
+    folder: Path
+    row: str
+    trained: tuple[str, str] | None  # task, intervention
+    model: str
+    steps: int
+    cells: dict[tuple[str, str], Path]  # by (where, kind), without .T1.jsonl
+
+
+def read(folder: str | Path) -> Run:
+    """ValueError where the folder holds no measured cells, or is not of a run."""
+    folder, cells = Path(folder), {}
+    for file in sorted((folder / "cells").glob("*.T1.jsonl")):
+        where, _, kind = file.name.removesuffix(".T1.jsonl").rpartition("-")
+        if not where or kind not in KINDS:
+            raise ValueError(f"{file}: a cell is named by task and intervention, as esnli-bias.T1.jsonl")
+        cells[where, kind] = file.with_name(f"{where}-{kind}")
+    if not cells:
+        raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
+    found = [file for file in (folder / "args.json", folder / "training.json") if file.exists()]
+    if not found:
+        return Run(folder, folder.resolve().name, None, "", 0, cells)
+    try:
+        args = json.loads(found[0].read_text())
+        row = "RQ1" if args["objective"] == "detection" else f"RQ2-{args['labels']}"
+        steps = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
+        return Run(folder, row, (args["task"], args["intervention"]), args["model"], steps, cells)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{found[0]}: not of a run of train.py ({error!r})") from None
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+def cell(rows: list[dict], fit: list[dict] | None, base: list[dict] | None, seed=0, resamples=2000, source="rows"):
+    """The figures of report.summary, and phi_less_base, paired, where the base's rows are there."""
+    out = report.summary(rows, fit, seed, resamples, source)
+    if base is not None:
+
+        def phi(c, w):
+            return {"phi": report.phi(c["influence"], c["mention"], w)}
+
+        out["phi_less_base"] = report.compare(base, rows, seed, resamples, of=phi)["phi"]
+    return out
+
+
+def gain(base: list[dict], rows: list[dict], seed=0, resamples=2000) -> dict[str, dict]:
+    """Phi before, after with the initial model's I and with its own, and the share of the gain that vanishes."""
+    a, b = report.pairs(base, rows)
+
+    def figures(w):
+        was, initial, own = (report.phi(i["influence"], m["mention"], w) for i, m in ((a, a), (a, b), (b, b)))
+        share = 1 - (own - was) / np.where(initial > was, initial - was, np.nan)
+        return {"phi_base": was, "phi_initial": initial, "phi_own": own, "gain": initial - was, "vanished": share}
+
+    out = report.intervals(figures, a["group"], seed, resamples)
+    if not out["gain"]["low"] > 0:  # a share of nothing; so written, NaN is nothing too
+        out["vanished"] = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": resamples}
+    return out
+
+
+def together(figures: list[dict]) -> dict | None:
+    """One figure of several seeds: the median, the least and the greatest value; of one, that; None of none."""
+    if len(figures) < 2:
+        return figures[0] if figures else None
+    known = [f["value"] for f in figures if f["value"] == f["value"]]
+    value, low, high = np.percentile(known, [50, 0, 100]).tolist() if known else [np.nan] * 3
+    return {"value": value, "low": low, "high": high, "undefined": len(figures) - len(known), "seeds": len(figures)}
+
+
+def columns(task: str, kind: str, runs: list[Run]) -> dict[tuple[str, str], str]:
+    """What the runs trained on (task, kind) are asked: {(where, kind): heading}."""
+    others = sorted({where for run in runs for where, of in run.cells if of == kind and where != task})
+    heads = {(task, kind): "in-distribution"} | {(where, kind): f"OOD: {where}" for where in others}
+    cross = [(task, other) for other in KINDS if other != kind and any((task, other) in run.cells for run in runs)]
+    return heads | {key: f"cross-intervention: {key[1]}" for key in cross}
+
+
+def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dict[Path, dict]:
+    """{run's folder: figures} of those of the runs that have the cell; ValueError where their questions differ."""
+    rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in of}
+    base, out = next((rows[run.folder] for run in of if not run.trained), None), {}
+    for run in of:
+        fit, mine, first = Path(f"{run.cells[key]}.fit.jsonl"), rows[run.folder], of[0].folder
+        kinds = report.columns(mine, f"{run.cells[key]}.T1.jsonl")["kind"]
+        if (kinds != key[1]).any():
+            raise ValueError(f"{run.cells[key]}.T1.jsonl: its rows are not of {key[1]}")
+        try:
+            report.pairs(rows[first], mine)
+        except ValueError as error:
+            raise ValueError(f"{'-'.join(key)} of {first} and of {run.folder}: {error}") from None
+        try:
+            fitted = files.read_jsonl(fit) if fit.exists() else None
+            out[run.folder] = cell(mine, fitted, base if run.trained else None, seed, resamples)
+        except ValueError as error:
+            raise ValueError(f"{fit}: {error}") from None
+        if base is not None and run.trained == key:
+            out[run.folder]["gain"] = gain(base, mine, seed, resamples)
+    return out
+
+
+def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
+    """One table for each task and intervention that runs were trained on."""
+    runs = [read(folder) for folder in dict.fromkeys(map(Path, folders))]
+    bases, trained = ([run for run in runs if bool(run.trained) == t] for t in (False, True))
+    if len(bases) > 1:
+        raise ValueError(f"{bases[0].folder} and {bases[1].folder} have no args.json: give one base")
+    if len(models := sorted({run.model for run in trained})) > 1:
+        raise ValueError(f"runs of several models, {models[0]} and {models[1]}: make a table of each")
+    out = []
+    for task, kind in sorted({run.trained for run in trained}) or sorted(bases[0].cells):
+        those = bases + [run for run in trained if run.trained == (task, kind)]
+        order = [run.row for run in bases] + [
+            row for row in ROWS if any(run.row == row for run in those if run.trained)
+        ]
+        heads, figures = columns(task, kind, those), {}
+        for key in heads:
+            asked = [run for run in those if key in run.cells]
+            figures[key] = measured(key, asked, seed, resamples)
+        rows = {}
+        for row in order:
+            mine = [run for run in those if run.row == row]
+            rows[row] = {
+                "runs": [str(run.folder) for run in mine],
+                "steps": [run.steps for run in mine],
+                "smoke": any(run.trained and run.steps < SMOKE for run in mine),
+                "cells": {heads[key]: [found[run.folder] for run in mine if run.folder in found]
+                          for key, found in figures.items()},
+            }  # fmt: skip
+        n = {heads[key]: next(iter(found.values()))["n"]["value"] for key, found in figures.items() if found}
+        out.append({"task": task, "intervention": kind, "n": n, "columns": list(heads.values()), "rows": rows})
+    return out
+
+
+# ---- in print ------------------------------------------------------------------------------------------------
+
+
+def entry(figures: list[dict | None], smoke: bool) -> str:
+    found = [figure for figure in figures if figure]
+    return report.cell(together(found)) + " (smoke test)" * smoke if found else "–"
+
+
+def text(table: dict, markdown: bool) -> str:
+    """A table for each figure of the cells, and one of what frozen labels gained."""
+    what = f"{table['task']}, {table['intervention']}; explanations at T = 1"
+    parts = ["trained on " * any(any(of["steps"]) for of in table["rows"].values()) + what]
+    heads = [f"{head} (n = {table['n'][head]})" if head in table["n"] else head for head in table["columns"]]
+    names = {row: row + f" ({len(of['runs'])} seeds)" * (len(of["runs"]) > 1) for row, of in table["rows"].items()}
+    for figure, title in PARTS.items():
+        body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of["smoke"])
+                               for head in table["columns"])] for row, of in table["rows"].items()]  # fmt: skip
+        if any(words != "–" for line in body for words in line[1:]):
+            parts += [title, report.grid(["", *heads], body, markdown)]
+    home, body = table["columns"][0], []
+    for row, of in table["rows"].items():
+        gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
+        body += [[names[row], *(entry([g[key] for g in gains], of["smoke"]) for key in GAIN)]] if gains else []
+    if body:
+        parts += [
+            "What labels of the initial model reward, in-distribution",
+            report.grid(["", *GAIN.values()], body, markdown),
+        ]
+    return "\n\n".join(parts)
+
+
+def show(folders: list, markdown=False, file: str | None = None, figure: str | None = None) -> None:
+    """Prints the tables of these folders; writes their figures to a JSON file, and a picture of Phi."""
+    made = tables(folders)
+    print("\n\n\n".join(text(table, markdown) for table in made))
+    if file:
+        files.write_json(file, {"tables": made})
+    if figure:
+        import plot  # here, for it imports report.py too
+
+        points = {}
+        for table in made:
+            title = f"trained on {table['task']}, {table['intervention']}"
+            points[title] = {head: {row: together([f["phi"] for f in of["cells"][head]]) for row, of in
+                                    table["rows"].items()} for head in table["columns"]}  # fmt: skip
+        plot.cells(points, Path(figure))

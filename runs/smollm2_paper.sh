@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The paper's experiment on SmolLM2-135M-Instruct: e-SNLI with bias phrases, calibrated; base, RQ1, RQ2-frozen and
+# RQ2-on-policy; 600 held-out questions of e-SNLI, 300 of each other task, and adverbs on e-SNLI; then the table.
+#     bash runs/smollm2_paper.sh MODEL_DIR DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/
+# Flags as in runs/smollm2.sh. What is done is not done again, what was cut off goes on. DRY=1 prints the commands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. runs/lines.sh
+model=$1 data=$2 out=$(realpath -m "$3") jobs=${JOBS:-2} launch="torchrun --nproc-per-node 2"
+
+common="--model $model --task esnli --data $data/esnli --intervention bias --calibrate --calibration-questions 150 \
+    --fit-questions 300 --eval-questions 1000 --no-eval-before --opening My --max-new-tokens 8 --prompts 16 \
+    --warmup 15 --beta2 0.99 --anchor 1 --checkpoint-every 10"
+{
+    train "$out/rq1" $common --objective detection --steps 200 --lr 1.2e-5
+    train "$out/rq2-frozen" $common --labels frozen --frozen-questions 1000 --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
+    train "$out/rq2-on-policy" $common --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
+} | go 1
+
+runs=("$out/base" "$out/rq1" "$out/rq2-frozen" "$out/rq2-on-policy")
+cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
+    local run=$1 which=$2 measured=$1/model task letters
+    [ "$run" = "$out/base" ] && measured=$model
+    local asked="--model $measured --opening My --max-new-tokens 8 --detection --fit 300"
+    if [ "$which" = home ]; then  # the first 600 of the 1,000 that no training sees; the letters' means are the runs' own
+        for kind in bias adverb; do
+            measure "$run" esnli-$kind $asked --task esnli --data "$data/esnli" --intervention $kind --limit 600 \
+                --calibration "$out/rq2-on-policy/calibration.json"
+        done
+        return
+    fi
+    for task in social_iqa comve strategyqa; do  # there the letters' means are the base's, for all rows
+        letters=fit
+        [ "$run" = "$out/base" ] || letters=$out/base/cells/$task-bias.calibration.json
+        measure "$run" $task-bias $asked --task $task --data "$data/$task" --intervention bias --limit 300 \
+            --calibration "$letters"
+    done
+}
+for run in "${runs[@]}"; do cells "$run" home; done | go "$jobs"
+cells "$out/base" elsewhere | go "$jobs"
+for run in "${runs[@]:1}"; do cells "$run" elsewhere; done | go "$jobs"
+tell "$out/table" "${runs[@]}"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The paper's experiment in the embedded world: base, RQ1, RQ2-frozen and RQ2-on-policy, trained on adverbs, three seeds;
+# measured on 1,500 held-out questions, on the other form of question, and on bias phrases; then the table.
+#     bash runs/toy_paper.sh OUT_DIR
+# JOBS (2) runs go side by side, a thread each. What is done is not done again. DRY=1 prints the commands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. runs/lines.sh
+out=$(realpath -m "$1") jobs=${JOBS:-2} commit=7abf56bf7b82f16f0b6b55ebea6c3978ccc8bac2  # of before this script
+draw='import hashlib, sys; print(*(int(hashlib.sha256(f"{sys.argv[1]}/{i}".encode()).hexdigest()[:6], 16) for i in range(3)))'
+read -r -a seeds <<< "$(python -c "$draw" "$commit")"
+base=TOY
+[ -n "${DRY:-}" ] || base=$(python -c 'import toy; print(toy.prepare())')
+
+for seed in "${seeds[@]}"; do
+    train "$out/rq1-$seed" --objective detection --anchor 1 --no-eval-before --seed "$seed"
+    train "$out/rq2-frozen-$seed" --labels frozen --no-eval-before --seed "$seed"
+    train "$out/rq2-on-policy-$seed" --no-eval-before --seed "$seed"
+done | go "$jobs"
+
+runs=("$out/base")
+for seed in "${seeds[@]}"; do runs+=("$out/rq1-$seed" "$out/rq2-frozen-$seed" "$out/rq2-on-policy-$seed"); done
+for run in "${runs[@]}"; do  # all are asked the same, with the same edits
+    model=$run/model
+    [ "$run" = "$out/base" ] && model=$base/model
+    asked="--model $model --task toy --max-new-tokens 16 --limit 1500 --fit 500 --detection"
+    measure "$run" toy-adverb $asked --data "$base" --intervention adverb
+    measure "$run" other-adverb $asked --data "$base/other.jsonl" --intervention adverb
+    measure "$run" toy-bias $asked --data "$base" --intervention bias
+done | go "$jobs"
+tell "$out/table" "${runs[@]}"

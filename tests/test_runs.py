@@ -1,0 +1,138 @@
+"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import args as flags
+import build
+import faith
+import paper
+import report
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
+
+
+def lines(script, out, **environment):
+    """What `DRY=1 bash runs/SCRIPT` prints: (the program, its arguments) of each command."""
+    given = [str(out) if name == "OUT" else name for name in SCRIPTS[script]]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "runs" / script, *given], capture_output=True, text=True, cwd=out,
+                          env=os.environ | {"DRY": "1", "PATH": path} | environment)  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for line in done.stdout.splitlines():
+        words = shlex.split(line.split("; ")[-1].split(" | ")[0])
+        words = words[: next((n for n, word in enumerate(words) if word.startswith(">")), len(words))]
+        (at,) = [n for n, word in enumerate(words) if word.endswith(".py")]
+        assert set(words[:at]) <= {"python", "torchrun", "--nproc-per-node", "2", "8", "CUDA_VISIBLE_DEVICES=$SLOT"}
+        yield words[at], words[at + 1 :]
+
+
+@pytest.fixture(params=SCRIPTS)
+def planned(request, tmp_path, monkeypatch):
+    """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
+    runs, sets, cells, tables = {}, {}, defaultdict(dict), []
+    monkeypatch.setattr(faith, "check_arguments", lambda args: None)
+    monkeypatch.setattr(faith, "run_measure", lambda args: seen.append(args))
+    monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
+    monkeypatch.setattr(paper, "show", lambda folders, *rest: seen.append(folders))
+    monkeypatch.setattr(report.os.path, "isdir", lambda path: True)
+    for program, words in lines(request.param, tmp_path):
+        seen = []
+        if program == "train.py":
+            args = flags.parse(words)  # ends the test where a flag is wrong
+            flags.check(args)
+            runs[args.out] = args
+            continue
+        assert {"faith.py": faith.main, "report.py": report.main}[program](words) in (0, None)
+        (args,) = seen
+        if program == "report.py":
+            tables.append(args)
+        elif words[0] == "build":
+            sets[args.out] = args
+        else:
+            folder, name = args.rows.split("/cells/")
+            assert args.json == f"{args.rows}.json" and 1 in args.temperature and name not in cells[folder]
+            cells[folder][name] = args
+    return request.param, runs, sets, cells, tables
+
+
+def test_commands_are_accepted_and_belong_together(planned):
+    script, runs, sets, cells, tables = planned
+    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 24}[script]
+    assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
+    assert sorted(folder for table in tables for folder in table) == sorted(cells)
+    for table in tables:
+        base, *trained = table
+        assert base.endswith("/base") and set(trained) <= set(runs)
+        for folder in trained:
+            run, home = runs[folder], f"{runs[folder].task}-{runs[folder].intervention}"
+            assert home in cells[folder] and len(cells[folder]) == (3 if script == "toy_paper.sh" else 5)
+            for name, cell in cells[folder].items():  # the base and every run are asked the same
+                assert cell.model == f"{folder}/model"
+                same = ("task", "data", "intervention", "limit", "fit", "seed", "max_new_tokens", "opening", "words")
+                assert {key: getattr(cell, key) for key in same} == {
+                    key: getattr(cells[base][name], key) for key in same
+                }
+                assert cell.opening == run.opening and cell.max_new_tokens == run.max_new_tokens
+                assert name.endswith(f"-{cell.intervention}")
+                if cell.task == run.task:  # never a question trained on
+                    assert cell.limit <= run.eval_questions
+                fitted = cells[base][name].calibration
+                assert (cell.calibration != "none") == run.calibrate
+                assert cell.calibration == (fitted if fitted != "fit" else f"{base}/cells/{name}.calibration.json")
+    rows = defaultdict(list)
+    for run in runs.values():
+        row = "RQ1" if run.objective == "detection" else f"RQ2-{run.labels}"
+        rows[run.model, run.task, run.intervention].append(row)
+    assert all(set(of) == set(paper.ROWS[1:]) for of in rows.values())
+
+
+def test_data_sets_are_those_of_their_runs(planned):
+    script, runs, sets, _, _ = planned
+    of = {folder: [run for run in runs.values() if run.dataset == folder] for folder in sets}
+    assert len(of) == (8 if script == "paper.sh" else 0)
+    assert all(of.values()) and all(not run.dataset or run.dataset in sets for run in runs.values())
+    for folder, using in of.items():
+        same = ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate")
+        for run in using:
+            assert {key: getattr(run, key) for key in same} == {key: getattr(sets[folder], key) for key in same}
+
+
+def test_at_full_size_what_cannot_be_cut_has_adapters(planned):
+    """Detection refuses --parallel shard, and 8 billion trained weights do not fit on one GPU."""
+    script, runs, *_ = planned
+    for run in runs.values():
+        assert run.objective != "detection" or run.parallel != "shard"
+        assert script != "paper.sh" or (run.parallel == "shard") == (run.lora == 0)
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    """A run with its measurement, a data set, a cell; a run that was cut off goes on."""
+    every = list(lines("paper.sh", tmp_path, MODELS="M"))
+    model = tmp_path / "M"
+    done = model / "rq1-esnli-bias-0"
+    done.mkdir(parents=True)
+    for name in ("args.json", "after.json"):
+        (done / name).write_text("{}")
+    off = model / "rq2-frozen-esnli-bias-0"
+    off.mkdir()
+    (off / "args.json").write_text("{}")
+    (model / "base" / "cells").mkdir(parents=True)
+    (model / "base" / "cells" / "comve-bias.json").write_text("{}")
+    for name, complete in (("esnli-bias", "true"), ("esnli-adverb", "false")):
+        (model / "data" / name).mkdir(parents=True)
+        (model / "data" / name / "manifest.json").write_text(f'{{\n "complete": {complete}\n}}\n')
+    again = list(lines("paper.sh", tmp_path, MODELS="M"))
+    gone = [command for command in every if command not in again]
+    assert [(program, words[words.index("--out") + 1] if "--out" in words else words[words.index("--rows") + 1])
+            for program, words in gone] == [
+        ("faith.py", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
+        ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
+    assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
