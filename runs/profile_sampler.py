@@ -2,22 +2,21 @@
 
     python runs/profile_sampler.py MODEL [PROMPTS SAMPLES TOKENS]
 
-Each sampler draws 2 and then TOKENS tokens with all ends forced; by operation, the difference of the profiler's own times
-is what the steps between took. The prompts are bench.py's.
+Each sampler draws 2 and then TOKENS tokens with none ending a turn; by operation, the difference of the profiler's own
+times is what the steps between took. The prompts are bench.py's.
 """
 
 import sys
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
-import plain
 
-import model as models
-import rollout
-from rates import introduce, make_prompts
+import plain  # noqa: E402
+import model as models  # noqa: E402
+import rollout  # noqa: E402
+from rates import introduce, make_prompts  # noqa: E402
 
 
 def times(sampler, prompts, samples: int, new: int) -> dict[str, float]:
