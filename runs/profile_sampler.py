@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 
 import plain  # noqa: E402
+
 import model as models  # noqa: E402
 import rollout  # noqa: E402
 from rates import introduce, make_prompts  # noqa: E402
