@@ -298,7 +298,7 @@ class Sampler:
     """Generates from `model`, whose weights may change between calls, in place.
 
     end_of_turn: token ids that end an answer, the model's own by default. rows: how many are decoded together.
-    lanes: how many samples of one prompt are decoded at once; more, where prompts are too few to fill the rows.
+    lanes: how many samples of one prompt are decoded at once.
     """
 
     def __init__(self, model: Transformer, end_of_turn: list[int] | None = None, rows: int = 128, lanes: int = 8):
@@ -408,7 +408,7 @@ class Sampler:
     def allocate(self, longest: int, prompts: int, samples: int, new: int) -> Slots:
         """Slots for these prompts and samples: those of the last call where they fit, on CUDA; else new ones."""
         model, device = self.model, self.model.device
-        G = min(samples, max(self.lanes, self.rows // prompts), self.rows)
+        G = min(samples, self.lanes, self.rows)
         P = min(prompts, self.rows // G)
         if self.slots and (self.slots.P, self.slots.G, self.slots.N) == (P, G, new) and self.slots.T >= longest:
             return self.slots
