@@ -119,8 +119,11 @@ def together(figures: list[dict]) -> dict | None:
     return {"value": value, "low": low, "high": high, "undefined": len(figures) - len(known), "seeds": len(figures)}
 
 
-def columns(task: str, kind: str, runs: list[Run]) -> dict[tuple[str, str], str]:
-    """What the runs trained on (task, kind) are asked: {(where, kind): heading}."""
+def columns(home: tuple[str, str] | None, runs: list[Run]) -> dict[tuple[str, str], str]:
+    """What the runs trained on `home`, a task and an intervention, are asked: {(where, kind): heading}."""
+    if not home:
+        return {key: ", ".join(key) for run in runs for key in run.cells}
+    task, kind = home
     others = sorted({where for run in runs for where, of in run.cells if of == kind and where != task})
     heads = {(task, kind): "in-distribution"} | {(where, kind): f"OOD: {where}" for where in others}
     cross = [(task, other) for other in KINDS if other != kind and any((task, other) in run.cells for run in runs)]
@@ -151,7 +154,7 @@ def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dic
 
 
 def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
-    """One table for each task and intervention that runs were trained on."""
+    """One table for each task and intervention that runs were trained on; of a base alone, one of all its cells."""
     runs = [read(folder) for folder in dict.fromkeys(map(Path, folders))]
     bases, trained = ([run for run in runs if bool(run.trained) == t] for t in (False, True))
     if len(bases) > 1:
@@ -159,12 +162,12 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
     if len(models := sorted({run.model for run in trained})) > 1:
         raise ValueError(f"runs of several models, {models[0]} and {models[1]}: make a table of each")
     out = []
-    for task, kind in sorted({run.trained for run in trained}) or sorted(bases[0].cells):
-        those = bases + [run for run in trained if run.trained == (task, kind)]
+    for home in sorted({run.trained for run in trained}) or [None]:
+        those = bases + [run for run in trained if run.trained == home]
         order = [run.row for run in bases] + [
             row for row in ROWS if any(run.row == row for run in those if run.trained)
         ]
-        heads, figures = columns(task, kind, those), {}
+        heads, figures = columns(home, those), {}
         for key in heads:
             asked = [run for run in those if key in run.cells]
             figures[key] = measured(key, asked, seed, resamples)
@@ -179,7 +182,8 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
                           for key, found in figures.items()},
             }  # fmt: skip
         n = {heads[key]: next(iter(found.values()))["n"]["value"] for key, found in figures.items() if found}
-        out.append({"task": task, "intervention": kind, "n": n, "columns": list(heads.values()), "rows": rows})
+        title = f"trained on {home[0]}, {home[1]}" if home else "not trained"
+        out.append({"title": title, "n": n, "columns": list(heads.values()), "rows": rows})
     return out
 
 
@@ -193,8 +197,7 @@ def entry(figures: list[dict | None], smoke: bool) -> str:
 
 def text(table: dict, markdown: bool) -> str:
     """A table for each figure of the cells, and one of what frozen labels gained."""
-    what = f"{table['task']}, {table['intervention']}; explanations at T = 1"
-    parts = ["trained on " * any(any(of["steps"]) for of in table["rows"].values()) + what]
+    parts = [f"{table['title']}; explanations at T = 1"]
     heads = [f"{head} (n = {table['n'][head]})" if head in table["n"] else head for head in table["columns"]]
     names = {row: row + f" ({len(of['runs'])} seeds)" * (len(of["runs"]) > 1) for row, of in table["rows"].items()}
     for figure, title in PARTS.items():
@@ -225,7 +228,6 @@ def show(folders: list, markdown=False, file: str | None = None, figure: str | N
 
         points = {}
         for table in made:
-            title = f"trained on {table['task']}, {table['intervention']}"
-            points[title] = {head: {row: together([f["phi"] for f in of["cells"][head]]) for row, of in
+            points[table["title"]] = {head: {row: together([f["phi"] for f in of["cells"][head]]) for row, of in
                                     table["rows"].items()} for head in table["columns"]}  # fmt: skip
         plot.cells(points, Path(figure))

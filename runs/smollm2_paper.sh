@@ -2,7 +2,8 @@
 # The paper's experiment on SmolLM2-135M-Instruct: e-SNLI with bias phrases, calibrated; base, RQ1, RQ2-frozen and
 # RQ2-on-policy; 600 held-out questions of e-SNLI, 300 of each other task, and adverbs on e-SNLI; then the table.
 #     bash runs/smollm2_paper.sh MODEL_DIR DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/
-# Flags as in runs/smollm2.sh. What is done is not done again, what was cut off goes on. DRY=1 prints the commands.
+# Flags as in runs/smollm2.sh; RQ1's and the frozen run's were not tried before this was written. What is done is not
+# done again, what was cut off goes on. DRY=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/lines.sh

@@ -205,7 +205,7 @@ def test_a_cell_is_left_whole_and_its_calibration_is_taken_up(folder, tmp_path):
         q.id: int(y) for q, y in zip(questions, faith.decide(subject, questions).argmax(1), strict=True)
     }
     code, out, err = run("report.py", one.parent.parent)
-    assert code == 0 and "in-distribution (n = 8)" in out and "asked outright" in out, err
+    assert code == 0 and "esnli, bias (n = 8)" in out and "asked outright" in out, err
 
 
 def test_ask_command(folder, tmp_path):

@@ -85,7 +85,7 @@ def made(paper_runs):
 def test_rows_and_columns(made):
     assert list(made["rows"]) == ["base", "RQ1", "RQ2-frozen", "RQ2-on-policy"]
     assert made["columns"] == ["in-distribution", "OOD: comve", "cross-intervention: adverb"]
-    assert (made["task"], made["intervention"], set(made["n"].values())) == ("esnli", "bias", {N})
+    assert (made["title"], set(made["n"].values())) == ("trained on esnli, bias", {N})
     assert {row: of["smoke"] for row, of in made["rows"].items()} == {
         "base": False, "RQ1": False, "RQ2-frozen": True, "RQ2-on-policy": False}  # fmt: skip
     assert len(made["rows"]["RQ2-on-policy"]["runs"]) == 3 and made["rows"]["RQ2-frozen"]["steps"] == [19]
@@ -190,13 +190,17 @@ def test_tables_by_what_was_trained_on(paper_runs, tmp_path):
     runs, cells = paper_runs
     adverb = write_run(tmp_path / "a", {("esnli", "adverb"): cells["s1"]["esnli", "adverb"]}, intervention="adverb")
     first, second = paper.tables([runs["base"], runs["s1"], adverb], resamples=20)
-    assert (first["intervention"], second["intervention"]) == ("adverb", "bias")
+    assert [table["title"] for table in (first, second)] == ["trained on esnli, adverb", "trained on esnli, bias"]
     assert first["columns"] == ["in-distribution", "cross-intervention: bias"]
     wanted = phi(cells["base"]["esnli", "adverb"])
     assert first["rows"]["base"]["cells"]["in-distribution"][0]["phi"]["value"] == pytest.approx(wanted)
     assert [table["rows"]["RQ2-on-policy"]["runs"] for table in (first, second)] == [[str(adverb)], [str(runs["s1"])]]
     (alone,) = paper.tables([adverb], resamples=20)
     assert list(alone["rows"]) == ["RQ2-on-policy"]
+    (untrained,) = paper.tables([runs["base"]], resamples=20)
+    assert untrained["columns"] == ["comve, bias", "esnli, adverb", "esnli, bias"] and list(untrained["rows"]) == [
+        "base"
+    ]
 
 
 def test_bad_input_is_one_line(paper_runs, tmp_path):
