@@ -115,6 +115,16 @@ def test_at_full_size_what_cannot_be_cut_has_adapters(planned):
         assert script != "paper.sh" or (run.parallel == "shard") == (run.lora == 0)
 
 
+def test_detection_learns_from_the_initial_models_labels(planned):
+    """As in the paper, but on the toy; and SmolLM2's runs end with no more questions than its cells are asked."""
+    script, runs, _, cells, _ = planned
+    for run in runs.values():
+        if run.objective == "detection":
+            assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen")
+        if script == "smollm2_paper.sh":
+            assert run.eval_questions == cells[run.out]["esnli-bias"].limit
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     """A run with its measurement, a data set, a cell; a run that was cut off goes on."""
     every = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
