@@ -6,8 +6,11 @@ A run is a folder of train.py in which cells were measured afterwards; the base 
     RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on questions of another name
     RUN/cells/WHERE-KIND.fit.jsonl the rows its shortcut is fitted on
 
+    RUN/cells/WHERE-KIND.json      how it was measured, in its args
+
 All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
-faith.py the same --seed and --limit for each, and with --calibration the same file.
+faith.py the same --seed and --limit for each, and with --calibration the same file. The runs of one row are seeds: they
+differ in that alone. What was measured or trained otherwise is refused.
 
 A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
 over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
@@ -30,6 +33,12 @@ import report
 
 KINDS = ("adverb", "bias")
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # their order in the table
+LEGEND = (
+    "[ ]: 95 % interval by bootstrap; of several seeds the median and [least, greatest]; (1 of 3): measured of one of "
+    "the row's three seeds"
+)
+ASKED = ("opening", "max_new_tokens", "seed", "words")  # of faith.py: what changes the answers to the same questions
+FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
 SMOKE = 20  # a run of fewer steps shows that the commands work, no more
 PARTS = {
     "phi": "Phi-CCT",
@@ -54,7 +63,9 @@ class Run:
     row: str
     trained: tuple[str, str] | None  # task, intervention
     model: str
-    steps: int
+    steps: int  # logged
+    planned: int
+    args: dict
     cells: dict[tuple[str, str], Path]  # by (where, kind), without .T1.jsonl
 
 
@@ -70,14 +81,48 @@ def read(folder: str | Path) -> Run:
         raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
     found = [file for file in (folder / "args.json", folder / "training.json") if file.exists()]
     if not found:
-        return Run(folder, folder.resolve().name, None, "", 0, cells)
+        return Run(folder, folder.resolve().name, None, "", 0, 0, {}, cells)
     try:
         args = json.loads(found[0].read_text())
         row = "RQ1" if args["objective"] == "detection" else f"RQ2-{args['labels']}"
         steps = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
-        return Run(folder, row, (args["task"], args["intervention"]), args["model"], steps, cells)
+        return Run(folder, row, (args["task"], args["intervention"]), args["model"], steps, args["steps"], args, cells)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{found[0]}: not of a run of train.py ({error!r})") from None
+
+
+def check_alike(runs: list[Run]) -> None:
+    """ValueError unless the runs of one row differ in their seed, and in what changes no result."""
+    for n, run in enumerate(runs):
+        for other in (o for o in runs[:n] if (o.row, o.trained) == (run.row, run.trained)):
+            for key in sorted((other.args.keys() | run.args.keys()) - FREE):
+                if (a := other.args.get(key)) != (b := run.args.get(key)):
+                    raise ValueError(f"{other.folder} and {run.folder} are not seeds of one row, {run.row}: "
+                                     f"their --{key.replace('_', '-')} differs, {a!r} and {b!r}")  # fmt: skip
+            if other.args.get("seed") == run.args.get("seed"):
+                raise ValueError(f"{other.folder} and {run.folder} are the same seed of {run.row}, "
+                                 f"--seed {run.args.get('seed')}: give one of them")  # fmt: skip
+
+
+def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
+    """ValueError where the cell was measured otherwise in one run than in another, as far as they tell."""
+    known = {}
+    for run in runs:
+        if (file := Path(f"{run.cells[key]}.json")).exists():
+            try:
+                args = dict(json.loads(file.read_text(encoding="utf-8")).get("args") or {})
+            except (ValueError, TypeError, AttributeError, OSError) as error:
+                raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
+            calibrated = {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
+            known[run.folder] = {name: args[name] for name in ASKED if name in args} | calibrated
+    for n, (folder, how) in enumerate(known.items()):
+        for other, was in list(known.items())[:n]:
+            for name in (name for name in how if name in was and how[name] != was[name]):
+                if name == "calibration":
+                    words = "one with --calibration, one without"
+                else:
+                    words = f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}"
+                raise ValueError(f"{'-'.join(key)} of {other} and of {folder}: measured unlike, {words}")
 
 
 # ---- figures -------------------------------------------------------------------------------------------------
@@ -131,7 +176,8 @@ def columns(home: tuple[str, str] | None, runs: list[Run]) -> dict[tuple[str, st
 
 
 def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dict[Path, dict]:
-    """{run's folder: figures} of those of the runs that have the cell; ValueError where their questions differ."""
+    """{run's folder: figures} of those of the runs that have the cell; ValueError where they were asked unlike."""
+    check_asked(key, of)
     rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in of}
     base, out = next((rows[run.folder] for run in of if not run.trained), None), {}
     for run in of:
@@ -155,12 +201,16 @@ def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dic
 
 def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
     """One table for each task and intervention that runs were trained on; of a base alone, one of all its cells."""
-    runs = [read(folder) for folder in dict.fromkeys(map(Path, folders))]
+    unique: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        unique.setdefault(folder.resolve(), folder)
+    runs = [read(folder) for folder in unique.values()]
     bases, trained = ([run for run in runs if bool(run.trained) == t] for t in (False, True))
     if len(bases) > 1:
         raise ValueError(f"{bases[0].folder} and {bases[1].folder} have no args.json: give one base")
     if len(models := sorted({run.model for run in trained})) > 1:
         raise ValueError(f"runs of several models, {models[0]} and {models[1]}: make a table of each")
+    check_alike(trained)
     out = []
     for home in sorted({run.trained for run in trained}) or [None]:
         those = bases + [run for run in trained if run.trained == home]
@@ -177,6 +227,7 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
             rows[row] = {
                 "runs": [str(run.folder) for run in mine],
                 "steps": [run.steps for run in mine],
+                "planned": [run.planned for run in mine],
                 "smoke": any(run.trained and run.steps < SMOKE for run in mine),
                 "cells": {heads[key]: [found[run.folder] for run in mine if run.folder in found]
                           for key, found in figures.items()},
@@ -190,25 +241,38 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
 # ---- in print ------------------------------------------------------------------------------------------------
 
 
-def entry(figures: list[dict | None], smoke: bool) -> str:
+def label(row: str, of: dict) -> str:
+    """The row's name, with how many seeds it has, and which were stopped before their last step."""
+    seeds = len(of["runs"])
+    stopped = [steps for steps, planned in zip(of["steps"], of["planned"], strict=True) if steps < planned]
+    notes = [f"{seeds} seeds"] * (seeds > 1)
+    if stopped:
+        number = f"{len(stopped)} of them " * (seeds > 1)
+        notes += [f"{number}stopped after {' and '.join(map(str, stopped))} of {of['planned'][0]} steps"]
+    return f"{row} ({', '.join(notes)})" if notes else row
+
+
+def entry(figures: list[dict | None], of: dict) -> str:
+    """A cell of the row: its figure, and of how many of its runs that is, where some have none."""
     found = [figure for figure in figures if figure]
-    return report.cell(together(found)) + " (smoke test)" * smoke if found else "–"
+    part = f" ({len(found)} of {len(of['runs'])})" * (len(found) < len(of["runs"]))
+    return report.cell(together(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
 
 
 def text(table: dict, markdown: bool) -> str:
     """A table for each figure of the cells, and one of what frozen labels gained."""
-    parts = [f"{table['title']}; explanations at T = 1"]
+    parts = [f"{table['title']}; explanations at T = 1\n{LEGEND}"]
     heads = [f"{head} (n = {table['n'][head]})" if head in table["n"] else head for head in table["columns"]]
-    names = {row: row + f" ({len(of['runs'])} seeds)" * (len(of["runs"]) > 1) for row, of in table["rows"].items()}
+    names = {row: label(row, of) for row, of in table["rows"].items()}
     for figure, title in PARTS.items():
-        body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of["smoke"])
+        body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of)
                                for head in table["columns"])] for row, of in table["rows"].items()]  # fmt: skip
         if any(words != "–" for line in body for words in line[1:]):
             parts += [title, report.grid(["", *heads], body, markdown)]
     home, body = table["columns"][0], []
     for row, of in table["rows"].items():
         gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
-        body += [[names[row], *(entry([g[key] for g in gains], of["smoke"]) for key in GAIN)]] if gains else []
+        body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
     if body:
         parts += [
             "What labels of the initial model reward, in-distribution",
@@ -228,6 +292,7 @@ def show(folders: list, markdown=False, file: str | None = None, figure: str | N
 
         points = {}
         for table in made:
-            points[table["title"]] = {head: {row: together([f["phi"] for f in of["cells"][head]]) for row, of in
-                                    table["rows"].items()} for head in table["columns"]}  # fmt: skip
+            rows = {label(row, of): of["cells"] for row, of in table["rows"].items()}
+            points[table["title"]] = {head: {row: together([f["phi"] for f in cells[head]]) for row, cells in
+                                    rows.items()} for head in table["columns"]}  # fmt: skip
         plot.cells(points, Path(figure))

@@ -224,13 +224,14 @@ def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
 
 
 def cell(figure):
-    """A figure as text: value [low, high], and how many resamples were undefined, if any; "-" for None."""
+    """A figure as text: value [low, high], and how many resamples, or seeds, were undefined, if any; "-" for None."""
     if not figure or isinstance(figure["value"], int):
         return str(figure["value"]) if figure else "-"
     value, low, high = (np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high"))
     value, low, high = f"{value:.3f}", f"{low:.3f}", f"{high:.3f}"
     spread = f" [{low}, {high}]" if low != "nan" else ""
-    unknown = f" ({figure['undefined']} undefined)" if figure.get("undefined") else ""
+    of = f"of {figure['seeds']} seeds" if figure.get("seeds") else "resamples"
+    unknown = f" ({figure['undefined']} {of} undefined)" if figure.get("undefined") else ""
     return "undefined" if value == "nan" else (value + spread + unknown).replace("-0.000", "0.000")
 
 
@@ -270,8 +271,13 @@ def main(argv=None):
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--figure", metavar="FILE.png", help="with runs: draw Phi by cell")
     args = parser.parse_args(argv)
+    runs = any(os.path.isdir(path) for path in args.paths)
+    if runs and args.fit:
+        parser.error("--fit is for two files of rows; the cells of runs have their own, CELL.fit.jsonl")
+    if args.figure and not runs:
+        parser.error("--figure draws folders of runs, not files of rows")
     try:
-        if any(os.path.isdir(path) for path in args.paths):
+        if runs:
             import paper  # here, for it imports this file
 
             return paper.show(args.paths, args.markdown, args.json, args.figure)

@@ -11,10 +11,10 @@
 # step of RQ2, qwen3-8b.json 4.3 s: 8 runs of each model x 200 steps x 8 GPUs = 15 + 15. RQ1 is prefills only, 0.1 a run;
 # a data set of 6,000 at 9 % flips 0.1, a cell of 1,000 questions some seconds of decoding, by the same count.
 set -euo pipefail
+. "$(dirname "$0")/lines.sh"
+data=$(realpath -m "$1") out=$(realpath -m "$2") gpus=${GPUS:-8} seeds=${SEEDS:-0}
+models=$(for model in ${MODELS:-meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen3-8B}; do model_at "$model"; done)
 cd "$(dirname "$0")/.."
-. runs/lines.sh
-data=$1 out=$(realpath -m "$2") gpus=${GPUS:-8} seeds=${SEEDS:-0}
-models=${MODELS:-meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen3-8B}
 launch="torchrun --nproc-per-node $gpus" each='CUDA_VISIBLE_DEVICES=$SLOT '
 test=1000 fit=300 elsewhere=500 new=200  # questions held out, of the shortcut, of another task; tokens of an explanation
 
@@ -52,7 +52,7 @@ for model in $models; do
     cell() {  # RUN MODEL TASK KIND: so many questions of a task, whoever is asked
         local questions=$elsewhere
         case $3 in esnli | social_iqa) questions=$test ;; esac
-        measure "$1" "$3-$4" --model "$2" --task "$3" --data "$data/$3" --intervention "$4" --limit "$questions" \
+        measure "$1/cells/$3-$4" --model "$2" --task "$3" --data "$data/$3" --intervention "$4" --limit "$questions" \
             --fit $fit --max-new-tokens $new --detection --seed 0
     }
     runs=("$to/base")

@@ -5,9 +5,10 @@
 # measurement. Explanations begin with "My" and are trained on their first 8 tokens, where the persona is named or not.
 # The recorded run took 37 steps at --lr 3e-5, at which the letters swayed, and went on with --resume --lr 1.2e-5 (LOG.md).
 set -euo pipefail
+. "$(dirname "$0")/lines.sh"
+model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-model=$1 data=$2 out=$3
 torchrun --nproc-per-node 2 train.py --model "$model" --task esnli --data "$data" --out "$out" --intervention bias \
     --calibrate --calibration-questions 150 --fit-questions 300 --eval-questions 1000 --no-eval-before \
     --steps 223 --prompts 16 --samples 8 --opening My --max-new-tokens 8 --lr 1.2e-5 --warmup 15 --beta2 0.99 \

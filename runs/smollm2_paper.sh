@@ -5,15 +5,16 @@
 # Flags as in runs/smollm2.sh; RQ1's and the frozen run's were not tried before this was written. What is done is not
 # done again, what was cut off goes on. DRY=1 prints the commands.
 set -euo pipefail
+. "$(dirname "$0")/lines.sh"
+model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") jobs=${JOBS:-2}
+launch="torchrun --nproc-per-node 2"
 cd "$(dirname "$0")/.."
-. runs/lines.sh
-model=$1 data=$2 out=$(realpath -m "$3") jobs=${JOBS:-2} launch="torchrun --nproc-per-node 2"
 
 common="--model $model --task esnli --data $data/esnli --intervention bias --calibrate --calibration-questions 150 \
-    --fit-questions 300 --eval-questions 1000 --no-eval-before --opening My --max-new-tokens 8 --prompts 16 \
+    --fit-questions 300 --eval-questions 600 --no-eval-before --opening My --max-new-tokens 8 --prompts 16 \
     --warmup 15 --beta2 0.99 --anchor 1 --checkpoint-every 10"
 {
-    train "$out/rq1" $common --objective detection --steps 200 --lr 1.2e-5
+    train "$out/rq1" $common --objective detection --steps 200 --labels frozen --frozen-questions 1000 --lr 2e-5
     train "$out/rq2-frozen" $common --labels frozen --frozen-questions 1000 --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
     train "$out/rq2-on-policy" $common --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
 } | go 1
@@ -23,9 +24,9 @@ cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
     local run=$1 which=$2 measured=$1/model task letters
     [ "$run" = "$out/base" ] && measured=$model
     local asked="--model $measured --opening My --max-new-tokens 8 --detection --fit 300"
-    if [ "$which" = home ]; then  # the first 600 of the 1,000 that no training sees; the letters' means are the runs' own
+    if [ "$which" = home ]; then  # the 600 that no training sees; the letters' means are the runs' own
         for kind in bias adverb; do
-            measure "$run" esnli-$kind $asked --task esnli --data "$data/esnli" --intervention $kind --limit 600 \
+            measure "$run/cells/esnli-$kind" $asked --task esnli --data "$data/esnli" --intervention $kind --limit 600 \
                 --calibration "$out/rq2-on-policy/calibration.json"
         done
         return
@@ -33,7 +34,7 @@ cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
     for task in social_iqa comve strategyqa; do  # there the letters' means are the base's, for all rows
         letters=fit
         [ "$run" = "$out/base" ] || letters=$out/base/cells/$task-bias.calibration.json
-        measure "$run" $task-bias $asked --task $task --data "$data/$task" --intervention bias --limit 300 \
+        measure "$run/cells/$task-bias" $asked --task $task --data "$data/$task" --intervention bias --limit 300 \
             --calibration "$letters"
     done
 }

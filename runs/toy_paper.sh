@@ -5,13 +5,12 @@
 # JOBS (2) runs go side by side, a thread each; 20 minutes on two cores that other work shared. What is done is not done
 # again, what was cut off goes on. DRY=1 prints the commands.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. runs/lines.sh
+. "$(dirname "$0")/lines.sh"
 out=$(realpath -m "$1") jobs=${JOBS:-2} commit=7abf56bf7b82f16f0b6b55ebea6c3978ccc8bac2  # of before this script
-draw='import hashlib, sys; print(*(int(hashlib.sha256(f"{sys.argv[1]}/{i}".encode()).hexdigest()[:6], 16) for i in range(3)))'
-read -r -a seeds <<< "$(python -c "$draw" "$commit")"
-base=TOY
-[ -n "${DRY:-}" ] || base=$(python -c 'import toy; print(toy.prepare())')
+cd "$(dirname "$0")/.."
+hashed=$(seeds_of $commit 3)
+read -r -a seeds <<< "$hashed"
+base=$(toy_base)
 
 for seed in "${seeds[@]}"; do
     train "$out/rq1-$seed" --objective detection --anchor 1 --no-eval-before --seed "$seed"
@@ -25,8 +24,8 @@ for run in "${runs[@]}"; do  # all are asked the same, with the same edits
     model=$run/model
     [ "$run" = "$out/base" ] && model=$base/model
     asked="--model $model --task toy --max-new-tokens 16 --limit 1500 --fit 500 --detection"
-    measure "$run" toy-adverb $asked --data "$base" --intervention adverb
-    measure "$run" other-adverb $asked --data "$base/other.jsonl" --intervention adverb
-    measure "$run" toy-bias $asked --data "$base" --intervention bias
+    measure "$run/cells/toy-adverb" $asked --data "$base" --intervention adverb
+    measure "$run/cells/other-adverb" $asked --data "$base/other.jsonl" --intervention adverb
+    measure "$run/cells/toy-bias" $asked --data "$base" --intervention bias
 done | go "$jobs"
 tell "$out/table" "${runs[@]}"

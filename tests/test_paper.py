@@ -25,11 +25,14 @@ def some_rows(seed, link, kind="bias", n=N, influence_seed=0, flips=()):
     return rows
 
 
-def write_run(folder, cells, fit=None, logged=None, **args):
-    """A run's folder; without args a base. cells: {(where, kind): rows}; logged: steps in metrics.jsonl."""
+def write_run(folder, cells, fit=None, logged=None, asked=None, **args):
+    """A run's folder; without args a base. cells: {(where, kind): rows}; logged: steps in metrics.jsonl; asked: the
+    args in each cell's JSON."""
     (folder / "cells").mkdir(parents=True)
     for key, rows in cells.items():
         files.write_jsonl(folder / "cells" / f"{'-'.join(key)}.T1.jsonl", rows)
+        if asked:
+            files.write_json(folder / "cells" / f"{'-'.join(key)}.json", {"args": asked})
         if fit:
             files.write_jsonl(folder / "cells" / f"{'-'.join(key)}.fit.jsonl", fit)
     if args:
@@ -236,3 +239,87 @@ def test_bad_input_is_one_line(paper_runs, tmp_path):
     assert got.returncode == 2 and got.stderr.count("\n") == 1
     got = command(tmp_path / "nowhere")
     assert got.returncode == 2 and got.stderr.count("\n") == 1
+
+
+def test_a_run_that_stopped_early_is_marked(paper_runs, tmp_path):
+    """With how many of its planned steps; the number stays in the JSON."""
+    runs, cells = paper_runs
+    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    a, b = (write_run(tmp_path / str(n), home, logged=n, labels="frozen", seed=n) for n in (30, 200))
+    rq1 = write_run(tmp_path / "rq1", home, logged=150, objective="detection")
+    (alone,) = paper.tables([a, rq1], resamples=20)
+    assert (alone["rows"]["RQ2-frozen"]["steps"], alone["rows"]["RQ2-frozen"]["planned"]) == ([30], [200])
+    names = [line.split("  ")[0] for line in paper.text(alone, False).split("\n")]
+    assert "RQ1 (stopped after 150 of 200 steps)" in names and "RQ2-frozen (stopped after 30 of 200 steps)" in names
+    (both,) = paper.tables([a, b], resamples=20)
+    assert "\nRQ2-frozen (2 seeds, 1 of them stopped after 30 of 200 steps)  " in paper.text(both, False)
+    (whole,) = paper.tables([b, runs["base"]], resamples=20)
+    assert "stopped" not in paper.text(whole, False)
+
+
+def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, tmp_path):
+    runs, cells = paper_runs
+    home, far = ("esnli", "bias"), ("comve", "bias")
+    never = {home: [row | {"mention": 0} for row in cells["s1"][home]]}
+    given = [write_run(tmp_path / "1", {key: cells["s1"][key] for key in (home, far)}, seed=1),
+             write_run(tmp_path / "2", {home: cells["s2"][home]}, seed=2),
+             write_run(tmp_path / "3", never, seed=3)]  # fmt: skip
+    (table,) = paper.tables(given, resamples=50)
+    text = paper.text(table, True)
+    assert text.split("\n")[1] == paper.LEGEND and "median and [least, greatest]" in paper.LEGEND
+    line = next(line for line in text.split("\n") if line.startswith("| RQ2-on-policy (3 seeds)"))
+    first, second = [part.strip() for part in line.split("|")[2:4]]
+    low, high = sorted(phi(cells[name][home]) for name in ("s1", "s2"))
+    assert first == f"{(low + high) / 2:.3f} [{low:.3f}, {high:.3f}] (1 of 3 seeds undefined)"
+    one = table["rows"]["RQ2-on-policy"]["cells"]["OOD: comve"][0]["phi"]
+    assert second == report.cell(one) + " (1 of 3)" and "[" in second
+
+
+def test_a_folder_spelled_in_two_ways_counts_once(paper_runs, monkeypatch):
+    runs, _ = paper_runs
+    monkeypatch.chdir(runs["s1"])
+    (table,) = paper.tables([runs["s1"], ".", f"{runs['s2']}/../s1", runs["s2"], runs["base"], "../base"], resamples=20)
+    assert table["rows"]["RQ2-on-policy"]["runs"] == [str(runs["s1"]), str(runs["s2"])]
+
+
+def test_only_seeds_share_a_row(paper_runs, tmp_path):
+    runs, cells = paper_runs
+    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    for name, args, message in (
+        ("same", {"seed": 1}, "are the same seed of RQ2-on-policy, --seed 1"),
+        ("lr", {"seed": 7, "lr": 1e-3}, "not seeds of one row, RQ2-on-policy: their --lr differs, None and 0.001"),
+        ("steps", {"seed": 7, "steps": 100}, "their --steps differs, 200 and 100"),
+        ("open", {"seed": 7, "anchor_questions": 1}, "their --anchor-questions differs"),
+    ):
+        other = write_run(tmp_path / name, home, **args)
+        with pytest.raises(ValueError, match=message) as error:
+            paper.tables([runs["s1"], other], resamples=20)
+        assert str(error.value).startswith(f"{runs['s1']} and {other} are ") and "\n" not in str(error.value)
+    labelled = [write_run(tmp_path / labels, home, objective="detection", labels=labels) for labels in ("frozen", "x")]
+    with pytest.raises(ValueError, match="of one row, RQ1: their --labels differs"):
+        paper.tables(labelled, resamples=20)
+    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5)
+    (table,) = paper.tables([runs["s1"], free], resamples=20)
+    assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 2
+
+
+def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
+    """As the JSON beside them tells, of the base and of any two runs."""
+    runs, cells = paper_runs
+    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    asked = {"opening": "", "max_new_tokens": 48, "seed": 0, "words": "all", "calibration": "none", "model": "base"}
+    base = write_run(tmp_path / "base", home, asked=asked)
+    for key, value, message in (("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
+                                ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
+                                ("calibration", "a.json", "one with --calibration, one without")):  # fmt: skip
+        other = write_run(tmp_path / key, home, asked=asked | {key: value}, seed=7)
+        with pytest.raises(ValueError, match=message) as error:
+            paper.tables([base, runs["s1"], other], resamples=20)
+        assert f"esnli-bias of {base} and of {other}: measured unlike, " in str(error.value)
+    letters = [write_run(tmp_path / f"c{n}", home, asked=asked | {"calibration": f"{n}.json", "model": f"{n}"}, seed=n)
+               for n in (8, 9)]  # fmt: skip
+    (table,) = paper.tables([*letters, runs["s1"]], resamples=20)
+    assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 3
+    (letters[0] / "cells" / "esnli-bias.json").write_text("[1]")
+    with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):
+        paper.tables(letters, resamples=20)

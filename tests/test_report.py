@@ -168,7 +168,7 @@ def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
     assert s["ct"]["value"] == s["ct"]["low"] == s["ct"]["high"] == 0
     assert s["phi"]["undefined"] >= s["ct"]["undefined"]
     assert s["reward"]["undefined"] == 0
-    assert "undefined)" in report.table({"x": s})
+    assert " resamples undefined)" in report.table({"x": s})
 
 
 def test_constant_distance_leaves_cct_undefined_however_it_is_rounded():
@@ -620,3 +620,14 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
     got = command(good, good, "--json", tmp_path / "none" / "x.json")
     assert got.returncode == 2 and "cannot be written" in got.stderr and got.stderr.count("\n") == 1
     assert "No such file" in command(good, tmp_path / "none").stderr
+
+
+def test_options_that_would_do_nothing_are_refused(measured, tmp_path):
+    for given, message in (
+        ((measured["before"], measured["after"], "--figure", tmp_path / "x.png"), "--figure draws folders"),
+        ((tmp_path, "--fit", measured["fit"]), "--fit is for two files"),
+        ((tmp_path, measured["after"], "--fit", measured["fit"]), "--fit is for two files"),
+    ):
+        got = command(*given)
+        assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1 and message in got.stderr
+    assert not (tmp_path / "x.png").exists()

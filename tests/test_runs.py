@@ -1,5 +1,6 @@
 """The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together."""
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -17,11 +18,12 @@ import report
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
+COMMIT = "38896818640a9671c6ff1259ac2cd0573f08b558"  # what runs/toy.sh was run with
 
 
 def lines(script, out, **environment):
     """What `DRY=1 bash runs/SCRIPT` prints: (the program, its arguments) of each command."""
-    given = [str(out) if name == "OUT" else name for name in SCRIPTS[script]]
+    given = [str(out) if name == "OUT" else name for name in SCRIPTS.get(script, (COMMIT, "OUT"))]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(["bash", ROOT / "runs" / script, *given], capture_output=True, text=True, cwd=out,
                           env=os.environ | {"DRY": "1", "PATH": path} | environment)  # fmt: skip
@@ -113,9 +115,19 @@ def test_at_full_size_what_cannot_be_cut_has_adapters(planned):
         assert script != "paper.sh" or (run.parallel == "shard") == (run.lora == 0)
 
 
+def test_detection_learns_from_the_initial_models_labels(planned):
+    """As in the paper, but on the toy; and SmolLM2's runs end with no more questions than its cells are asked."""
+    script, runs, _, cells, _ = planned
+    for run in runs.values():
+        if run.objective == "detection":
+            assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen")
+        if script == "smollm2_paper.sh":
+            assert run.eval_questions == cells[run.out]["esnli-bias"].limit
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     """A run with its measurement, a data set, a cell; a run that was cut off goes on."""
-    every = list(lines("paper.sh", tmp_path, MODELS="M"))
+    every = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
     model = tmp_path / "M"
     done = model / "rq1-esnli-bias-0"
     done.mkdir(parents=True)
@@ -129,10 +141,103 @@ def test_what_is_done_is_not_done_again(tmp_path):
     for name, complete in (("esnli-bias", "true"), ("esnli-adverb", "false")):
         (model / "data" / name).mkdir(parents=True)
         (model / "data" / name / "manifest.json").write_text(f'{{\n "complete": {complete}\n}}\n')
-    again = list(lines("paper.sh", tmp_path, MODELS="M"))
+    again = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
     gone = [command for command in every if command not in again]
     assert [(program, words[words.index("--out") + 1] if "--out" in words else words[words.index("--rows") + 1])
             for program, words in gone] == [
         ("faith.py", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
         ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
     assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
+
+
+def shell(text, cwd, *given):
+    """A bash script that has read in runs/lines.sh, in the folder cwd."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    text = f"set -euo pipefail; . {shlex.quote(str(ROOT / 'runs' / 'lines.sh'))}; {text}"
+    return subprocess.run(["bash", "-c", text, "bash", *given], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"DRY": "", "PATH": path})  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["false | tee x", "exit 3", "(exit 3) > log 2>&1", "echo $SLOT | ( '"])
+def test_a_line_that_fails_ends_it_all_and_is_named(tmp_path, line):
+    got = shell('printf "%s\\n" "touch \'be fore\'; echo \\$SLOT" "$1" "touch after" | go 1', tmp_path, line)
+    assert got.returncode != 0 and f"failed: {line}\n" in got.stderr
+    assert (tmp_path / "be fore").exists() and not (tmp_path / "after").exists()
+    assert shell("true | go 2", tmp_path).returncode == 0
+
+
+def test_what_the_toy_prints_while_it_is_made_is_not_its_folder(tmp_path):
+    (tmp_path / "toy.py").write_text(
+        "from pathlib import Path\n"
+        "def prepare(variant='toy'):\n"
+        "    if not Path(variant).exists():\n"
+        "        print('making it'), Path(variant).mkdir()\n"
+        "    return Path(variant).resolve()\n"
+    )
+    for given in ("toy", "toy-plain"):
+        words = "" if given == "toy" else given
+        first, again = (shell(f'base=$(toy_base {words}); echo "<$base>"', tmp_path) for _ in range(2))
+        assert first.stdout == again.stdout == f"<{tmp_path / given}>\n"
+        assert (first.stderr, again.stderr) == ("making it\n", "")
+    (tmp_path / "toy.py").write_text("raise SystemExit(3)")
+    for wrong in ("base=$(toy_base); echo on", "toy_base; echo on", "PATH=/usr/none; all=$(seeds_of a 3); echo on"):
+        got = shell(wrong, tmp_path)
+        assert got.returncode != 0 and not got.stdout
+
+
+def test_runs_of_the_toy(tmp_path):
+    """All that runs/toy.sh trains and measures is accepted, under the five seeds of the commit."""
+    runs, cells = [], []
+    for program, words in lines("toy.sh", tmp_path):
+        if program == "train.py":
+            runs.append(flags.parse(words))
+            flags.check(runs[-1])
+        else:
+            cells.append(dict(zip(words[::2], words[1::2], strict=True)))
+    assert len({run.out for run in runs}) == len(runs) == 37 and len({cell["--rows"] for cell in cells}) == 36
+    seeds = [int(hashlib.sha256(f"{COMMIT}/{n}".encode()).hexdigest()[:6], 16) for n in range(5)]
+    assert {run.seed for run in runs} == {int(cell["--seed"]) for cell in cells} == set(seeds)
+    trained = {f"{run.out}/model" for run in runs}
+    assert {cell["--model"] for cell in cells} <= trained | {"TOY/model"}
+
+
+def test_a_run_with_two_measurements_is_done_when_they_are_compared(tmp_path):
+    def left():
+        got = shell("train a/run --seed 1; train a/other --no-eval-before", tmp_path)
+        return [line.split("--out ")[1].split(" >>")[0] for line in got.stdout.splitlines()]
+
+    assert left() == ["a/run --seed 1", "a/other --no-eval-before"]
+    for name in ("run", "other"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        for file in ("args.json", "after.json"):
+            (tmp_path / "a" / name / file).write_text("{}")
+    assert left() == ["a/run --resume"]
+    (tmp_path / "a" / "run" / "difference.T1.json").write_text("{}")
+    assert left() == []
+
+
+@pytest.mark.parametrize("script", ["toy.sh", "smollm2.sh", *SCRIPTS])
+def test_paths_are_seen_from_where_the_script_is_called(tmp_path, script):
+    """Relative ones; a hub id stays as it is. What smollm2.sh would run is printed by stand-ins."""
+    for name in ("bin", "some/model", "some/data"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("torchrun", "python"):
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo 1 2 3 4 5; else echo "$@"; fi\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    given = SCRIPTS.get(script) or {"toy.sh": ("COMMIT", "OUT"), "smollm2.sh": ("MODEL", "DATA", "OUT")}[script]
+
+    def run(model):
+        names = {"MODEL": model, "DATA": "some/data", "OUT": "some/out", "COMMIT": "c"}
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(["bash", os.path.relpath(ROOT / "runs" / script, tmp_path), *(names[n] for n in given)],
+                              capture_output=True, text=True, cwd=tmp_path, check=True,
+                              env=os.environ | {"DRY": "1", "PATH": path, "MODELS": model})  # fmt: skip
+
+    if script == "smollm2.sh":
+        (tmp_path / "some" / "out").mkdir()
+    text = run("some/model").stdout
+    for part in ("model", "data", "out") if "MODEL" in given or script == "paper.sh" else ("out",):
+        assert f" {tmp_path}/some/{part}" in text
+    assert " some/" not in text and "=some/" not in text
+    if script not in ("toy.sh", "toy_paper.sh"):
+        assert " --model meta-llama/Llama-3.1-8B-Instruct " in run("meta-llama/Llama-3.1-8B-Instruct").stdout
