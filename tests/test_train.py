@@ -42,6 +42,12 @@ def network(folder):
     return models.load(folder)
 
 
+@pytest.fixture(params=tiny.FAMILIES)
+def each(request, tmp_path):
+    """A network of each family."""
+    return models.load(tiny.build(tmp_path, family=request.param))
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The same shape with other weights, as a reference."""
@@ -206,7 +212,8 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_loss_and_gradient_by_hand(network, other, form, kl):
+def test_loss_and_gradient_by_hand(each, other, form, kl):
+    network = each
     settings = {"loss": form, "advantage": "std" if form != "dr_grpo" else "mean", "kl": kl, "temperature": 0.8,
                 "clip_low": 0.2, "clip_high": 0.3}  # fmt: skip
     groups, rewards = noisy_groups(network, 0.8)
