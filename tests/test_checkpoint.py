@@ -260,7 +260,7 @@ def test_random_kills(folder, whole, tmp_path):
         if (copy / "args.json").exists():
             given = ["--resume", "--out", copy]
         logged = len((copy / "metrics.jsonl").read_text().splitlines()) if (copy / "metrics.jsonl").exists() else 0
-    assert kills >= KILLS // 2
+    assert kills == KILLS if "FAITH_KILLS" in os.environ else kills >= KILLS // 2
     code, printed, error = finish(start(given))
     assert code == 0, error
     (done,) = re.findall(r"going on after step (\d+)", printed)
@@ -456,8 +456,9 @@ def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
     out = disk(5_000_000) / "o"
     way = f"; once that is mended: torchrun train.py --resume --out {out}"
     code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, tmp_path / "fill.py"))
-    line = f"train.py: {out}/explanations.jsonl: cannot be written (No space left on device){way}\n"
-    assert (code, error) == (2, line) if ranks == 1 else (code and error.count("train.py: ") == 1 and line in error)
+    full = re.escape(f"cannot be written (No space left on device){way}\n")
+    lines = re.findall(f"train.py: {out}/(?:explanations|metrics).jsonl: {full}", error)  # whichever needs a page first
+    assert (code, [error]) == (2, lines) if ranks == 1 else (code and error.count("train.py: ") == 1 == len(lines))
     assert checkpoint.newest(out / "checkpoints").name == "step-00000002"
     code, _, error = finish(start(["--resume", "--out", out, "--parallel", "replicate"]))  # too early
     assert (code, error) == (2, f"train.py: {out}/metrics.jsonl: cannot be written (No space left on device)\n")

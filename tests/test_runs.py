@@ -1,4 +1,7 @@
-"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together."""
+"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together.
+
+And the sampler's profile.
+"""
 
 import os
 import shlex
@@ -8,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tiny
 
 import args as flags
 import build
@@ -136,3 +140,23 @@ def test_what_is_done_is_not_done_again(tmp_path):
         ("faith.py", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
         ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
     assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
+
+
+def profile(*given):
+    ran = subprocess.run([sys.executable, ROOT / "runs" / "profile_sampler.py", *map(str, given)], text=True,
+                         capture_output=True)  # fmt: skip
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def test_profile(tmp_path):
+    """Of both samplers, by operation; one line for what cannot be."""
+    folder = tiny.build(tmp_path / "model")
+    code, out, error = profile(folder, 2, 2, 4)
+    assert code == 0 and "aten::" in out, error
+    assert all(f"\n{name}: " in out for name in ("the plain sampler", "rollout.py"))
+    for given, words in (
+        ((), "MODEL"), ((tmp_path / "none",), f"no model at {tmp_path}/none"), ((folder, "many"), "many"),
+        ((folder, 2, 2, 2), "TOKENS must be at least 3"), ((folder, 0), "PROMPTS must be at least 1"),
+    ):  # fmt: skip
+        code, out, error = profile(*given)
+        assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -979,7 +980,7 @@ def test_ranks_change_nothing(folder, tmp_path, call, n, changes):
 
 
 FAULTS = """
-import os, sys
+import os, sys, time
 from dataclasses import replace
 import train
 groups_of = train.groups_of
@@ -990,6 +991,7 @@ def faulty(subject, batch, step, args):
         first = replace(first, logprobs=[first.logprobs[0] - 0.5, *first.logprobs[1:]])
         groups[-1], rewards[-1] = (prompt, [first, *rest]), [1.0, 0.0, 0.0, 0.0]
     if os.environ["RANK"] == "1" and step == 1:
+        print("failed at", time.time(), flush=True)
         raise {error}
     if os.environ["RANK"] == "1" and step == 2:  # not finite, on one rank
         prompt, (first, *rest) = groups[-1]
@@ -1015,7 +1017,8 @@ def test_a_fault_on_one_rank(folder, tmp_path, error):
     """It is seen in the figures of all; an error ends all, in good time, with its own words."""
     (tmp_path / "faults.py").write_text(FAULTS.format(error=error))
     ran = torchrun(2, tmp_path / "faults.py", flags(folder, tmp_path / "o", steps=3, eval_questions=0))
-    assert ran.returncode != 0
+    (moment,) = re.findall(r"^failed at (\S+)$", ran.stdout, re.MULTILINE)
+    assert ran.returncode != 0 and time.time() - float(moment) < 60
     (metrics,) = lines(tmp_path / "o" / "metrics.jsonl")
     assert metrics["sampler_gap_max"] == pytest.approx(0.5, abs=1e-3)
     if "ValueError" in error:
