@@ -1,7 +1,8 @@
 """bench.py train: a training step phase by phase, its share of the limit, and the ratio to TRL's.
 
-Peak memory is that of a process which has one of the two in it: ours before TRL is loaded, TRL's in a process of its
-own; libraries count, and each has taken a step before, so that AdamW's moments are there.
+Peak memory is that of a process which has one of the two in it: TRL's in a process of its own, which is gone before
+our model is loaded, ours before TRL is; libraries count, and each has taken a step before, so that AdamW's moments are
+there.
 """
 
 import argparse
@@ -79,20 +80,23 @@ class Trl:
         return seconds(lambda: self.trainer.train(), self.trainer.model.device)
 
 
-def trl_peak(folder: Path, prompts, samples: int, new: int, micro: int, fed) -> float:
-    """GB at the peak of a process that does nothing but TRL's step: one with the tokens `fed`, which leaves AdamW's
-    moments behind, then one that samples."""
+def trl_peak(folder: Path, prompts, samples: int, new: int, micro: int) -> float:
+    """GB at the peak of a process that does nothing but TRL's step: one that leaves AdamW's moments behind, and one
+    with them there."""
     with tempfile.TemporaryDirectory() as scratch:
         theirs = Trl(folder, prompts, samples, new, micro, scratch)
-        theirs.step(fed)
+        theirs.step()
         theirs.step()
         return peak_memory(theirs.trainer.model.device)
 
 
 def alone(work, *given):
-    """work(*given) in a process of its own, so that it shares no memory with this one."""
+    """work(*given) in a process of its own, so that it shares no memory with this one; ValueError where that dies."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, *given).result()
+        try:
+            return process.submit(work, *given).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ValueError("TRL's process died, perhaps for want of memory; lower --micro") from None
 
 
 def cut(tokens: list[int], end: int) -> list[int]:
@@ -118,13 +122,18 @@ def train_step(args: argparse.Namespace) -> None:
     if args.count % args.micro:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
     tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts, folder = make_prompts(tokenizer, args.count, args.length), models.locate(args.model)
+    if max(map(len, prompts)) + args.new > (context := models.read_config(folder).context):
+        raise ValueError(f"--length and --new together pass the model's context of {context} tokens; lower one")
+    figures: dict = {"args": vars(args), "ours": [], "generating": [], "fed": []}
+    if args.against:  # first, while this process holds no model
+        figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro)
     network = models.load(args.model, device)
     sampler = Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)
-    prompts = make_prompts(tokenizer, args.count, args.length)
     settings = train.Args(lr=1e-9, max_new_tokens=args.new, micro=args.micro, loss="dapo")
     optimizer, ranks, drawn = train.Optimizer(network, settings), train.Ranks(), random.Random(0)
     letters = list(range(5, 8))
-    name = introduce(network, prompts, args.samples, args.new)
+    figures["device"] = introduce(network, prompts, args.samples, args.new)
 
     def step(seed: int, answers=None) -> tuple[dict, list]:
         """One step by hand, in train.update's parts, so that each can be timed: (seconds by phase, answers)."""
@@ -158,13 +167,9 @@ def train_step(args: argparse.Namespace) -> None:
         spent["optimizer"] = seconds(lambda: optimizer.step(1e-9, 1.0, ranks), device)
         return spent, answers
 
-    _, answers = step(0)  # warm
+    step(0)  # warm
     step(0)  # with AdamW's moments there
-    figures: dict = {"device": name, "args": vars(args), "ours": [], "generating": [], "fed": []}
     figures["peak_gb"] = peak_memory(device)  # before anything else is in this process
-    if args.against:
-        fed, folder = [[c.tokens for c in group] for group in answers], models.locate(args.model)
-        figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro, fed)
     with tempfile.TemporaryDirectory() as scratch:
         theirs = None
         if args.against:
@@ -173,18 +178,21 @@ def train_step(args: argparse.Namespace) -> None:
             spent, answers = step(i + 1)
             figures["ours"].append(spent)
             if theirs:
-                tokens, own = sum(len(c.tokens) for g in answers for c in g), sum(spent.values()) - spent["labels"]
+                tokens, own = sum(len(c.tokens) for g in answers for c in g), sum(spent.values())
                 whole = theirs.step()
-                per_token = (whole / theirs.tokens) / (own / tokens)
-                pair = {"theirs_s": whole, "theirs_rollout_s": theirs.rollout_s, "theirs_tokens": theirs.tokens}
-                figures["generating"].append(pair | {"ours_s": own, "ours_tokens": tokens, "ratio": per_token})
+                per_token = whole / theirs.tokens * tokens
+                pair = {"theirs_s": whole, "theirs_rollout_s": theirs.rollout_s, "theirs_tokens": theirs.tokens,
+                        "ours_s": own, "labels_s": spent["labels"], "ours_tokens": tokens, "ratio": per_token / own,
+                        "ratio_without_labels": per_token / (own - spent["labels"])}  # fmt: skip
+                figures["generating"].append(pair)
                 fed, _ = step(0, answers)
                 whole = theirs.step([[c.tokens for c in group] for group in answers])
                 figures["fed"].append(
                     {"theirs_s": whole, "ours_s": sum(fed.values()), "ratio": whole / sum(fed.values())}
                 )
                 print(
-                    f"pair {i + 1}: generating {per_token:.2f}, same tokens {figures['fed'][-1]['ratio']:.2f}",
+                    f"pair {i + 1}: generating {pair['ratio']:.2f}, without labels {pair['ratio_without_labels']:.2f}, "
+                    f"same tokens {figures['fed'][-1]['ratio']:.2f}",
                     flush=True,
                 )
     phases = {key: statistics.median(run[key] for run in figures["ours"]) for key in figures["ours"][0]}
@@ -198,10 +206,14 @@ def train_step(args: argparse.Namespace) -> None:
           + f"; {tokens} new tokens, {figures['tokens_s']:.0f} a second, labels included")  # fmt: skip
     print(f"forward and backward: limit {bound['limit_s']:.2f} s ({bound['tflop']:.2f} TFLOP at {bound['gflops']:.0f} "
           f"GFLOP/s), share {figures['share_of_limit']:.0%}; peak memory {figures['peak_gb']:.2f} GB")  # fmt: skip
-    for key, what in (("generating", "both generating, per new token, without labels"), ("fed", "same tokens")):
+    for key, ratio, what in (
+        ("generating", "ratio", "both generating, per new token, our labels included"),
+        ("generating", "ratio_without_labels", "both generating, per new token, without labels"),
+        ("fed", "ratio", "same tokens"),
+    ):
         if figures[key]:
-            figures[f"{key}_ratio"] = statistics.median(pair["ratio"] for pair in figures[key])
-            print(f"TRL {theirs.version}, {what}: ratio {figures[f'{key}_ratio']:.2f} (median of {args.repeats} pairs)")
+            middle = figures[f"{key}_{ratio}"] = statistics.median(pair[ratio] for pair in figures[key])
+            print(f"TRL {theirs.version}, {what}: ratio {middle:.2f} (median of {args.repeats} pairs)")
     if args.against:
         print(f"TRL {theirs.version}, alone in its process: peak memory {figures['theirs_peak_gb']:.2f} GB")
     if args.json:

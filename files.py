@@ -1,9 +1,12 @@
-"""JSON, JSON-lines and text files, written whole: beside their place, then renamed over it.
+"""JSON, JSON-lines and text files, and folders, written whole: beside their place, then renamed over it.
 
 NaN and infinity are null in JSON, which has neither.
 """
 
+import contextlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,25 @@ def write_text(path, text):
         if part.exists():
             part.unlink()
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """A folder to fill, which takes the name `path` at the end; where something fails, nothing is left of it.
+
+    ValueError where there is a file or a folder that holds something.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is already there; choose another folder or remove it")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_jsonl(path, values, indent=None):

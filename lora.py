@@ -13,7 +13,6 @@ q, k and v are one matrix here (model.py), as are gate and up; in files each has
 import contextlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 import model as models
 from chat import read_json
+from files import whole_folder
 
 # In each block, the fused layers and what they hold, in the order of their rows.
 LAYERS = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj": ("o_proj",),
@@ -113,28 +113,28 @@ def name_of(folder: Path) -> str:
     return hub[-1].removeprefix("models--").replace("--", "/") if hub else str(folder.resolve())
 
 
-def save(network: models.Transformer, path: str | Path, card: str = "") -> None:
-    """Writes a PEFT adapter of the model that the network was loaded from, with its tokenizer; whole or not at all."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is already there; choose another folder or remove it")
-    some, partial = adapters(network), path.with_name(path.name + ".partial")
+def save(network: models.Transformer, path: str | Path, card: str = "", also=()) -> None:
+    """Writes a PEFT adapter of the model that the network was loaded from, with its tokenizer; whole or not at all.
+
+    also: (name, text) of further files in it.
+    """
+    some = adapters(network)
     rank = next(iter(some[0].A.values())).shape[0]
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named(network).items()}
-    models.write_tensors(tensors, partial / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name_of(network.source), "r": rank,
         "lora_alpha": some[0].scale * rank, "target_modules": sorted({part for a in some for part in a.A}),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip
-    (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for name in models.COMPANIONS:
-        if (network.source / name).exists():
-            shutil.copyfile(network.source / name, partial / name)
-    (partial / "README.md").write_text(card or "A LoRA adapter saved by faith's lora.save.\n")
-    os.replace(partial, path)
+    with whole_folder(path) as partial:
+        models.write_tensors(tensors, partial / "adapter_model.safetensors")
+        (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for name in models.COMPANIONS:
+            if (network.source / name).exists():
+                shutil.copyfile(network.source / name, partial / name)
+        (partial / "README.md").write_text(card or "A LoRA adapter saved by faith's lora.save.\n")
+        for name, text in also:
+            (partial / name).write_text(text)
 
 
 def load(folder: Path, device="cpu", dtype: torch.dtype | None = None) -> models.Transformer:

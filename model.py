@@ -17,7 +17,6 @@ Qwen3 2505.09388; names of tensors and keys as in Hugging Face's files.
 
 import json
 import math
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chat import Tokenizer, locate, read_json
+from files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -367,17 +367,12 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise ValueError(f"{file} cannot be written ({error})") from None
 
 
-def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9) -> None:
+def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9, also=()) -> None:
     """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
 
-    `path` must not exist yet or be empty; it appears under its name only when complete.
+    `path` must not exist yet or be empty; it appears under its name only when complete. also: (name, text) of
+    further files in it.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is already there; choose another folder or remove it")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     shards, size = [{}], 0
     for name, tensor in model.named_tensors(torch.Tensor.detach).items():
         tensor = tensor.cpu().contiguous()
@@ -387,23 +382,25 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
         size += tensor.nbytes
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        write_tensors(shard, partial / file)
-    if len(files) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = dict(model.config.raw)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": list(model.config.end_of_turn)}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for name in COMPANIONS:
-        if model.source and (model.source / name).exists():
-            shutil.copyfile(model.source / name, partial / name)
-    (partial / "README.md").write_text(card or "A model saved by faith's model.save.\n")
-    os.replace(partial, path)  # an empty folder gives way
+    with whole_folder(path) as partial:
+        for file, shard in zip(files, shards, strict=True):
+            write_tensors(shard, partial / file)
+        if len(files) > 1:
+            total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        config = dict(model.config.raw)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        generation = {"eos_token_id": list(model.config.end_of_turn)}
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        for name in COMPANIONS:
+            if model.source and (model.source / name).exists():
+                shutil.copyfile(model.source / name, partial / name)
+        (partial / "README.md").write_text(card or "A model saved by faith's model.save.\n")
+        for name, text in also:
+            (partial / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What this machine can do: seconds, rates of matrix products and of reading memory, memory used; made-up prompts."""
 
 import platform
+import re
 import resource
 import sys
 import time
@@ -76,10 +77,11 @@ def peak_memory(device: torch.device) -> float:
     """GB: of this process since it began, on CUDA of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "linux":  # where ru_maxrss begins at what the parent held
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss begins at what the parent held
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> str:

@@ -21,13 +21,14 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
     out = Path(args.out)
     if args.resume:  # what the run wrote before it was stopped is written anew
         shutil.rmtree(out / name, ignore_errors=True)
+    record = dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())}
+    also = [("training.json", json.dumps(record, indent=1) + "\n")]
+    if args.calibrate:
+        also.append(("calibration.json", (out / "calibration.json").read_text()))
     try:
-        (lora if args.lora else models).save(model, out / name, model_card(args))
+        (lora if args.lora else models).save(model, out / name, model_card(args), also=also)
     except OSError as error:
         raise ValueError(f"{out / name}: cannot be written ({error.strerror})") from error
-    files.write_json(out / name / "training.json", dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())})
-    if args.calibrate:
-        shutil.copyfile(out / "calibration.json", out / name / "calibration.json")
 
 
 def model_card(args: Args, figures: str = "") -> str:

@@ -395,8 +395,10 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     out, model = Path(args.out), subject.sampler.model
     sizes = {name: getattr(args, name) for name in ("prompts", "samples", "micro", "lora", "recompute")}
     sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
-    sharded = shard.choose(args.parallel, model, ranks.world, **sizes) == "shard"
-    if sharded and args.objective == "detection":
+    detection = args.objective == "detection"
+    wish = "replicate" if detection and args.parallel == "auto" else args.parallel
+    sharded = shard.choose(wish, model, ranks.world, **sizes) == "shard"
+    if sharded and detection:
         raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
@@ -428,7 +430,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         frozen = label(subject, stream.take(args.frozen_questions), ranks)
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
     rollout, learn, size = groups_of, update, args.samples
-    if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
+    if detection:  # an answer is a group of one, and a yes counts as a mention
         rollout, learn, size = detect.answers, detect.update, 1
     optimizer = Optimizer(model, args, cut)
     state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, sharded)
@@ -459,7 +461,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 lr = learning_rate(step, args)
                 skipped = []
                 for i in range(args.updates):
-                    # At the initial weights its gradient is rounding alone, of which AdamW would make full steps.
+                    # At the initial weights, where the first update is, its gradient is rounding alone, of which AdamW
+                    # would make full steps. Only a skipped first update leaves the next there too: rare, and let be.
                     pull = anchor if step + i else lambda: 0.0
                     figures = learn(trained, reference, optimizer, groups, rewards, lr, args, ranks, pull, signals.hold)
                     skipped.append(figures["skipped"])

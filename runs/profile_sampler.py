@@ -1,6 +1,6 @@
 """Where a decode step's time goes, before and after: the plain sampler (tests/plain.py) and rollout.py's.
 
-    python runs/profile_sampler.py MODEL [PROMPTS SAMPLES TOKENS]
+    python runs/profile_sampler.py MODEL [PROMPTS [SAMPLES [TOKENS]]]
 
 Each sampler draws 2 and then TOKENS tokens with none ending a turn; by operation, the difference of the profiler's own
 times is what the steps between took. The prompts are bench.py's.
@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import plain  # noqa: E402
 
 import model as models  # noqa: E402
+import report  # noqa: E402
 import rollout  # noqa: E402
 from rates import introduce, make_prompts  # noqa: E402
 
@@ -27,7 +28,7 @@ def times(sampler, prompts, samples: int, new: int) -> dict[str, float]:
     return {event.key: event.self_cpu_time_total / 1e3 for event in recorded.key_averages()}
 
 
-def main(folder: str, count: int = 16, samples: int = 8, new: int = 26) -> None:
+def show(folder: str, count: int, samples: int, new: int) -> None:
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
     prompts = make_prompts(tokenizer, count, 128)
     introduce(network, prompts, samples, new)
@@ -42,5 +43,22 @@ def main(folder: str, count: int = 16, samples: int = 8, new: int = 26) -> None:
             print(f"    {spent:7.1f} ms  {key}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = report.Parser(prog="profile_sampler.py", description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face directory, or hub id in the local cache")
+    for name, usual, what in (("prompts", 16, "made-up prompts"), ("samples", 8, "of each"), ("tokens", 26, "of each")):
+        parser.add_argument(name, metavar=name.upper(), nargs="?", type=int, default=usual, help=what)
+    args = parser.parse_args(argv)
+    for name, least in (("prompts", 1), ("samples", 1), ("tokens", 3)):
+        if getattr(args, name) < least:
+            parser.error(f"{name.upper()} must be at least {least}, not {getattr(args, name)}")
+    try:
+        show(args.model, args.prompts, args.samples, args.tokens)
+    except ValueError as error:
+        print(f"profile_sampler.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """bench.py: prompts as asked for, operations as PyTorch's own counter has them, figures that hang together."""
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 
@@ -115,11 +117,14 @@ def test_operations_of_a_step(folder):
     assert bound["tflop"] * 1e12 == pytest.approx(products)
 
 
-def test_train_command(folder, tmp_path, capsys):
+def test_train_command(folder, tmp_path, capsys, monkeypatch):
     """Phases that add up; the same tokens for both; figures in the file as printed; memory of each alone."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
     ballast = torch.ones(500_000_000)  # 2 GB that are this process's
+    order, alone, load = [], bench_train.alone, models.load
+    monkeypatch.setattr(bench_train, "alone", lambda *given: order.append("theirs") or alone(*given))
+    monkeypatch.setattr(models, "load", lambda *given: order.append("ours") or load(*given))
     flags = ["train", "--model", folder, "--count", 4, "--samples", 4, "--new", 12, "--length", 40, "--micro", 2,
              "--repeats", 2, "--against", "trl", "--json", tmp_path / "figures.json"]  # fmt: skip
     assert bench.main([str(x) for x in flags]) == 0
@@ -131,13 +136,19 @@ def test_train_command(folder, tmp_path, capsys):
     assert figures["share_of_limit"] == pytest.approx(figures["limit_s"] / both)
     assert len(figures["ours"]) == len(figures["generating"]) == len(figures["fed"]) == 2
     for pair, run in zip(figures["generating"], figures["ours"], strict=True):
-        assert pair["ours_s"] == pytest.approx(sum(run.values()) - run["labels"])
+        assert pair["ours_s"] == pytest.approx(sum(run.values())) and pair["labels_s"] == run["labels"] > 0
         rates = pair["theirs_s"] / pair["theirs_tokens"], pair["ours_s"] / pair["ours_tokens"]
         assert pair["ratio"] == pytest.approx(rates[0] / rates[1])
+        without = (pair["ours_s"] - pair["labels_s"]) / pair["ours_tokens"]
+        assert pair["ratio_without_labels"] == pytest.approx(rates[0] / without)
     for pair in figures["fed"]:
         assert pair["ratio"] == pytest.approx(pair["theirs_s"] / pair["ours_s"])
-    for key in ("generating", "fed"):
-        assert f"ratio {figures[f'{key}_ratio']:.2f} (median of 2 pairs)" in out
+    for key, what in (("generating_ratio", "per new token, our labels included"),
+                      ("generating_ratio_without_labels", "per new token, without labels"),
+                      ("fed_ratio", "same tokens")):  # fmt: skip
+        assert f"{what}: ratio {figures[key]:.2f} (median of 2 pairs)" in out
+    assert figures["generating_ratio"] < figures["generating_ratio_without_labels"]
+    assert order == ["theirs", "ours"]  # TRL's peak is taken while there is room for it
     assert 0.3 < figures["theirs_peak_gb"] < ballast.nbytes / 1e9 < figures["peak_gb"]
     assert f"peak memory {figures['peak_gb']:.2f} GB\n" in out
     assert f"alone in its process: peak memory {figures['theirs_peak_gb']:.2f} GB\n" in out
@@ -157,6 +168,20 @@ def test_peak_memory():
     child = subprocess.run([sys.executable, "-c", PEAK], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
     before, after = map(float, child.stdout.split())
     assert after - before == pytest.approx(0.2, rel=0.1) and after < ballast.nbytes / 1e9
+
+
+def test_peak_memory_without_vmhwm(monkeypatch):
+    """Some kernels' /proc has no such line."""
+    monkeypatch.setattr(rates.Path, "read_text", lambda self: "Name:\tpython\nVmRSS:\t   12 kB\n")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but for macOS's bytes
+    peak = rates.peak_memory(torch.device("cpu"))
+    assert peak == pytest.approx(most * (1 if sys.platform == "darwin" else 1024) / 1e9) and 0.05 < peak < 50
+
+
+def test_a_process_that_dies():
+    """As one that is killed for memory: a line says what to change."""
+    with pytest.raises(ValueError, match="TRL's process died, perhaps for want of memory; lower --micro"):
+        bench_train.alone(signal.raise_signal, signal.SIGKILL)
 
 
 def test_what_trl_is_fed(folder, tmp_path):
@@ -188,3 +213,6 @@ def test_train_mistakes(folder, capsys):
     assert bench.main(["train", "--model", str(folder), "--against", "transformers"]) == 2
     assert bench.main(["rollout", "--model", str(folder), "--against", "trl"]) == 2
     assert capsys.readouterr().err.count("train --against trl\n") == 2
+    assert bench.main(["train", "--model", str(folder), "--new", "500", "--against", "trl"]) == 2
+    error = capsys.readouterr().err
+    assert "--length and --new together pass the model's context of 512 tokens" in error and error.count("\n") == 1

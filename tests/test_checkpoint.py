@@ -204,7 +204,8 @@ def test_a_full_disk_for_the_model(folder, disk, rank):
     """It is there in whole, or not under its name; then a line says what is not written."""
     small, network = disk(2**20), models.load(folder)
     network = lora.attach(network, rank, 8.0) if rank else network
-    args, filler = Args(out=str(small), lora=rank, resume=True), small / "filler"
+    args, filler = Args(out=str(small), lora=rank, resume=True, calibrate=True), small / "filler"
+    (small / "calibration.json").write_text('{"mean_logp": [0, 0, 0]}')
     for pages in range(100):
         filler.write_bytes(bytes(shutil.disk_usage(small).free - pages * 4096))
         try:
@@ -212,10 +213,11 @@ def test_a_full_disk_for_the_model(folder, disk, rank):
             break
         except ValueError as error:
             assert re.fullmatch(f"{small}/model.*cannot be written \\(.*No space left on device.*\\)", str(error))
-            assert not (small / "model").exists() or "training.json" in str(error)
+            assert sorted(path.name for path in small.iterdir()) == ["calibration.json", "filler"]
         filler.unlink()
-        shutil.rmtree(small / "model.partial", ignore_errors=True)
     assert pages > 5
+    assert json.loads((small / "model" / "training.json").read_text())["lora"] == rank
+    assert (small / "model" / "calibration.json").read_text() == (small / "calibration.json").read_text()
     if not rank:
         assert torch.equal(models.load(small / "model").embed_tokens.weight, network.embed_tokens.weight)
 
@@ -258,7 +260,7 @@ def test_random_kills(folder, whole, tmp_path):
         if (copy / "args.json").exists():
             given = ["--resume", "--out", copy]
         logged = len((copy / "metrics.jsonl").read_text().splitlines()) if (copy / "metrics.jsonl").exists() else 0
-    assert kills >= KILLS // 2
+    assert kills == KILLS if "FAITH_KILLS" in os.environ else kills >= KILLS // 2
     code, printed, error = finish(start(given))
     assert code == 0, error
     (done,) = re.findall(r"going on after step (\d+)", printed)
@@ -454,8 +456,9 @@ def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
     out = disk(5_000_000) / "o"
     way = f"; once that is mended: torchrun train.py --resume --out {out}"
     code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, tmp_path / "fill.py"))
-    line = f"train.py: {out}/explanations.jsonl: cannot be written (No space left on device){way}\n"
-    assert (code, error) == (2, line) if ranks == 1 else (code and error.count("train.py: ") == 1 and line in error)
+    full = re.escape(f"cannot be written (No space left on device){way}\n")
+    lines = re.findall(f"train.py: {out}/(?:explanations|metrics).jsonl: {full}", error)  # whichever needs a page first
+    assert (code, [error]) == (2, lines) if ranks == 1 else (code and error.count("train.py: ") == 1 == len(lines))
     assert checkpoint.newest(out / "checkpoints").name == "step-00000002"
     code, _, error = finish(start(["--resume", "--out", out, "--parallel", "replicate"]))  # too early
     assert (code, error) == (2, f"train.py: {out}/metrics.jsonl: cannot be written (No space left on device)\n")

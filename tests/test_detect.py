@@ -261,6 +261,16 @@ def test_frozen_labels_of_a_data_set(folder, tmp_path):
     assert len(said) == 12 and {(e["id"], e["text_inserted"], e["influence"]) for e in said} <= known
 
 
+def test_it_is_replicated(done, folder, tmp_path, monkeypatch, capsys):
+    """Also where train.py's choice would fall on shard; only a shard asked for is refused."""
+    monkeypatch.setattr(train.shard, "choose", lambda wish, *_, **sizes: "shard" if wish == "auto" else wish)
+    call(flags(folder, tmp_path / "o"))
+    assert timeless(tmp_path / "o" / "metrics.jsonl") == timeless(done[0] / "metrics.jsonl")
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(folder, tmp_path / "x", parallel="shard")])
+    assert train.main() == 2
+    assert "--objective detection is not done with --parallel shard; use --parallel rep" in capsys.readouterr().err
+
+
 def test_ranks_change_nothing(done, folder, tmp_path):
     out, _ = done
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}

@@ -132,8 +132,10 @@ def test_as_peft_begins(folder):
 
 @pytest.mark.parametrize("form", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_gradients(folder, form, kl):
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradients(tmp_path, family, form, kl):
     """The packed form against one completion at a time, with adapters on; the reference is the base without them."""
+    folder = tiny.build(tmp_path, family=family)
     network = disturb(lora.attach(models.load(folder), 4, 8.0))
     reference = models.load(folder).requires_grad_(False)
     groups, rewards = noisy_groups(network, 0.8)
@@ -154,11 +156,16 @@ def test_gradients(folder, form, kl):
         assert not parameter.requires_grad or parameter.dtype == torch.float32
     network.named_tensors = lambda of: {n: of(p) for n, p in network.named_parameters() if p.requires_grad}
     wanted = by_hand(network, groups, rewards, reference if kl else None, **settings)
-    for micro in (2, 100):
+    ran = []
+    network.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    for micro, recompute in ((2, False), (100, False), (100, True)):  # with activation checkpointing too
+        ran.clear()
+        network.recompute = recompute
         keep, args = Keep(), train.Args(max_new_tokens=12, micro=micro, **settings)
         network.zero_grad()
         figures = train.update(network, network if kl else None, keep, groups, rewards, 0.0, args, train.Ranks())
         close((figures, keep.gradient), wanted)
+    assert len(ran) == 2 + bool(kl)  # a block runs again in backward; the reference's pass needs none
 
 
 def test_sampler_and_trainer_agree(folder):

@@ -1,4 +1,7 @@
-"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together."""
+"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together.
+
+And the sampler's profile.
+"""
 
 import hashlib
 import os
@@ -9,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tiny
 
 import args as flags
 import build
@@ -241,3 +245,23 @@ def test_paths_are_seen_from_where_the_script_is_called(tmp_path, script):
     assert " some/" not in text and "=some/" not in text
     if script not in ("toy.sh", "toy_paper.sh"):
         assert " --model meta-llama/Llama-3.1-8B-Instruct " in run("meta-llama/Llama-3.1-8B-Instruct").stdout
+
+
+def profile(*given):
+    ran = subprocess.run([sys.executable, ROOT / "runs" / "profile_sampler.py", *map(str, given)], text=True,
+                         capture_output=True)  # fmt: skip
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def test_profile(tmp_path):
+    """Of both samplers, by operation; one line for what cannot be."""
+    folder = tiny.build(tmp_path / "model")
+    code, out, error = profile(folder, 2, 2, 4)
+    assert code == 0 and "aten::" in out, error
+    assert all(f"\n{name}: " in out for name in ("the plain sampler", "rollout.py"))
+    for given, words in (
+        ((), "MODEL"), ((tmp_path / "none",), f"no model at {tmp_path}/none"), ((folder, "many"), "many"),
+        ((folder, 2, 2, 2), "TOKENS must be at least 3"), ((folder, 0), "PROMPTS must be at least 1"),
+    ):  # fmt: skip
+        code, out, error = profile(*given)
+        assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def network(folder):
     return models.load(folder)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def each(request, tmp_path):
+    """A network of each family."""
+    return models.load(tiny.build(tmp_path, family=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +213,8 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_loss_and_gradient_by_hand(network, other, form, kl):
+def test_loss_and_gradient_by_hand(each, other, form, kl):
+    network = each
     settings = {"loss": form, "advantage": "std" if form != "dr_grpo" else "mean", "kl": kl, "temperature": 0.8,
                 "clip_low": 0.2, "clip_high": 0.3}  # fmt: skip
     groups, rewards = noisy_groups(network, 0.8)
@@ -972,7 +980,7 @@ def test_ranks_change_nothing(folder, tmp_path, call, n, changes):
 
 
 FAULTS = """
-import os, sys
+import os, sys, time
 from dataclasses import replace
 import train
 groups_of = train.groups_of
@@ -983,6 +991,7 @@ def faulty(subject, batch, step, args):
         first = replace(first, logprobs=[first.logprobs[0] - 0.5, *first.logprobs[1:]])
         groups[-1], rewards[-1] = (prompt, [first, *rest]), [1.0, 0.0, 0.0, 0.0]
     if os.environ["RANK"] == "1" and step == 1:
+        print("failed at", time.time(), flush=True)
         raise {error}
     if os.environ["RANK"] == "1" and step == 2:  # not finite, on one rank
         prompt, (first, *rest) = groups[-1]
@@ -1008,7 +1017,8 @@ def test_a_fault_on_one_rank(folder, tmp_path, error):
     """It is seen in the figures of all; an error ends all, in good time, with its own words."""
     (tmp_path / "faults.py").write_text(FAULTS.format(error=error))
     ran = torchrun(2, tmp_path / "faults.py", flags(folder, tmp_path / "o", steps=3, eval_questions=0))
-    assert ran.returncode != 0
+    (moment,) = re.findall(r"^failed at (\S+)$", ran.stdout, re.MULTILINE)
+    assert ran.returncode != 0 and time.time() - float(moment) < 60
     (metrics,) = lines(tmp_path / "o" / "metrics.jsonl")
     assert metrics["sampler_gap_max"] == pytest.approx(0.5, abs=1e-3)
     if "ValueError" in error:

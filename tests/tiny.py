@@ -1,4 +1,4 @@
-"""A tiny chat model in a folder, for tests: Llama's shape with random weights, whole words as tokens.
+"""A tiny chat model in a folder, for tests: random weights in the shape of a family, whole words as tokens.
 
 It picks options and writes explanations like any model, only senselessly: its decisions hang on every word
 of the question, so that edits often change them, and its explanations are mostly personas' names, so that
@@ -25,6 +25,7 @@ import tasks  # noqa: E402
 
 SPECIAL = ("<|unk|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 UNKNOWN, PAD, START, END, STOP = range(5)
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -39,10 +40,10 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*SPECIAL, "A", "B", "C", *reward.words("bias"), *words]))
 
 
-def build(folder: Path, seed: int = 17, context: int = 512, dtype: torch.dtype = torch.float32) -> Path:
+def build(folder: Path, seed=17, context=512, dtype: torch.dtype = torch.float32, family="llama") -> Path:
     """Writes config, weights, tokenizer and chat template into `folder`, and returns it.
 
-    With seed 17 about a third of the bias edits change the answer, and answers are of all lengths.
+    With seed 17 about a third of the bias edits change Llama's answer, and answers are of all lengths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,11 +62,16 @@ def build(folder: Path, seed: int = 17, context: int = 512, dtype: torch.dtype =
                  "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (M, E), "mlp.up_proj": (M, E),
                  "mlp.down_proj": (E, M), "input_layernorm": (E,), "post_attention_layernorm": (E,)}  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    for i in range(2):  # after all that families have in common, which so is the same in each
+        own = {"qwen2": {"q_proj.bias": H * D, "k_proj.bias": K * D, "v_proj.bias": K * D},
+               "qwen3": {"q_norm": D, "k_norm": D}}.get(family, {})  # fmt: skip
+        shapes |= {f"model.layers.{i}.self_attn.{name}": (size,) for name, size in own.items()}
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 1.4 * noise / shape[1] ** 0.5
+        middle = 0 if name.endswith("bias") else 1
+        weights[name] = middle + 0.1 * noise if len(shape) == 1 else 1.4 * noise / shape[1] ** 0.5
     # One axis that every state shares, on which personas, and less so the two ends of a turn, score highest.
     personas = slice(words.index("C") + 1, words.index("C") + 1 + len(reward.words("bias")))
     weights["model.embed_tokens"][:, 0] = 2
@@ -77,10 +83,10 @@ def build(folder: Path, seed: int = 17, context: int = 512, dtype: torch.dtype =
         weights[f"model.layers.{i}.self_attn.q_proj"] *= 2
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             weights[f"model.layers.{i}.{name}"][0] = 0  # leaves the shared axis as it is
-    save_file({f"{name}.weight": w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    named = {name if name.endswith("bias") else f"{name}.weight": w.to(dtype) for name, w in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": E,
+        "architectures": [FAMILIES[family]], "model_type": family, "vocab_size": V, "hidden_size": E,
         "intermediate_size": M, "num_hidden_layers": 2, "num_attention_heads": H, "num_key_value_heads": K,
         "head_dim": D, "hidden_act": "silu", "max_position_embeddings": context, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
