@@ -167,7 +167,7 @@ def disk():
             except OSError as error:
                 pytest.skip(f"a small file system needs util-linux's unshare ({error})")
             if holders[-1].stdout.readline():
-                return Path(f"/proc/{holders[-1].pid}/root/tmp")
+                return Path("/proc", str(holders[-1].pid), "root", "tmp")  # what it sees as /tmp
             why = holders[-1].stderr.read().strip()
         pytest.skip(f"no file system can be mounted here, not in a namespace of its own either ({why})")
 
