@@ -27,6 +27,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +101,16 @@ class Stream:
         self.left = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:left] if left else []
 
 
-def label(subject: Subject, cases: list[Case], ranks: Ranks) -> list[tuple[Case, dict]]:
+def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, total: None) -> list:
     """Each case with its decision row under the current model, the work shared among ranks."""
-    mine = ranks.share(cases)
-    rows = ranks.together(lambda: faith.decision_rows(subject, mine) if mine else [])
+    mine, rows = ranks.share(cases), []
+
+    def work() -> None:
+        for start in range(0, len(mine), 128):
+            rows.extend(faith.decision_rows(subject, mine[start : start + 128]))
+            tell(len(rows), len(mine))
+
+    ranks.together(work)
     return list(zip(cases, ranks.gather(rows), strict=True))
 
 
@@ -269,19 +276,26 @@ def hold_decisions(subject: Subject, model, labelled: list, weight: float, ranks
 # ---- the run -------------------------------------------------------------------------------------------------
 
 
+def progress(what: str, ranks: Ranks) -> Callable[[int, int], None]:
+    """What rank 0 calls with how many are done and how many there are, to say so."""
+    started = time.time()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.time() - started) / done * (total - done) / 60
+        if ranks.rank == 0:
+            print(f"{what}: {done}/{total} questions of this rank, {left:.1f} min left", flush=True)
+
+    return tell
+
+
 def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, args: Args, ranks: Ranks) -> dict:
     """Measures on `cases`, greedy and at T = 1; writes the rows and their summary, returns {temperature: rows}."""
     fit_rows = [row for _, row in label(subject, fit, ranks)]
-    mine = ranks.share(cases)
-
-    def progress(done: int, total: int) -> None:
-        if ranks.rank == 0:
-            print(f"measured {name} training: {done}/{total} questions of this rank", flush=True)
-
-    nulls = -(-100 // ranks.world)
+    mine, nulls = ranks.share(cases), -(-100 // ranks.world)
+    tell = progress(f"measured {name} training", ranks)
 
     def work() -> dict:
-        measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
+        measured = faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, tell)
         if args.objective == "detection":
             detect.annotate(subject, mine, measured)
         return measured
@@ -427,7 +441,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         before = evaluate(subject, test, fit, "before", args, ranks)
     frozen = stream.frozen or None
     if args.labels == "frozen" and not args.dataset:
-        frozen = label(subject, stream.take(args.frozen_questions), ranks)
+        frozen = label(subject, stream.take(args.frozen_questions), ranks, progress("labelled", ranks))
     anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
     rollout, learn, size = groups_of, update, args.samples
     if detection:  # an answer is a group of one, and a yes counts as a mention

@@ -753,9 +753,9 @@ def seen_labels(monkeypatch):
     """Notes each call of `label`: how many cases, and a sum of the model's weights at the time."""
     seen, label = [], train.label
 
-    def noted(subject, cases, ranks):
+    def noted(subject, cases, *rest):
         seen.append((len(cases), sum(w.detach().double().sum().item() for w in subject.sampler.model.parameters())))
-        return label(subject, cases, ranks)
+        return label(subject, cases, *rest)
 
     monkeypatch.setattr(train, "label", noted)
     return seen
@@ -764,12 +764,13 @@ def seen_labels(monkeypatch):
 def test_frozen_labels_with_kl_and_two_updates(folder, tmp_path, call, monkeypatch):
     """Labels are taken once, whatever becomes of the model; the second update is off-policy."""
     seen = seen_labels(monkeypatch)
-    code, _, error = call(
+    code, output, error = call(
         flags(folder, tmp_path / "o", labels="frozen", kl=0.05, updates=2, lr=5e-3, steps=3, eval_questions=0,
               loss="dapo", advantage="mean", decay="linear")
     )  # fmt: skip
     assert code == 0, error
     assert [n for n, _ in seen] == [40]
+    assert "labelled: 40/40 questions of this rank, 0.0 min left" in output
     metrics = lines(tmp_path / "o" / "metrics.jsonl")
     assert {(m["labelled"], m["influence_rate"]) for m in metrics} == {(40, metrics[0]["influence_rate"])}
     assert {m["position"] for m in metrics} == {40}
