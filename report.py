@@ -230,7 +230,7 @@ def cell(figure):
     value, low, high = (np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high"))
     value, low, high = f"{value:.3f}", f"{low:.3f}", f"{high:.3f}"
     spread = f" [{low}, {high}]" if low != "nan" else ""
-    of = f"of {figure['seeds']} seeds" if figure.get("seeds") else "resamples"
+    of = f"of {figure['seeds']} seeds" if figure.get("seeds") else "resample" + "s" * (figure.get("undefined") != 1)
     unknown = f" ({figure['undefined']} {of} undefined)" if figure.get("undefined") else ""
     return "undefined" if value == "nan" else (value + spread + unknown).replace("-0.000", "0.000")
 

@@ -169,6 +169,8 @@ def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
     assert s["phi"]["undefined"] >= s["ct"]["undefined"]
     assert s["reward"]["undefined"] == 0
     assert " resamples undefined)" in report.table({"x": s})
+    one = {"value": 0.1, "low": 0.0, "high": 0.25, "undefined": 1}
+    assert report.cell(one) == "0.100 [0.000, 0.250] (1 resample undefined)"
 
 
 def test_constant_distance_leaves_cct_undefined_however_it_is_rounded():
