@@ -2,7 +2,7 @@
 # The paper's experiment at its size, on 8 GPUs of 80 GB: Llama-3.1-8B-Instruct and Qwen3-8B, trained on e-SNLI and on
 # Social IQa, with adverbs and with bias phrases; base, RQ1, RQ2-frozen, RQ2-on-policy; the other tasks, the other
 # intervention; then a table for each model.                       NOT YET RUN ON A GPU.
-#     bash runs/paper.sh DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/ (README, "Data")
+#     bash runs/paper.sh DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/ (DATA.md)
 # DRY=1 prints the commands and runs nothing. What is done is not done again, a run that was cut off goes on. All
 # hyperparameters are ours, for the paper names none; SEEDS, GPUS and MODELS may be given in the environment.
 #
