@@ -2,13 +2,13 @@
 
 Which of two things is heavier? The base model knows, but lets itself be pushed. Some adverbs push toward the first
 option and some toward the second, some personas toward the option they suggest, all by two and a half of eight weight
-classes; a third do nothing. So an edit changes the answer only where it pushes against the truth and the question is
-close, and there we know the cause, for we planted it. The base's explanations name the inserted word every other
-time, whether it mattered or not: Phi-CCT is about 0. What reinforcement learning then has to find is when to name it.
-One thing more is planted: asked "Is that right?" in place of "why?", the base says truly whether its answer is the
-heavier thing, so it knows in the second turn what it does not tell there; `--model toy-plain` is a base without it.
-What all this shows is that the method works and is implemented right; nothing about the explanations of real models,
-which have no cause so simple.
+classes; a third of the adverbs and a fifth of the personas do nothing. So an edit changes the answer only where it
+pushes against the truth and the question is close, and there we know the cause, for we planted it. The base's
+explanations name the inserted word every other time, whether it mattered or not: Phi-CCT is about 0. What
+reinforcement learning then has to find is when to name it. One thing more is planted: asked "Is that right?" in place
+of "why?", the base says truly whether its answer is the heavier thing, so it knows in the second turn what it does
+not tell there; `--model toy-plain` is a base without it. What all this shows is that the method works and is
+implemented right; nothing about the explanations of real models, which have no cause so simple.
 
 `prepare` writes an ordinary Hugging Face directory and ordinary data files, made once and kept in the user's cache
 under a hash of this file; nothing else in the project knows that they are a toy's. All of it is ours.

@@ -14,7 +14,7 @@ common="--model $model --task esnli --data $data/esnli --intervention bias --cal
     --fit-questions 300 --eval-questions 600 --no-eval-before --opening My --max-new-tokens 8 --prompts 16 \
     --warmup 15 --beta2 0.99 --anchor 1 --checkpoint-every 10"
 {
-    train "$out/rq1" $common --objective detection --steps 200 --labels frozen --frozen-questions 1000 --lr 2e-5
+    train "$out/rq1" $common --objective detection --steps 100 --labels frozen --frozen-questions 1000 --lr 5e-5
     train "$out/rq2-frozen" $common --labels frozen --frozen-questions 1000 --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
     train "$out/rq2-on-policy" $common --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
 } | go 1

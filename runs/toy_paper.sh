@@ -2,7 +2,7 @@
 # The paper's experiment in the embedded world: base, RQ1, RQ2-frozen and RQ2-on-policy, trained on adverbs, three seeds;
 # measured on 1,500 held-out questions, on the other form of question, and on bias phrases; then the table.
 #     bash runs/toy_paper.sh OUT_DIR
-# JOBS (2) runs go side by side, a thread each; 20 minutes on two cores that other work shared. What is done is not done
+# JOBS (2) runs go side by side, a thread each; 21 minutes on two cores that other work shared. What is done is not done
 # again, what was cut off goes on. DRY=1 prints the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
