@@ -110,12 +110,13 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
             edit = reward.Intervention(*(line[k] for k in ("kind", "word", "text_inserted", "suggestion", "phrasing")))
             case = Case(question, dataclasses.replace(question, **edited), edit)
             same = [list(question.parts), list(question.options)] == [line.pop("parts"), line.pop("options")]
+            [line[key] for key in ("y", "y_edit", "p", "p_edit", "influence")]  # what training reads of it
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not a training question of this run, or not whole; build it anew") from None
         if not same or case.question == case.edited:
             raise ValueError(f"{where}: {line['id']} is another question there, or is not edited; build it anew")
         labelled.append((case, line))
-    if len(labelled) != manifest["splits"]["train"]["rows"]:
+    if len(labelled) != ((manifest.get("splits") or {}).get("train") or {}).get("rows"):
         raise ValueError(
             f"{folder / 'train.jsonl'} has {len(labelled)} lines, not what its manifest says; build it anew"
         )

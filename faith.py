@@ -365,7 +365,8 @@ def run_measure(args: argparse.Namespace) -> None:
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
     if args.json:
-        files.write_json(args.json, {"args": vars(args), "summary": summaries})
+        letters = None if subject.offsets is None else subject.offsets.tolist()
+        files.write_json(args.json, {"args": vars(args), "mean_logp": letters, "summary": summaries})
 
 
 def run_ask(args: argparse.Namespace) -> None:

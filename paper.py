@@ -9,8 +9,8 @@ A run is a folder of train.py in which cells were measured afterwards; the base 
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
 All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
-faith.py the same --seed and --limit for each, and with --calibration the same file. The runs of one row are seeds: they
-differ in that alone. What was measured or trained otherwise is refused.
+faith.py the same --seed, --limit and --fit for each, and with --calibration the same file. The runs of one row are
+seeds: they differ in that alone. What was measured or trained otherwise is refused.
 
 A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
 over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
@@ -37,7 +37,7 @@ LEGEND = (
     "[ ]: 95 % interval by bootstrap; of several seeds the median and [least, greatest]; (1 of 3): measured of one of "
     "the row's three seeds"
 )
-ASKED = ("opening", "max_new_tokens", "seed", "words")  # of faith.py: what changes the answers to the same questions
+ASKED = ("opening", "max_new_tokens", "seed", "words", "fit")  # of faith.py: what changes a cell of the same questions
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
 SMOKE = 20  # a run of fewer steps shows that the commands work, no more
 PARTS = {
@@ -85,10 +85,13 @@ def read(folder: str | Path) -> Run:
     try:
         args = json.loads(found[0].read_text())
         row = "RQ1" if args["objective"] == "detection" else f"RQ2-{args['labels']}"
-        steps = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
-        return Run(folder, row, (args["task"], args["intervention"]), args["model"], steps, args["steps"], args, cells)
+        names, steps = (args["task"], args["intervention"], args["model"]), args["steps"]
+        if row not in ROWS or [*map(type, names), type(steps)] != [str, str, str, int]:
+            raise ValueError("a value that no run has")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{found[0]}: not of a run of train.py ({error!r})") from None
+    logged = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else steps
+    return Run(folder, row, names[:2], names[2], logged, steps, args, cells)
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -110,16 +113,22 @@ def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
     for run in runs:
         if (file := Path(f"{run.cells[key]}.json")).exists():
             try:
-                args = dict(json.loads(file.read_text(encoding="utf-8")).get("args") or {})
+                found = json.loads(file.read_text(encoding="utf-8"))
+                args = dict(found.get("args") or {})
             except (ValueError, TypeError, AttributeError, OSError) as error:
                 raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
-            calibrated = {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
-            known[run.folder] = {name: args[name] for name in ASKED if name in args} | calibrated
+            how = known[run.folder] = {name: args[name] for name in ASKED if name in args}
+            if "calibration" in args:
+                how["calibration"] = args["calibration"] != "none"
+            if found.get("mean_logp"):
+                how["letters"] = found["mean_logp"]
     for n, (folder, how) in enumerate(known.items()):
         for other, was in list(known.items())[:n]:
             for name in (name for name in how if name in was and how[name] != was[name]):
                 if name == "calibration":
                     words = "one with --calibration, one without"
+                elif name == "letters":
+                    words = "with other means of the letters; give both the same --calibration FILE"
                 else:
                     words = f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}"
                 raise ValueError(f"{'-'.join(key)} of {other} and of {folder}: measured unlike, {words}")

@@ -21,7 +21,6 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden size, V vocabulary, G group.
 """
 
-import dataclasses
 import functools
 import math
 import random
@@ -378,7 +377,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     """Loads and checks everything a run needs before it starts: the model, test and fit cases, the stream."""
     check(args)
     out = Path(args.out)
-    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not args.resume and out.exists() and (not out.is_dir() or any(f.suffix != ".part" for f in out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
     questions = tasks.load(args.task, args.data)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
@@ -416,7 +415,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / "args.json", dataclasses.asdict(args))
+        results.note(args)
     if args.calibrate:
         plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
@@ -451,7 +450,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
         ranks.together(lambda: state.resume(args.checkpoint_every))
         if ranks.rank == 0:
-            files.write_json(out / "args.json", dataclasses.asdict(args) | {"resume": False})
+            results.note(args, state.steps)
     started, first, problem, skips = time.time(), state.steps, "", 0
     with Signals(ranks.rank == 0, ranks if sharded else None) as signals:
         try:

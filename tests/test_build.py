@@ -366,7 +366,8 @@ def test_calibrated_labels(folder, tmp_path, trains):
         ("calibrate", "its calibration_questions is 0, this run's 300"), ("data", "its data_sha256 is"),
         ("leak", "line 1: not a training question"), ("text", "is another question there"),
         ("cut", "has 39 lines"),
-        ("half", "not whole"), ("unedited", "is not edited"),
+        ("half", "not whole"), ("unedited", "is not edited"), ("unlabelled", "not whole"),
+        ("no splits", "has 40 lines"),
     ],
 )  # fmt: skip
 def test_another_data_set_is_refused(done, folder, tmp_path, trains, what, words):
@@ -379,6 +380,10 @@ def test_another_data_set_is_refused(done, folder, tmp_path, trains, what, words
         lines[0]["parts"][0] += " Really."
     elif what == "half":
         del lines[0]["edited"]
+    elif what == "unlabelled":
+        del lines[0]["influence"]
+    elif what == "no splits":
+        del manifest["splits"]
     elif what == "cut":
         del lines[-1]
     elif what == "unedited":

@@ -499,4 +499,27 @@ def test_more_steps(folder, whole, tmp_path):
     assert code == 0 and f"going on after step {STEPS}, from " in printed, error
     metrics = timeless(copy / "metrics.jsonl")
     assert metrics[:STEPS] == timeless(whole[0] / "metrics.jsonl") and len(metrics) == STEPS + 2
-    assert json.loads((copy / "args.json").read_text())["steps"] == STEPS + 2
+    saved = json.loads((copy / "args.json").read_text())
+    assert saved["steps"] == STEPS + 2
+    was = json.loads((whole[0] / "args.json").read_text())
+    assert "history" not in was and saved["history"] == [{"until": STEPS, "lr": was["lr"], "steps": STEPS}]
+    assert json.loads((copy / "model" / "training.json").read_text())["history"] == saved["history"]
+    assert f"up to step {STEPS} with --lr {was['lr']} --steps {STEPS}\n" in (copy / "model" / "README.md").read_text()
+
+
+def test_what_a_run_was_resumed_with_is_kept(tmp_path):
+    """Which flags each of its parts had, also where it went back to an earlier checkpoint; not what changes nothing."""
+
+    def resumed(steps, **given):
+        results.note(Args(out=str(tmp_path), resume=steps is not None, **given), steps or 0)
+        return json.loads((tmp_path / "args.json").read_text()).get("history")
+
+    assert resumed(None, lr=1.0) is None
+    assert resumed(0, lr=2.0) is None  # nothing had been done
+    assert resumed(10, lr=2.0, micro=1, note="a", steps=300, decay="constant") is None
+    assert resumed(10, lr=3.0) == [{"until": 10, "lr": 2.0}]
+    assert resumed(10, lr=4.0) == [{"until": 10, "lr": 2.0}]  # at 3.0 nothing was kept
+    assert resumed(20, lr=4.0, clip_norm=2.0) == [{"until": 10, "lr": 2.0}, {"until": 20, "clip_norm": 1.0}]
+    assert resumed(15, lr=5.0) == [{"until": 10, "lr": 2.0}, {"until": 15, "clip_norm": 1.0}]
+    assert resumed(5, lr=5.0) == [{"until": 5, "lr": 2.0}]
+    assert resumed(30, lr=5.0, decay="linear", steps=7)[1:] == [{"until": 30, "decay": "constant", "steps": 100}]

@@ -226,9 +226,14 @@ def test_bad_input_is_one_line(paper_runs, tmp_path):
         "args.json: not of a run of train.py": [write_run(tmp_path / "args", {("esnli", "bias"): home}, labels="x")],
         "fit.jsonl: no rows to fit": [write_run(tmp_path / "fit", {("esnli", "bias"): home}, seed=4)],
         "cannot be read|not a folder|no measured cells": [runs["s1"], tmp_path / "nowhere"],
+        "labels/args.json: not of a run of train.py": [
+            write_run(tmp_path / "labels", {("esnli", "bias"): home}, labels="new")],
+        "task/args.json: not of a run of train.py": [write_run(tmp_path / "task", {("esnli", "bias"): home}, task=3)],
+        "torn/metrics.jsonl": [write_run(tmp_path / "torn", {("esnli", "bias"): home}, logged=2, seed=4)],
     }  # fmt: skip
     (tmp_path / "args" / "args.json").write_text("{}")
     (tmp_path / "fit" / "cells" / "esnli-bias.fit.jsonl").write_text("")
+    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 0}\n{"st\n')
     for message, folders in cases.items():
         with pytest.raises(ValueError, match=message) as error:
             paper.tables(folders, resamples=20)
@@ -307,10 +312,12 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
     """As the JSON beside them tells, of the base and of any two runs."""
     runs, cells = paper_runs
     home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
-    asked = {"opening": "", "max_new_tokens": 48, "seed": 0, "words": "all", "calibration": "none", "model": "base"}
+    asked = {"opening": "", "max_new_tokens": 48, "seed": 0, "words": "all", "fit": 300, "calibration": "none",
+             "model": "base"}  # fmt: skip
     base = write_run(tmp_path / "base", home, asked=asked)
     for key, value, message in (("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
                                 ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
+                                ("fit", 20, "--fit 300 and 20"),
                                 ("calibration", "a.json", "one with --calibration, one without")):  # fmt: skip
         other = write_run(tmp_path / key, home, asked=asked | {key: value}, seed=7)
         with pytest.raises(ValueError, match=message) as error:
@@ -320,6 +327,12 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
                for n in (8, 9)]  # fmt: skip
     (table,) = paper.tables([*letters, runs["s1"]], resamples=20)
     assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 3
+    for folder, means, also in zip(letters, ([-1, -2], [-2, -1]), ("8.json", "9.json"), strict=True):
+        files.write_json(
+            folder / "cells" / "esnli-bias.json", {"args": asked | {"calibration": also}, "mean_logp": means}
+        )
+    with pytest.raises(ValueError, match="with other means of the letters; give both the same --calibration FILE"):
+        paper.tables(letters, resamples=20)
     (letters[0] / "cells" / "esnli-bias.json").write_text("[1]")
     with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):
         paper.tables(letters, resamples=20)

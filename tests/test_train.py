@@ -902,7 +902,9 @@ def test_an_output_folder_that_holds_something(done, folder, tmp_path, call):
     code, _, error = call(flags(folder, tmp_path / "file" / "below"))
     assert code == 2 and error.count("\n") == 1 and "file" in error
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "args.json.part").write_text('{"mo')  # of a run killed in its first moment
     assert call(flags(folder, tmp_path / "empty", steps=1, eval_questions=0))[0] == 0
+    assert (tmp_path / "empty" / "model").exists() and not (tmp_path / "empty" / "args.json.part").exists()
 
 
 def test_help_names_every_flag(call):
