@@ -510,8 +510,8 @@ def test_more_steps(folder, whole, tmp_path):
 def test_what_a_run_was_resumed_with_is_kept(tmp_path):
     """Which flags each of its parts had, also where it went back to an earlier checkpoint; not what changes nothing."""
 
-    def resumed(steps, **given):
-        results.note(Args(out=str(tmp_path), resume=steps is not None, **given), steps or 0)
+    def resumed(done, **given):
+        results.note(Args(out=str(tmp_path), resume=done is not None, **given), done or 0)
         return json.loads((tmp_path / "args.json").read_text()).get("history")
 
     assert resumed(None, lr=1.0) is None
