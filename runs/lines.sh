@@ -36,11 +36,20 @@ build() {  # FOLDER flags: a data set of frozen labels
         echo "mkdir -p $(dirname "$to"); ${each}python faith.py build --out $to $* >> $to.log 2>&1"
 }
 
+current() {  # FILE RUN: it is there, and not older than the run's model
+    [ -f "$1" ] && [ ! "$1" -ot "$2/model" ]
+}
+
 measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a cell of report.py's table
     local to=$1
     shift
-    [ -f "$to.json" ] ||
+    current "$to.json" "$(dirname "$(dirname "$to")")" ||
         echo "mkdir -p $(dirname "$to"); ${each}python faith.py --rows $to --json $to.json --temperature 1 $* > $to.log 2>&1"
+}
+
+game() {  # BASE RUN CELL: signs of gaming, in RUN/gaming.json and .txt, and a page of explanations to be read
+    current "$2/gaming.json" "$2" ||
+        echo "python page.py $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $2/gaming.html --json $2/gaming.json > $2/gaming.txt"
 }
 
 go() {  # JOBS: runs the lines it reads, so many side by side, each told its place by SLOT; one that fails ends it all

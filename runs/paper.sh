@@ -73,12 +73,17 @@ for model in $models; do
             done
         done
     } | go "$gpus"
+    games=
     for home in esnli social_iqa; do
         for kind in adverb bias; do
             for row in rq1 rq2-frozen rq2-on-policy; do
-                for seed in $seeds; do runs+=("$to/$row-$home-$kind-$seed"); done
+                for seed in $seeds; do
+                    runs+=("$to/$row-$home-$kind-$seed")
+                    games+=$(game "$to/base" "$to/$row-$home-$kind-$seed" $home-$kind)$'\n'
+                done
             done
         done
     done
+    sed '/^$/d' <<< "$games" | go "$gpus"
     tell "$to/table" "${runs[@]}"
 done

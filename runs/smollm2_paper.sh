@@ -41,4 +41,5 @@ cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
 for run in "${runs[@]}"; do cells "$run" home; done | go "$jobs"
 cells "$out/base" elsewhere | go "$jobs"
 for run in "${runs[@]:1}"; do cells "$run" elsewhere; done | go "$jobs"
+for run in "${runs[@]:1}"; do game "$out/base" "$run" esnli-bias; done | go "$jobs"
 tell "$out/table" "${runs[@]}"

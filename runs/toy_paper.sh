@@ -28,4 +28,5 @@ for run in "${runs[@]}"; do  # all are asked the same, with the same edits
     measure "$run/cells/other-adverb" $asked --data "$base/other.jsonl" --intervention adverb
     measure "$run/cells/toy-bias" $asked --data "$base" --intervention bias
 done | go "$jobs"
+for run in "${runs[@]:1}"; do game "$out/base" "$run" toy-adverb; done | go "$jobs"
 tell "$out/table" "${runs[@]}"

@@ -5,9 +5,11 @@ And the sampler's profile.
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -43,7 +45,7 @@ def lines(script, out, **environment):
 @pytest.fixture(params=SCRIPTS)
 def planned(request, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
-    runs, sets, cells, tables = {}, {}, defaultdict(dict), []
+    runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
     monkeypatch.setattr(faith, "check_arguments", lambda args: None)
     monkeypatch.setattr(faith, "run_measure", lambda args: seen.append(args))
     monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
@@ -56,6 +58,12 @@ def planned(request, tmp_path, monkeypatch):
             flags.check(args)
             runs[args.out] = args
             continue
+        if program == "page.py":  # of each run at home, beside the base's
+            before, after, *rest = words
+            folder = after.split("/cells/")[0]
+            assert rest == ["--to", f"{folder}/gaming.html", "--json", f"{folder}/gaming.json"] and folder not in games
+            games[folder] = before
+            continue
         assert {"faith.py": faith.main, "report.py": report.main}[program](words) in (0, None)
         (args,) = seen
         if program == "report.py":
@@ -66,6 +74,8 @@ def planned(request, tmp_path, monkeypatch):
             folder, name = args.rows.split("/cells/")
             assert args.json == f"{args.rows}.json" and 1 in args.temperature and name not in cells[folder]
             cells[folder][name] = args
+    homes = {folder: f"{run.task}-{run.intervention}.T1.jsonl" for folder, run in runs.items()}
+    assert games == {folder: f"{Path(folder).parent}/base/cells/{home}" for folder, home in homes.items()}
     return request.param, runs, sets, cells, tables
 
 
@@ -148,7 +158,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     again = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
     gone = [command for command in every if command not in again]
     assert [(program, words[words.index("--out") + 1] if "--out" in words else words[words.index("--rows") + 1])
-            for program, words in gone] == [
+            for program, words in gone if program != "page.py"] == [
         ("faith.py", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
         ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
     assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
@@ -265,3 +275,22 @@ def test_profile(tmp_path):
     ):  # fmt: skip
         code, out, error = profile(*given)
         assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")
+
+
+def test_what_is_older_than_the_runs_model_is_done_again(tmp_path):
+    """A run that was trained on keeps no measurement of what it was; the base has no model beside its cells."""
+
+    def left():
+        got = shell("measure run/cells/a-bias; game base run a-bias; measure base/cells/a-bias", tmp_path)
+        return re.findall(r" (?:--json) (\S+)", got.stdout)
+
+    every = ["run/cells/a-bias.json", "run/gaming.json", "base/cells/a-bias.json"]
+    assert left() == every
+    for name in ("run/model", "run/cells", "base/cells"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in every:
+        (tmp_path / name).write_text("{}")
+    assert left() == []
+    later = time.time() + 10
+    os.utime(tmp_path / "run" / "model", (later, later))
+    assert left() == every[:2]
