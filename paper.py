@@ -46,6 +46,7 @@ PARTS = {
     "phi_less_shortcut": "Phi less the shortcut's",
     "phi_less_base": "Phi less the base's",
     "detection": "correlation of I and what it says of it when asked outright",
+    "accuracy": "accuracy on X",
 }
 GAIN = {
     "phi_base": "Phi of the base",

@@ -21,7 +21,7 @@ def some_rows(seed, link, kind="bias", n=N, influence_seed=0, flips=()):
     for k in range(n):
         i = int(moved[k]) ^ (k in flips)
         m = i if rng.random() < link else int(rng.random() < 0.4)
-        rows.append(make_row(k, i, m, group=f"g{k // 2}", kind=kind))
+        rows.append(make_row(k, i, m, group=f"g{k // 2}", kind=kind, gold=2 * (k % 5 == 0)))
     return rows
 
 
@@ -175,6 +175,8 @@ def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_pa
     assert blocks[1] == "Phi-CCT" and lines[0] == ["", f"in-distribution (n = {N})", f"OOD: comve (n = {N})",
                                                    f"cross-intervention: adverb (n = {N})"]  # fmt: skip
     by_row = {line[0]: line[1:] for line in lines[2:]}
+    accuracy = dict(zip(blocks, blocks[1:], strict=False))["accuracy on X"].split("\n")[3]
+    assert accuracy.startswith("| RQ1 ") and accuracy.count(" 0.800 [") == 3
     assert by_row["RQ2-frozen"] == ["undefined", "–", "–"]
     assert by_row["RQ1"][0].startswith(f"{phi(cells['rq1']['esnli', 'bias']):.3f} [")
     written = json.loads((tmp_path / "a.json").read_text())["tables"][0]["rows"]
