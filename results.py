@@ -28,7 +28,7 @@ def note(args: Args, steps: int = 0) -> None:
         gone = [entry for entry in history if entry["until"] >= steps][:1]  # back to an earlier checkpoint
         history = [entry for entry in history if entry["until"] < steps] + [entry | {"until": steps} for entry in gone]
         matter = {"lr", "warmup", "decay", "clip_norm"}
-        if {args.decay, was["decay"]} != {"constant"}:
+        if {args.decay, was.get("decay")} != {"constant"}:
             matter.add("steps")
         changed = {name: was[name] for name in sorted(matter & was.keys()) if was[name] != getattr(args, name)}
         if steps and changed and not gone:
