@@ -52,7 +52,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { font-weight: 600; vertical-align: baseline; }
 td { vertical-align: baseline; }
-tbody th { font-weight: 400; white-space: normal; width: 16rem; }
+tbody th { font-weight: 400; white-space: normal; width: 16rem; min-width: 12rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.2rem;
   margin: 1rem 0; }
 article[hidden] { display: none; }
@@ -66,7 +66,7 @@ label { position: sticky; top: 0; display: block; padding: .6rem 0; background: 
 select { font: inherit; max-width: 100%; }
 @media (max-width: 42rem) { .pair { grid-template-columns: 1fr; gap: .9rem; } article { padding: .8rem .9rem; }
   th, td { white-space: normal; padding-right: .5rem; font-size: .8rem; }
-  tbody th { width: auto; } td small, td span { display: block; font-size: .7rem; } }
+  tbody th { width: auto; min-width: 0; } td small, td span { display: block; font-size: .7rem; } }
 """
 SCRIPT = """
 document.querySelector("select").onchange = event => {
@@ -147,7 +147,7 @@ def figures(table: dict[str, dict]) -> str:
 
     def entry(figure: dict | None) -> str:
         value, _, spread = report.cell(figure).replace("-", "\u2212").partition(" ")
-        return f"<td>{value} <small>{spread}</small></td>"
+        return f"<td>{value} <small>{spread.replace('] (', ']<br>(')}</small></td>"
 
     rows = "".join(
         f"<tr><th>{escape(label)}</th>{''.join(entry(part.get(name)) for part in table.values())}</tr>"
