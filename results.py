@@ -21,19 +21,24 @@ def note(args: Args, steps: int = 0) -> None:
 
     history: [{"until": steps, flag: what it was}, …], in order; without what changes no update.
     """
-    file, history = Path(args.out) / "args.json", []
+    file, kept = Path(args.out) / "args.json", []
     if args.resume:
-        was = json.loads(file.read_text())
-        history = was.get("history", [])
-        gone = [entry for entry in history if entry["until"] >= steps][:1]  # back to an earlier checkpoint
-        history = [entry for entry in history if entry["until"] < steps] + [entry | {"until": steps} for entry in gone]
+        was, known = json.loads(file.read_text()), history(args)
+        gone = [entry for entry in known if entry["until"] >= steps][:1]  # back to an earlier checkpoint
+        kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in gone]
         matter = {"lr", "warmup", "decay", "clip_norm"}
         if {args.decay, was.get("decay")} != {"constant"}:
             matter.add("steps")
         changed = {name: was[name] for name in sorted(matter & was.keys()) if was[name] != getattr(args, name)}
         if steps and changed and not gone:
-            history.append({"until": steps} | changed)
-    files.write_json(file, dataclasses.asdict(args) | {"resume": False} | ({"history": history} if history else {}))
+            kept.append({"until": steps} | changed)
+    files.write_json(file, dataclasses.asdict(args) | {"resume": False} | ({"history": kept} if kept else {}))
+
+
+def history(args: Args) -> list[dict]:
+    """What `note` kept of the flags that a resumed run had before."""
+    file = Path(args.out) / "args.json"
+    return json.loads(file.read_text()).get("history", []) if file.exists() else []
 
 
 def save(args: Args, model: models.Transformer, name: str) -> None:
@@ -41,7 +46,8 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
     out = Path(args.out)
     if args.resume:  # what the run wrote before it was stopped is written anew
         shutil.rmtree(out / name, ignore_errors=True)
-    record = json.loads((out / "args.json").read_text()) | {"data": str(Path(args.data).resolve())}
+    record = dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())}
+    record |= {"history": earlier} if (earlier := history(args)) else {}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
     if args.calibrate:
         also.append(("calibration.json", (out / "calibration.json").read_text()))
@@ -52,16 +58,16 @@ def save(args: Args, model: models.Transformer, name: str) -> None:
 
 
 def model_card(args: Args, figures: str = "") -> str:
-    note = f"{args.note}\n\n" if args.note else ""
-    history = ""
-    for entry in json.loads((Path(args.out) / "args.json").read_text()).get("history", []):
+    said = f"{args.note}\n\n" if args.note else ""
+    earlier = ""
+    for entry in history(args):
         was = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in entry.items() if name != "until")
-        history += f"\nup to step {entry['until']} with {was}\n"
+        earlier += f"\nup to step {entry['until']} with {was}\n"
     how = {"disclosure": "GRPO, reward 1[mention = influence]",
            "detection": "supervised, to say whether an edit moved its answer"}[args.objective]  # fmt: skip
     return (
         f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
-        f"{note}    torchrun train.py {command(args)}\n{history}{figures}"
+        f"{said}    torchrun train.py {command(args)}\n{earlier}{figures}"
     )
 
 
