@@ -74,7 +74,7 @@ class Stream:
         self.words = reward.words(args.intervention, held_out=False)
         self.position = 0  # candidates handed out so far
         self.epoch, self.left = -1, []
-        self.frozen: list[tuple[Case, dict]] = []  # labelled training questions of --dataset, if there is one
+        self.frozen: list[tuple[Case, dict]] = []  # with --labels frozen: questions labelled by the initial model
 
     def take(self, n: int) -> list[Case]:
         """The next n; questions without a place for an edit are passed over."""
@@ -113,9 +113,12 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, t
     return list(zip(cases, ranks.gather(rows), strict=True))
 
 
-def draw_batch(subject: Subject, stream: Stream, args: Args, ranks: Ranks) -> tuple[list, list]:
-    """A batch balanced by current influence, and all that was labelled to find it."""
-    labelled: list = []
+def draw_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[list, list]:
+    """A batch balanced by influence, and all that was labelled to find it: by the current model, or once (frozen)."""
+    if args.labels == "frozen":
+        labelled = random.Random(f"{args.seed}/{step}").sample(stream.frozen, len(stream.frozen))
+        return balance(labelled, args.prompts), labelled
+    labelled = []
     while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
         labelled += label(subject, stream.take(min(2 * args.prompts, args.candidates - len(labelled))), ranks)
     return batch, labelled
@@ -401,66 +404,57 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list, list, Stream]:
     return subject, test, fit, stream
 
 
-SKIPS = 5  # updates that were not finite, one after the other, end a run
+def set_up(args: Args, ranks: Ranks, subject: Subject) -> tuple:
+    """What is trained, the reference of --kl (or None), and the optimizer; ValueError where they do not go together.
 
-
-def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
-    out, model = Path(args.out), subject.sampler.model
+    What is trained is the model itself or, with --parallel shard, its masters, cut among the ranks.
+    """
+    model, detection = subject.sampler.model, args.objective == "detection"
     sizes = {name: getattr(args, name) for name in ("prompts", "samples", "micro", "lora", "recompute")}
     sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
-    detection = args.objective == "detection"
     wish = "replicate" if detection and args.parallel == "auto" else args.parallel
-    sharded = shard.choose(wish, model, ranks.world, **sizes) == "shard"
-    if sharded and detection:
-        raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
-    if ranks.rank == 0 and not args.resume:
-        out.mkdir(parents=True, exist_ok=True)
-        results.note(args)
-    if args.calibrate:
-        plain = stream.questions[: args.calibration_questions]
-        subject.offsets = faith.calibrate(subject, plain)
-        if ranks.rank == 0:
-            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
-    cut = None  # the masters, where they are cut among the ranks
-    if sharded:
+    cut = None
+    if shard.choose(wish, model, ranks.world, **sizes) == "shard":
+        if detection:
+            raise ValueError("--objective detection is not done with --parallel shard; use --parallel replicate")
         with torch.device("meta"):
             like = models.Transformer(model.config, torch.float32)
         if args.lora:
             lora.attach(like, args.lora, args.lora_alpha, args.lora_targets.split(","))
         like.recompute = args.recompute
         cut = shard.cut(model, like, ranks.world)
-    trained = cut or model
-    reference = None
-    if args.kl and args.objective == "disclosure":
+    trained, reference = cut or model, None
+    if args.kl and not detection:
         reference = trained if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
-    before: dict = {}
-    if args.resume and (out / "before.json").exists():
-        before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
-    elif test and args.eval_before:
-        before = evaluate(subject, test, fit, "before", args, ranks)
-    frozen = stream.frozen or None
-    if args.labels == "frozen" and not args.dataset:
-        frozen = label(subject, stream.take(args.frozen_questions), ranks, progress("labelled", ranks))
-    anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
-    rollout, learn, size = groups_of, update, args.samples
-    if detection:  # an answer is a group of one, and a yes counts as a mention
+    return trained, reference, Optimizer(model, args, cut)
+
+
+def anchor_of(subject: Subject, trained, anchors: list, step: int, args: Args, ranks: Ranks) -> Callable[[], float]:
+    """hold_decisions on the questions that are this step's."""
+    held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
+    return functools.partial(hold_decisions, subject, trained, held, args.anchor, ranks)
+
+
+SKIPS = 5  # updates that were not finite, one after the other, end a run
+
+
+def train(
+    args: Args, ranks: Ranks, subject: Subject, stream: Stream, trained, reference, optimizer: Optimizer,
+    anchors: list, state: checkpoint.State,
+) -> str:  # fmt: skip
+    """All steps that are left, logged and saved; returns what ended them early, or nothing.
+
+    ValueError where that was so before the first step; SystemExit where a signal stopped it.
+    """
+    out, rollout, learn, size = Path(args.out), groups_of, update, args.samples
+    if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
         rollout, learn, size = detect.answers, detect.update, 1
-    optimizer = Optimizer(model, args, cut)
-    state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, sharded)
-    if args.resume:  # the model is still the initial one; all that was taken from it is as it was
-        ranks.together(lambda: state.resume(args.checkpoint_every))
-        if ranks.rank == 0:
-            results.note(args, state.steps)
     started, first, problem, skips = time.time(), state.steps, "", 0
-    with Signals(ranks.rank == 0, ranks if sharded else None) as signals:
+    with Signals(ranks.rank == 0, ranks if isinstance(trained, shard.Cut) else None) as signals:
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
-                if frozen is None:
-                    batch, labelled = draw_batch(subject, stream, args, ranks)
-                else:
-                    labelled = random.Random(f"{args.seed}/{step}").sample(frozen, len(frozen))
-                    batch = balance(labelled, args.prompts)
+                batch, labelled = draw_batch(subject, stream, step, args, ranks)
                 if not batch:
                     problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
                     problem += "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
@@ -469,10 +463,8 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                 mine = ranks.share(batch)
                 groups, rewards, log = ranks.together(lambda: rollout(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
-                held = random.Random(f"{args.seed}/{step}/anchor").sample(anchors, min(len(anchors), args.prompts // 2))
-                anchor = functools.partial(hold_decisions, subject, trained, held, args.anchor, ranks)
-                lr = learning_rate(step, args)
-                skipped = []
+                lr, skipped = learning_rate(step, args), []
+                anchor = anchor_of(subject, trained, anchors, step, args, ranks)
                 for i in range(args.updates):
                     # At the initial weights, where the first update is, its gradient is rounding alone, of which AdamW
                     # would make full steps. Only a skipped first update leaves the next there too: rare, and let be.
@@ -480,11 +472,11 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     figures = learn(trained, reference, optimizer, groups, rewards, lr, args, ranks, pull, signals.hold)
                     skipped.append(figures["skipped"])
                 figures["skipped"] = sum(skipped)
+                skips = skips + 1 if all(skipped) else 0
                 clock.append(time.time())
                 # Each rank's log is a run of whole groups; gather them in the batch's order.
                 grouped = ranks.gather([log[i : i + size] for i in range(0, len(log), size)])
                 log = [entry for group in grouped for entry in group]
-                skips = skips + 1 if all(skipped) else 0
                 state.advance(step + 1)
                 if ranks.rank == 0:
                     seconds = dict(zip(("label_s", "rollout_s", "update_s"), np.diff(clock).tolist(), strict=True))
@@ -498,7 +490,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
                     state.save()
                 if ranks.rank == 0:
                     if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                        results.save(args, model, f"step-{step + 1}")
+                        results.save(args, subject.sampler.model, f"step-{step + 1}")
                 signals.release()
                 if skips == SKIPS:
                     problem = f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
@@ -521,6 +513,35 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
             raise SystemExit(128 + signals.number) from None
     if problem and state.steps == skips:  # nothing was learned
         raise ValueError(f"step {step + 1}: {problem}")
+    return problem
+
+
+def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[Case], stream: Stream) -> None:
+    """The whole of it, of what `prepare` returns: measure, train, save, measure again."""
+    trained, reference, optimizer = set_up(args, ranks, subject)
+    out, model = Path(args.out), subject.sampler.model
+    if ranks.rank == 0 and not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        results.note(args)
+    if args.calibrate:
+        plain = stream.questions[: args.calibration_questions]
+        subject.offsets = faith.calibrate(subject, plain)
+        if ranks.rank == 0:
+            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
+    before: dict = {}
+    if args.resume and (out / "before.json").exists():
+        before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
+    elif test and args.eval_before:
+        before = evaluate(subject, test, fit, "before", args, ranks)
+    if args.labels == "frozen" and not args.dataset:
+        stream.frozen = label(subject, stream.take(args.frozen_questions), ranks, progress("labelled", ranks))
+    anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
+    state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, isinstance(trained, shard.Cut))
+    if args.resume:  # the model is still the initial one; all that was taken from it is as it was
+        ranks.together(lambda: state.resume(args.checkpoint_every))
+        if ranks.rank == 0:
+            results.note(args, state.steps)
+    problem = train(args, ranks, subject, stream, trained, reference, optimizer, anchors, state)
     if ranks.rank == 0:
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)

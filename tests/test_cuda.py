@@ -70,11 +70,14 @@ def test_logprobs_are_the_trainers_in_bf16():
     assert (recorded - scored).abs().mean() < 0.05
 
 
-def test_a_run(tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run(tmp_path, rank):
+    """All weights trained, or LoRA's adapters."""
     folder = tiny.build(tmp_path / "model")
     given = {"task": "esnli", "intervention": "bias", "model": folder,
              "data": tiny.ROOT / "tests" / "data" / "esnli", "out": tmp_path / "out", "prompts": 4,
-             "samples": 4, "steps": 2, "eval-questions": 2, "fit-questions": 2, "max-new-tokens": 8}  # fmt: skip
+             "samples": 4, "steps": 2, "eval-questions": 2, "fit-questions": 2, "max-new-tokens": 8,
+             "lora": rank}  # fmt: skip
     args = train.parse([str(x) for name, value in given.items() for x in (f"--{name}", value)])
     ranks = train.Ranks()
     train.run(args, ranks, *train.prepare(args, ranks))

@@ -480,7 +480,7 @@ def test_draw_batch(folder):
     """Half and half by what the current model does; labels enough and no more."""
     args = train.Args(**SMALL | {"prompts": 6, "candidates": 400})
     subject, ranks = subject_of(folder), train.Ranks()
-    batch, labelled = train.draw_batch(subject, train.Stream(questions_(), args), args, ranks)
+    batch, labelled = train.draw_batch(subject, train.Stream(questions_(), args), 0, args, ranks)
     assert [row["influence"] for _, row in batch] == [1, 0] * 3
     assert len(labelled) <= 100
     for case, row in batch:
@@ -488,7 +488,7 @@ def test_draw_batch(folder):
         assert (row["y"], row["y_edit"]) == tuple(logp.argmax(-1).tolist())
         assert row["influence"] == (row["y"] != row["y_edit"])
     few = train.Args(**SMALL | {"prompts": 60, "candidates": 50})
-    batch, labelled = train.draw_batch(subject, train.Stream(questions_(), few), few, ranks)
+    batch, labelled = train.draw_batch(subject, train.Stream(questions_(), few), 0, few, ranks)
     assert len(labelled) == 50 and 0 < len(batch) <= 50
     assert sum(row["influence"] for _, row in batch) * 2 == len(batch)
 
