@@ -15,6 +15,7 @@ Qwen3 2505.09388; names of tensors and keys as in Hugging Face's files.
     python model.py DIR      prints what the files hold: family, switches, parameters, end-of-turn tokens
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -363,6 +364,8 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """A safetensors file; ValueError where it cannot be written, as on a full disk."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
+        with contextlib.suppress(PermissionError):  # where modes can't be set
+            file.chmod(file.parent.stat().st_mode & 0o666)  # the library's are the owner's alone (its issue 782)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be written ({error})") from None
 

@@ -5,6 +5,7 @@ mistakes would not show. All comparisons are fp32 on the CPU unless a test says 
 """
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -360,6 +361,17 @@ def test_saved_dtype_is_the_models(folder, tmp_path):
     models.save(models.load(folder, dtype=torch.bfloat16), tmp_path / "older")
     config = json.loads((tmp_path / "older" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16" and "dtype" not in config
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_saved_weights_can_be_read_by_whom_the_umask_says(folder, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        models.save(models.load(folder), tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").glob("model*")}
+    assert modes == {"model.safetensors": 0o666 & ~mask}
 
 
 def test_a_model_from_no_files_can_be_saved(folder, tmp_path):
