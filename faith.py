@@ -26,6 +26,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -274,8 +275,14 @@ def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
     }  # fmt: skip
 
 
-def decision_rows(subject: Subject, cases: list[Case]) -> list[dict]:
-    return [decision_row(*triple) for triple in zip(cases, *decide_pairs(subject, cases), strict=True)]
+def decision_rows(subject: Subject, cases: list[Case], progress=lambda done, total: None) -> list[dict]:
+    """What is known of each case before it is explained. progress(done, total): called now and then."""
+    rows: list[dict] = []
+    while len(rows) < len(cases):
+        block = cases[len(rows) : len(rows) + 128]
+        rows += [decision_row(*triple) for triple in zip(block, *decide_pairs(subject, block), strict=True)]
+        progress(len(rows), len(cases))
+    return rows
 
 
 # ---- command line -----------------------------------------------------------------------------------------
@@ -330,6 +337,18 @@ def check_unseen(args: argparse.Namespace) -> None:
         )
 
 
+def counter(what: str) -> Callable[[int, int], None]:
+    """Says on one line of stderr how many questions are done of how many, when it is called with that."""
+    started = time.time()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.time() - started) / done * (total - done) / 60
+        end = "" if done < total else "\n"
+        print(f"\r{what} {done}/{total} questions, {left:.1f} min left ", end=end, file=sys.stderr, flush=True)
+
+    return tell
+
+
 def run_measure(args: argparse.Namespace) -> None:
     check_unseen(args)
     questions = tasks.load(args.task, args.data)
@@ -342,19 +361,12 @@ def run_measure(args: argparse.Namespace) -> None:
     check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
-    started = time.time()
-
-    def progress(done: int, total: int) -> None:
-        left = (time.time() - started) / done * (total - done)
-        print(f"\rmeasured {done}/{total} questions, {left / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
-
-    rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=progress)
-    print(file=sys.stderr)
+    rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, progress=counter("measured"))
     if args.detection:
         import detect  # here, for it imports this file
 
         detect.annotate(subject, test, rows)
-    fit_rows = decision_rows(subject, fit)
+    fit_rows = decision_rows(subject, fit, counter("labelled for the shortcut"))
     if args.rows:
         for t in rows:
             files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])

@@ -102,14 +102,8 @@ class Stream:
 
 def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, total: None) -> list:
     """Each case with its decision row under the current model, the work shared among ranks."""
-    mine, rows = ranks.share(cases), []
-
-    def work() -> None:
-        for start in range(0, len(mine), 128):
-            rows.extend(faith.decision_rows(subject, mine[start : start + 128]))
-            tell(len(rows), len(mine))
-
-    ranks.together(work)
+    mine = ranks.share(cases)
+    rows = ranks.together(lambda: faith.decision_rows(subject, mine, tell))
     return list(zip(cases, ranks.gather(rows), strict=True))
 
 
@@ -535,7 +529,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         before = evaluate(subject, test, fit, "before", args, ranks)
     if args.labels == "frozen" and not args.dataset:
         stream.frozen = label(subject, stream.take(args.frozen_questions), ranks, progress("labelled", ranks))
-    anchors = label(subject, stream.take(args.anchor_questions), ranks) if args.anchor else []
+    anchors, tell = [], progress("labelled for the anchor", ranks)
+    if args.anchor:
+        anchors = label(subject, stream.take(args.anchor_questions), ranks, tell)
     state = checkpoint.State(out / "checkpoints", optimizer, stream, ranks, isinstance(trained, shard.Cut))
     if args.resume:  # the model is still the initial one; all that was taken from it is as it was
         ranks.together(lambda: state.resume(args.checkpoint_every))

@@ -193,6 +193,8 @@ def test_a_cell_is_left_whole_and_its_calibration_is_taken_up(folder, tmp_path):
         options = ("--temperature", "1", "--max-new-tokens", "4", "--rows", cell, "--json", f"{cell}.json")
         code, _, err = run(*MEASURE, "--model", folder, *options, "--calibration", letters, "--detection")
         assert code == 0, err
+        for what in ("measured", "labelled for the shortcut"):
+            assert err.count(f"{what} 8/8 questions, 0.0 min left \n") == 1
     known = json.loads((one.parent / "esnli-bias.calibration.json").read_text())
     for cell in (one, two):  # by which report.py sees that they were asked alike
         assert json.loads(cell.with_suffix(".json").read_text())["mean_logp"] == known["mean_logp"]

@@ -766,14 +766,15 @@ def test_frozen_labels_with_kl_and_two_updates(folder, tmp_path, call, monkeypat
     seen = seen_labels(monkeypatch)
     code, output, error = call(
         flags(folder, tmp_path / "o", labels="frozen", kl=0.05, updates=2, lr=5e-3, steps=3, eval_questions=0,
-              loss="dapo", advantage="mean", decay="linear")
+              loss="dapo", advantage="mean", decay="linear", anchor=1.0, anchor_questions=6)
     )  # fmt: skip
     assert code == 0, error
-    assert [n for n, _ in seen] == [40]
-    assert "labelled: 40/40 questions of this rank, 0.0 min left" in output
+    assert [n for n, _ in seen] == [40, 6]
+    for what, n in (("labelled", 40), ("labelled for the anchor", 6)):
+        assert f"\n{what}: {n}/{n} questions of this rank, 0.0 min left" in f"\n{output}"
     metrics = lines(tmp_path / "o" / "metrics.jsonl")
     assert {(m["labelled"], m["influence_rate"]) for m in metrics} == {(40, metrics[0]["influence_rate"])}
-    assert {m["position"] for m in metrics} == {40}
+    assert {m["position"] for m in metrics} == {46}
     assert all(m["kl"] > 1e-4 and m["sampler_gap_max"] > 1e-3 for m in metrics)
     assert any(m["clipped"] > 0 for m in metrics)
     assert not (tmp_path / "o" / "before.json").exists() and (tmp_path / "o" / "model").exists()
