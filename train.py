@@ -21,6 +21,7 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden size, V vocabulary, G group.
 """
 
+import dataclasses
 import functools
 import math
 import random
@@ -105,6 +106,16 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, t
     mine = ranks.share(cases)
     rows = ranks.together(lambda: faith.decision_rows(subject, mine, tell))
     return list(zip(cases, ranks.gather(rows), strict=True))
+
+
+def take_letters(subject: Subject, questions: list[tasks.Question], args: Args, ranks: Ranks) -> None:
+    """Takes the letters' means from the current model, as faith.calibrate, and writes OUT/calibration.json."""
+    mine, bare = ranks.share(questions), dataclasses.replace(subject, offsets=None)
+    logp = ranks.together(lambda: list(faith.decide(bare, mine)) if mine else [])
+    subject.offsets = np.mean(ranks.gather(logp), 0)
+    if ranks.rank == 0:
+        known = {"mean_logp": subject.offsets.tolist(), "questions": len(questions)}
+        files.write_json(Path(args.out) / "calibration.json", known)
 
 
 def draw_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[list, list]:
@@ -434,7 +445,7 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def train(
     args: Args, ranks: Ranks, subject: Subject, stream: Stream, trained, reference, optimizer: Optimizer,
-    anchors: list, state: checkpoint.State,
+    plain: list, anchors: list, state: checkpoint.State,
 ) -> str:  # fmt: skip
     """All steps that are left, logged and saved; returns what ended them early, or nothing.
 
@@ -448,6 +459,8 @@ def train(
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
+                if args.recalibrate:
+                    take_letters(subject, plain, args, ranks)
                 batch, labelled = draw_batch(subject, stream, step, args, ranks)
                 if not batch:
                     problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
@@ -482,8 +495,10 @@ def train(
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()
-                if ranks.rank == 0:
-                    if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                    if args.recalibrate:
+                        take_letters(subject, plain, args, ranks)
+                    if ranks.rank == 0:
                         results.save(args, subject.sampler.model, f"step-{step + 1}")
                 signals.release()
                 if skips == SKIPS:
@@ -517,11 +532,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         results.note(args)
+    plain = stream.questions[: args.calibration_questions]
     if args.calibrate:
-        plain = stream.questions[: args.calibration_questions]
-        subject.offsets = faith.calibrate(subject, plain)
-        if ranks.rank == 0:
-            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
+        take_letters(subject, plain, args, ranks)
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
@@ -537,7 +550,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         ranks.together(lambda: state.resume(args.checkpoint_every))
         if ranks.rank == 0:
             results.note(args, state.steps)
-    problem = train(args, ranks, subject, stream, trained, reference, optimizer, anchors, state)
+    problem = train(args, ranks, subject, stream, trained, reference, optimizer, plain, anchors, state)
+    if args.recalibrate:
+        take_letters(subject, plain, args, ranks)
     if ranks.rank == 0:
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)
