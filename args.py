@@ -38,8 +38,8 @@ class Args:
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
-    recalibrate: bool = option(False, "with --calibrate: take those means anew at each step, from the current model; "
-                               "not for frozen labels (ours)")  # fmt: skip
+    recalibrate: int = option(0, "with --calibrate: so many of the calibration questions are asked again at each step, "
+                              "and the means moved as theirs have; 0: none. Not for frozen labels (ours)")  # fmt: skip
     calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
     steps: int = option(100, "optimizer steps")
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
@@ -113,6 +113,8 @@ def check(args: Args) -> None:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
+    if args.recalibrate and not (0 < args.recalibrate <= args.calibration_questions):
+        raise ValueError(f"--recalibrate must be from 0 to --calibration-questions, {args.calibration_questions}")
     if args.recalibrate and (not args.calibrate or args.labels == "frozen"):
         raise ValueError("--recalibrate is for --calibrate with --labels on-policy; add them, or leave it out")
     if args.prompts % 2:

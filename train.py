@@ -108,14 +108,35 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, t
     return list(zip(cases, ranks.gather(rows), strict=True))
 
 
-def take_letters(subject: Subject, questions: list[tasks.Question], args: Args, ranks: Ranks) -> None:
-    """Takes the letters' means from the current model, as faith.calibrate, and writes OUT/calibration.json."""
-    mine, bare = ranks.share(questions), dataclasses.replace(subject, offsets=None)
-    logp = ranks.together(lambda: list(faith.decide(bare, mine)) if mine else [])
-    subject.offsets = np.mean(ranks.gather(logp), 0)
-    if ranks.rank == 0:
-        known = {"mean_logp": subject.offsets.tolist(), "questions": len(questions)}
-        files.write_json(Path(args.out) / "calibration.json", known)
+class Letters:
+    """The letters' means: the initial model's over `questions`, and how they have moved since.
+
+    It is one drift of all decisions that --recalibrate takes out; few questions tell it, for they are asked twice.
+    """
+
+    def __init__(self, subject: Subject, questions: list[tasks.Question], args: Args, ranks: Ranks):
+        self.subject, self.questions, self.out, self.ranks = subject, questions, Path(args.out), ranks
+        self.initial = self.ask(questions)
+        self.take(self.initial)
+
+    def ask(self, questions: list[tasks.Question]) -> np.ndarray:
+        """Log p of each letter, not calibrated (n, options), the work shared among ranks."""
+        mine, bare = self.ranks.share(questions), dataclasses.replace(self.subject, offsets=None)
+        logp = self.ranks.together(lambda: list(faith.decide(bare, mine)) if mine else [])
+        return np.array(self.ranks.gather(logp))
+
+    def take(self, logp: np.ndarray) -> None:
+        """Calibrates by log p of the first n questions now, and writes OUT/calibration.json."""
+        moved = logp - self.initial[: len(logp)]
+        self.subject.offsets = self.initial.mean(0) + moved.mean(0)
+        if self.ranks.rank == 0:
+            known = {"mean_logp": self.subject.offsets.tolist(), "questions": len(self.questions)}
+            files.write_json(self.out / "calibration.json", known)
+
+    def follow(self, n: int) -> None:
+        """Asks the current model the first n questions again (0: none)."""
+        if n:
+            self.take(self.ask(self.questions[:n]))
 
 
 def draw_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[list, list]:
@@ -445,7 +466,7 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def train(
     args: Args, ranks: Ranks, subject: Subject, stream: Stream, trained, reference, optimizer: Optimizer,
-    plain: list, anchors: list, state: checkpoint.State,
+    letters: Letters | None, anchors: list, state: checkpoint.State,
 ) -> str:  # fmt: skip
     """All steps that are left, logged and saved; returns what ended them early, or nothing.
 
@@ -459,8 +480,8 @@ def train(
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
-                if args.recalibrate:
-                    take_letters(subject, plain, args, ranks)
+                if letters:
+                    letters.follow(args.recalibrate)
                 batch, labelled = draw_batch(subject, stream, step, args, ranks)
                 if not batch:
                     problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
@@ -496,8 +517,8 @@ def train(
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()
                 if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                    if args.recalibrate:
-                        take_letters(subject, plain, args, ranks)
+                    if letters:
+                        letters.follow(args.recalibrate)
                     if ranks.rank == 0:
                         results.save(args, subject.sampler.model, f"step-{step + 1}")
                 signals.release()
@@ -532,9 +553,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         results.note(args)
-    plain = stream.questions[: args.calibration_questions]
-    if args.calibrate:
-        take_letters(subject, plain, args, ranks)
+    letters = Letters(subject, stream.questions[: args.calibration_questions], args, ranks) if args.calibrate else None
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
@@ -550,9 +569,9 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         ranks.together(lambda: state.resume(args.checkpoint_every))
         if ranks.rank == 0:
             results.note(args, state.steps)
-    problem = train(args, ranks, subject, stream, trained, reference, optimizer, plain, anchors, state)
-    if args.recalibrate:
-        take_letters(subject, plain, args, ranks)
+    problem = train(args, ranks, subject, stream, trained, reference, optimizer, letters, anchors, state)
+    if letters and args.recalibrate:
+        letters.follow(len(letters.questions))
     if ranks.rank == 0:
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)
