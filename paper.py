@@ -9,8 +9,9 @@ A run is a folder of train.py in which cells were measured afterwards; the base 
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
 All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
-faith.py the same --seed, --limit and --fit for each, and with --calibration the same file. The runs of one row are
-seeds: they differ in that alone. What was measured or trained otherwise is refused.
+faith.py the same --seed, --limit and --fit for each, and with --calibration the same file (but a run of train.py
+--recalibrate its own). The runs of one row are seeds: they differ in that alone. What was measured or trained
+otherwise is refused.
 
 A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
 over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
@@ -121,7 +122,7 @@ def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
             how = known[run.folder] = {name: args[name] for name in ASKED if name in args}
             if "calibration" in args:
                 how["calibration"] = args["calibration"] != "none"
-            if found.get("mean_logp"):
+            if found.get("mean_logp") and not run.args.get("recalibrate"):
                 how["letters"] = found["mean_logp"]
     for n, (folder, how) in enumerate(known.items()):
         for other, was in list(known.items())[:n]:

@@ -507,6 +507,55 @@ def test_labels_follow_the_model(folder, tmp_path):
     assert [r["influence"] for _, r in first] != [r["influence"] for _, r in moved]
 
 
+def test_letters_follow_a_drift(folder, tmp_path):
+    """The means move as those of the first n questions have; a drift that all share changes no decision."""
+    args, subject, questions = train.Args(**SMALL, out=str(tmp_path)), subject_of(folder), questions_()[:12]
+    plain, option_logprobs = faith.decide(subject, questions), subject.sampler.option_logprobs
+    letters = train.Letters(subject, questions, args, train.Ranks())
+    assert np.allclose(subject.offsets, faith.calibrate(subject, questions), atol=1e-6)
+    picks = faith.decide(subject, questions).argmax(-1)
+    drift = torch.tensor([0.7, -0.4, 0.1])
+    subject.sampler.option_logprobs = lambda *given: option_logprobs(*given) + drift
+    assert (faith.decide(subject, questions).argmax(-1) != picks).any()
+    letters.follow(0)  # nobody is asked
+    assert (faith.decide(subject, questions).argmax(-1) != picks).any()
+    letters.follow(3)
+    assert (faith.decide(subject, questions).argmax(-1) == picks).all()
+    now = (plain + drift.numpy())[:3]
+    now -= np.log(np.exp(now).sum(-1, keepdims=True))
+    assert np.allclose(subject.offsets, plain.mean(0) + (now - plain[:3]).mean(0), atol=1e-5)
+    known = json.loads((tmp_path / "calibration.json").read_text())
+    assert known == {"mean_logp": subject.offsets.tolist(), "questions": 12}
+
+
+def test_recalibrate(folder, tmp_path, call, monkeypatch):
+    """Each step's labels, the saved model and what is measured of it have the means of the model at that time."""
+    asked, seen = [], []
+
+    def noted(name):
+        was = getattr(train, name)
+
+        def noting(subject, given, *rest):
+            asked.append(given)  # first the stream
+            seen.append((subject.offsets.copy(), faith.calibrate(subject, asked[0].questions[:4])))
+            return was(subject, given, *rest)
+
+        monkeypatch.setattr(train, name, noting)
+
+    noted("draw_batch"), noted("evaluate")
+    given = {"calibrate": True, "calibration_questions": 4, "lr": 1e-2, "steps": 3, "save_every": 2}
+    code, _, error = call(flags(folder, tmp_path / "o", recalibrate=4, **given) + ["--no-eval-before"])
+    assert code == 0, error
+    assert len(seen) == 4 and all(np.allclose(offsets, means, atol=1e-5) for offsets, means in seen)
+    assert all(np.abs(seen[i][0] - seen[i + 1][0]).max() > 1e-3 for i in range(3))
+    for name, where in (("model", 3), ("step-2", 2)):
+        saved = json.loads((tmp_path / "o" / name / "calibration.json").read_text())["mean_logp"]
+        assert np.allclose(saved, seen[where][0], atol=1e-5)
+    seen.clear()
+    assert call(flags(folder, tmp_path / "once", **given) + ["--no-eval-before"])[0] == 0
+    assert all((offsets == seen[0][0]).all() for offsets, _ in seen) and np.abs(seen[3][0] - seen[3][1]).max() > 1e-3
+
+
 def test_groups_of(folder):
     """Explanations of the prompt with the current pick, drawn anew at each step, rewarded where M = I."""
     args, subject = train.Args(**SMALL), subject_of(folder)
@@ -879,7 +928,10 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, call, monkeypatc
         ({"lr": "nan"}, "--lr"), ({"temperature": 0}, "--temperature"), ({"clip_norm": -1}, "--clip-norm"),
         ({"beta2": 1.0}, "--beta2"), ({"kl": -0.1}, "--kl"), ({"clip_low": "nan"}, "--clip-low"),
         ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
-        ({"updates": 0}, "--updates"),
+        ({"updates": 0}, "--updates"), ({"recalibrate": 4}, "--recalibrate is for --calibrate"),
+        ({"recalibrate": 4, "calibrate": True, "labels": "frozen"}, "--recalibrate is for --calibrate"),
+        ({"recalibrate": 5, "calibrate": True, "calibration_questions": 4}, "--recalibrate must be from 0 to"),
+        ({"recalibrate": -1, "calibrate": True}, "--recalibrate must be from 0 to"),
         ({"data": None}, "--data are needed"), ({"model": "toy-gpt"}, "toy-qwen3"),
         ({"model": "no/model"}, "no model at no/model"), ({"data": "no-data"}, "no-data"),
         ({"task": "comve"}, "comve"), ({"eval_questions": 500}, "too few"), ({"fit_questions": 15}, "too few"),
@@ -929,7 +981,10 @@ def torchrun(n, script, given, timeout=300):
 @pytest.mark.parametrize(
     "n, changes",
     [
-        (2, {"prompts": 6, "candidates": 192}),  # three groups each: an odd number
+        (
+            2,
+            {"prompts": 6, "candidates": 192, "calibrate": True, "calibration_questions": 5, "recalibrate": 1},
+        ),  # three groups each: an odd number
         (
             3,
             {
