@@ -475,6 +475,7 @@ def train(
     out, rollout, learn, size = Path(args.out), groups_of, update, args.samples
     if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
         rollout, learn, size = detect.answers, detect.update, 1
+    initial = dataclasses.replace(subject)  # with the means of the letters that the anchor's labels were taken with
     started, first, problem, skips = time.time(), state.steps, "", 0
     with Signals(ranks.rank == 0, ranks if isinstance(trained, shard.Cut) else None) as signals:
         try:
@@ -492,7 +493,7 @@ def train(
                 groups, rewards, log = ranks.together(lambda: rollout(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
                 lr, skipped = learning_rate(step, args), []
-                anchor = anchor_of(subject, trained, anchors, step, args, ranks)
+                anchor = anchor_of(initial, trained, anchors, step, args, ranks)
                 for i in range(args.updates):
                     # At the initial weights, where the first update is, its gradient is rounding alone, of which AdamW
                     # would make full steps. Only a skipped first update leaves the next there too: rare, and let be.
