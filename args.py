@@ -38,8 +38,9 @@ class Args:
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
-    recalibrate: int = option(0, "with --calibrate: so many of the calibration questions are asked again at each step, "
-                              "and the means moved as theirs have; 0: none. Not for frozen labels (ours)")  # fmt: skip
+    recalibrate: int = option(0, "with --calibrate: so many of the calibration questions (16 will do) are asked again "
+                              "at each step and the means moved as theirs have, in all but --anchor; 0: none. Not "
+                              "for frozen labels (ours)")  # fmt: skip
     calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
     steps: int = option(100, "optimizer steps")
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
@@ -93,7 +94,7 @@ class Args:
 LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
          "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
          "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
-         "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
+         "anchor_questions": 1, "weight_decay": 0, "recalibrate": 0, "lora": 0}  # fmt: skip
 
 
 # What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
@@ -113,8 +114,8 @@ def check(args: Args) -> None:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
-    if args.recalibrate and not (0 < args.recalibrate <= args.calibration_questions):
-        raise ValueError(f"--recalibrate must be from 0 to --calibration-questions, {args.calibration_questions}")
+    if args.recalibrate > args.calibration_questions:
+        raise ValueError(f"--recalibrate must be at most --calibration-questions, {args.calibration_questions}")
     if args.recalibrate and (not args.calibrate or args.labels == "frozen"):
         raise ValueError("--recalibrate is for --calibrate with --labels on-policy; add them, or leave it out")
     if args.prompts % 2:
@@ -153,10 +154,11 @@ def parse(argv: list[str] | None = None) -> Args:
             parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
         parser.set_defaults(resume=True)
         again = vars(parser.parse_args(argv))
-        for name in record.keys() - CHANGEABLE:
-            if again[name] != record[name]:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag} was {record[name]!r} and cannot change in a run that goes on; start a new one")
+        for field in dataclasses.fields(Args):
+            was = record.get(field.name, field.default)  # of a run from before there was the flag
+            if field.name not in CHANGEABLE and again[field.name] != was:
+                flag = field.name.replace("_", "-")
+                parser.error(f"--{flag} was {was!r} and cannot change in a run that goes on; start a new one")
     elif given.model.startswith("toy"):
         parser.set_defaults(**toy.SETTINGS)
     return Args(**vars(parser.parse_args(argv)))

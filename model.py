@@ -364,7 +364,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """A safetensors file; ValueError where it cannot be written, as on a full disk."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-        with contextlib.suppress(PermissionError):  # where modes can't be set
+        with contextlib.suppress(OSError):  # where modes can't be set
             file.chmod(file.parent.stat().st_mode & 0o666)  # the library's are the owner's alone (its issue 782)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be written ({error})") from None

@@ -9,9 +9,9 @@ A run is a folder of train.py in which cells were measured afterwards; the base 
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
 All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
-faith.py the same --seed, --limit and --fit for each, and with --calibration the same file (but a run of train.py
---recalibrate its own). The runs of one row are seeds: they differ in that alone. What was measured or trained
-otherwise is refused.
+faith.py the same --seed, --limit and --fit for each, and with --calibration the same file. The runs of one row are
+seeds: they differ in that alone. What was measured or trained otherwise is refused, but that the letters' means of a
+run of train.py --recalibrate are its own and not compared.
 
 A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
 over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
@@ -101,7 +101,8 @@ def check_alike(runs: list[Run]) -> None:
     for n, run in enumerate(runs):
         for other in (o for o in runs[:n] if (o.row, o.trained) == (run.row, run.trained)):
             for key in sorted((other.args.keys() | run.args.keys()) - FREE):
-                if (a := other.args.get(key)) != (b := run.args.get(key)):
+                a, b = other.args.get(key), run.args.get(key)
+                if (a or 0) != (b or 0):  # a flag that a run did not know yet is off
                     raise ValueError(f"{other.folder} and {run.folder} are not seeds of one row, {run.row}: "
                                      f"their --{key.replace('_', '-')} differs, {a!r} and {b!r}")  # fmt: skip
             if other.args.get("seed") == run.args.get("seed"):

@@ -5,6 +5,7 @@ import tiny
 import torch
 from test_rollout import FAMILIES, SHAPE, eager, same
 
+import lora
 import model as models
 import rollout
 import train
@@ -82,7 +83,7 @@ def test_a_run(tmp_path, rank):
     ranks = train.Ranks()
     train.run(args, ranks, *train.prepare(args, ranks))
     trained = models.load(tmp_path / "out" / "model", "cuda")
-    assert trained.dtype == torch.bfloat16
+    assert trained.dtype == torch.bfloat16 and bool(lora.adapters(trained)) == bool(rank)
 
 
 def test_decisions_do_not_depend_on_the_batch():

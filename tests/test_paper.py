@@ -305,7 +305,7 @@ def test_only_seeds_share_a_row(paper_runs, tmp_path):
     labelled = [write_run(tmp_path / labels, home, objective="detection", labels=labels) for labels in ("frozen", "x")]
     with pytest.raises(ValueError, match="of one row, RQ1: their --labels differs"):
         paper.tables(labelled, resamples=20)
-    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5)
+    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5, recalibrate=0)
     (table,) = paper.tables([runs["s1"], free], resamples=20)
     assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 2
 

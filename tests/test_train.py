@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -529,31 +530,40 @@ def test_letters_follow_a_drift(folder, tmp_path):
 
 
 def test_recalibrate(folder, tmp_path, call, monkeypatch):
-    """Each step's labels, the saved model and what is measured of it have the means of the model at that time."""
-    asked, seen = [], []
+    """Labels, the saved model and what is measured of it have the current letters' means; the anchor the first."""
+    asked, seen, held = [], [], []
 
     def noted(name):
         was = getattr(train, name)
 
         def noting(subject, given, *rest):
             asked.append(given)  # first the stream
-            seen.append((subject.offsets.copy(), faith.calibrate(subject, asked[0].questions[:4])))
+            logp = faith.decide(replace(subject, offsets=None), asked[0].questions[:4])
+            seen.append((subject.offsets.copy(), logp))
             return was(subject, given, *rest)
 
         monkeypatch.setattr(train, name, noting)
 
     noted("draw_batch"), noted("evaluate")
-    given = {"calibrate": True, "calibration_questions": 4, "lr": 1e-2, "steps": 3, "save_every": 2}
-    code, _, error = call(flags(folder, tmp_path / "o", recalibrate=4, **given) + ["--no-eval-before"])
+    hold = train.hold_decisions
+    monkeypatch.setattr(train, "hold_decisions", lambda s, *rest: held.append(s.offsets.copy()) or hold(s, *rest))
+    given = {"calibrate": True, "calibration_questions": 4, "lr": 1e-2, "steps": 3, "save_every": 2, "anchor": 0.1}
+    code, _, error = call(flags(folder, tmp_path / "o", recalibrate=2, **given) + ["--no-eval-before"])
     assert code == 0, error
-    assert len(seen) == 4 and all(np.allclose(offsets, means, atol=1e-5) for offsets, means in seen)
-    assert all(np.abs(seen[i][0] - seen[i + 1][0]).max() > 1e-3 for i in range(3))
-    for name, where in (("model", 3), ("step-2", 2)):
+    (first, start), *steps, (last, end) = seen
+    assert np.allclose(first, start.mean(0), atol=1e-5) and np.allclose(last, end.mean(0), atol=1e-5)
+    assert len(steps) == 2
+    for offsets, logp in steps:
+        assert np.allclose(offsets, start.mean(0) + (logp - start)[:2].mean(0), atol=1e-5)
+        assert np.abs(offsets - logp.mean(0)).max() > 1e-3 and np.abs(offsets - first).max() > 1e-3
+    for name, offsets in (("model", last), ("step-2", steps[1][0])):
         saved = json.loads((tmp_path / "o" / name / "calibration.json").read_text())["mean_logp"]
-        assert np.allclose(saved, seen[where][0], atol=1e-5)
+        assert np.allclose(saved, offsets, atol=1e-5)
+    assert len(held) == 2 and all((offsets == first).all() for offsets in held)  # there is none at the first update
     seen.clear()
     assert call(flags(folder, tmp_path / "once", **given) + ["--no-eval-before"])[0] == 0
-    assert all((offsets == seen[0][0]).all() for offsets, _ in seen) and np.abs(seen[3][0] - seen[3][1]).max() > 1e-3
+    assert len(seen) == 4 and all((offsets == first).all() for offsets, _ in seen)
+    assert np.abs(seen[-1][1].mean(0) - first).max() > 1e-3
 
 
 def test_groups_of(folder):
@@ -930,8 +940,8 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, call, monkeypatc
         ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
         ({"updates": 0}, "--updates"), ({"recalibrate": 4}, "--recalibrate is for --calibrate"),
         ({"recalibrate": 4, "calibrate": True, "labels": "frozen"}, "--recalibrate is for --calibrate"),
-        ({"recalibrate": 5, "calibrate": True, "calibration_questions": 4}, "--recalibrate must be from 0 to"),
-        ({"recalibrate": -1, "calibrate": True}, "--recalibrate must be from 0 to"),
+        ({"recalibrate": 5, "calibrate": True, "calibration_questions": 4}, "--recalibrate must be at most"),
+        ({"recalibrate": -1, "calibrate": True}, "--recalibrate must be at least 0"),
         ({"data": None}, "--data are needed"), ({"model": "toy-gpt"}, "toy-qwen3"),
         ({"model": "no/model"}, "no model at no/model"), ({"data": "no-data"}, "no-data"),
         ({"task": "comve"}, "comve"), ({"eval_questions": 500}, "too few"), ({"fit_questions": 15}, "too few"),
@@ -998,7 +1008,20 @@ def torchrun(n, script, given, timeout=300):
                 "opening": "the hypothesis",
             },
         ),  # one has none
-        (2, {"prompts": 6, "candidates": 192, "parallel": "shard", "anchor": 3.0, "anchor_questions": 5}),
+        (
+            2,
+            {
+                "prompts": 6,
+                "candidates": 192,
+                "parallel": "shard",
+                "anchor": 3.0,
+                "anchor_questions": 5,
+                "calibrate": True,
+                "calibration_questions": 5,
+                "recalibrate": 2,
+                "save_every": 1,
+            },
+        ),
         (
             4,
             {
@@ -1032,6 +1055,9 @@ def test_ranks_change_nothing(folder, tmp_path, call, n, changes):
             assert {k: v for k, v in a.items() if k not in ("p", "p_edit")} == {
                 k: v for k, v in b.items() if k not in ("p", "p_edit")
             }
+    if "calibrate" in changes:
+        means = [json.loads((run / "model" / "calibration.json").read_text())["mean_logp"] for run in (one, many)]
+        assert means[0] == pytest.approx(means[1], abs=1e-5)
     a, b = weights(one / "model"), weights(many / "model")
     start = weights(folder)
     assert max((a[k] - start[k]).abs().max() for k in a) > 5e-4
