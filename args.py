@@ -38,9 +38,6 @@ class Args:
     labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
-    recalibrate: int = option(0, "with --calibrate: so many of the calibration questions (16 will do) are asked again "
-                              "at each step and the means moved as theirs have, in all but --anchor; 0: none. Not "
-                              "for frozen labels (ours)")  # fmt: skip
     calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
     steps: int = option(100, "optimizer steps")
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
@@ -94,7 +91,7 @@ class Args:
 LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
          "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
          "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
-         "anchor_questions": 1, "weight_decay": 0, "recalibrate": 0, "lora": 0}  # fmt: skip
+         "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
 
 
 # What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
@@ -114,10 +111,6 @@ def check(args: Args) -> None:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
-    if args.recalibrate > args.calibration_questions:
-        raise ValueError(f"--recalibrate must be at most --calibration-questions, {args.calibration_questions}")
-    if args.recalibrate and (not args.calibrate or args.labels == "frozen"):
-        raise ValueError("--recalibrate is for --calibrate with --labels on-policy; add them, or leave it out")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.seed >= 2**31:

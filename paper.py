@@ -10,8 +10,7 @@ A run is a folder of train.py in which cells were measured afterwards; the base 
 
 All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
 faith.py the same --seed, --limit and --fit for each, and with --calibration the same file. The runs of one row are
-seeds: they differ in that alone. What was measured or trained otherwise is refused, but that the letters' means of a
-run of train.py --recalibrate are its own and not compared.
+seeds: they differ in that alone. What was measured or trained otherwise is refused.
 
 A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
 over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
@@ -123,7 +122,7 @@ def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
             how = known[run.folder] = {name: args[name] for name in ASKED if name in args}
             if "calibration" in args:
                 how["calibration"] = args["calibration"] != "none"
-            if found.get("mean_logp") and not run.args.get("recalibrate"):
+            if found.get("mean_logp"):
                 how["letters"] = found["mean_logp"]
     for n, (folder, how) in enumerate(known.items()):
         for other, was in list(known.items())[:n]:

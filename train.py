@@ -21,7 +21,6 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden size, V vocabulary, G group.
 """
 
-import dataclasses
 import functools
 import math
 import random
@@ -106,37 +105,6 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, tell=lambda done, t
     mine = ranks.share(cases)
     rows = ranks.together(lambda: faith.decision_rows(subject, mine, tell))
     return list(zip(cases, ranks.gather(rows), strict=True))
-
-
-class Letters:
-    """The letters' means: the initial model's over `questions`, and how they have moved since.
-
-    It is one drift of all decisions that --recalibrate takes out; few questions tell it, for they are asked twice.
-    """
-
-    def __init__(self, subject: Subject, questions: list[tasks.Question], args: Args, ranks: Ranks):
-        self.subject, self.questions, self.out, self.ranks = subject, questions, Path(args.out), ranks
-        self.initial = self.ask(questions)
-        self.take(self.initial)
-
-    def ask(self, questions: list[tasks.Question]) -> np.ndarray:
-        """Log p of each letter, not calibrated (n, options), the work shared among ranks."""
-        mine, bare = self.ranks.share(questions), dataclasses.replace(self.subject, offsets=None)
-        logp = self.ranks.together(lambda: list(faith.decide(bare, mine)) if mine else [])
-        return np.array(self.ranks.gather(logp))
-
-    def take(self, logp: np.ndarray) -> None:
-        """Calibrates by log p of the first n questions now, and writes OUT/calibration.json."""
-        moved = logp - self.initial[: len(logp)]
-        self.subject.offsets = self.initial.mean(0) + moved.mean(0)
-        if self.ranks.rank == 0:
-            known = {"mean_logp": self.subject.offsets.tolist(), "questions": len(self.questions)}
-            files.write_json(self.out / "calibration.json", known)
-
-    def follow(self, n: int) -> None:
-        """Asks the current model the first n questions again (0: none)."""
-        if n:
-            self.take(self.ask(self.questions[:n]))
 
 
 def draw_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[list, list]:
@@ -466,7 +434,7 @@ SKIPS = 5  # updates that were not finite, one after the other, end a run
 
 def train(
     args: Args, ranks: Ranks, subject: Subject, stream: Stream, trained, reference, optimizer: Optimizer,
-    letters: Letters | None, anchors: list, state: checkpoint.State,
+    anchors: list, state: checkpoint.State,
 ) -> str:  # fmt: skip
     """All steps that are left, logged and saved; returns what ended them early, or nothing.
 
@@ -475,14 +443,11 @@ def train(
     out, rollout, learn, size = Path(args.out), groups_of, update, args.samples
     if args.objective == "detection":  # an answer is a group of one, and a yes counts as a mention
         rollout, learn, size = detect.answers, detect.update, 1
-    initial = dataclasses.replace(subject)  # with the means of the letters that the anchor's labels were taken with
     started, first, problem, skips = time.time(), state.steps, "", 0
     with Signals(ranks.rank == 0, ranks if isinstance(trained, shard.Cut) else None) as signals:
         try:
             for step in range(first, args.steps):
                 clock = [time.time()]
-                if letters:
-                    letters.follow(args.recalibrate)
                 batch, labelled = draw_batch(subject, stream, step, args, ranks)
                 if not batch:
                     problem = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
@@ -493,7 +458,7 @@ def train(
                 groups, rewards, log = ranks.together(lambda: rollout(subject, mine, step, args))  # noqa: B023
                 clock.append(time.time())
                 lr, skipped = learning_rate(step, args), []
-                anchor = anchor_of(initial, trained, anchors, step, args, ranks)
+                anchor = anchor_of(subject, trained, anchors, step, args, ranks)
                 for i in range(args.updates):
                     # At the initial weights, where the first update is, its gradient is rounding alone, of which AdamW
                     # would make full steps. Only a skipped first update leaves the next there too: rare, and let be.
@@ -517,10 +482,8 @@ def train(
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()
-                if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                    if letters:
-                        letters.follow(args.recalibrate)
-                    if ranks.rank == 0:
+                if ranks.rank == 0:
+                    if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                         results.save(args, subject.sampler.model, f"step-{step + 1}")
                 signals.release()
                 if skips == SKIPS:
@@ -554,7 +517,11 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
     if ranks.rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         results.note(args)
-    letters = Letters(subject, stream.questions[: args.calibration_questions], args, ranks) if args.calibrate else None
+    if args.calibrate:
+        plain = stream.questions[: args.calibration_questions]
+        subject.offsets = faith.calibrate(subject, plain)
+        if ranks.rank == 0:
+            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
     before: dict = {}
     if args.resume and (out / "before.json").exists():
         before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
@@ -570,9 +537,7 @@ def run(args: Args, ranks: Ranks, subject: Subject, test: list[Case], fit: list[
         ranks.together(lambda: state.resume(args.checkpoint_every))
         if ranks.rank == 0:
             results.note(args, state.steps)
-    problem = train(args, ranks, subject, stream, trained, reference, optimizer, letters, anchors, state)
-    if letters and args.recalibrate:
-        letters.follow(len(letters.questions))
+    problem = train(args, ranks, subject, stream, trained, reference, optimizer, anchors, state)
     if ranks.rank == 0:
         if problem:
             print(f"stopped after step {state.steps}: {problem}", flush=True)

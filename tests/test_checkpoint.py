@@ -335,10 +335,9 @@ def test_a_kill_while_saving(folder, whole, tmp_path):
     same(whole[0], copy)
 
 
-@pytest.mark.parametrize("labels", [{"labels": "frozen", "frozen_questions": 20}, {"recalibrate": 3}])
-def test_frozen_labels_and_calibration(folder, tmp_path, labels):
+def test_frozen_labels_and_calibration(folder, tmp_path):
     """What was taken from the initial model is again taken from it, not from the model that goes on."""
-    changes = labels | {"steps": 6, "eval_questions": 0, "lr": 1e-2}
+    changes = {"labels": "frozen", "frozen_questions": 20, "steps": 6, "eval_questions": 0, "lr": 1e-2}
     runs = []
     for name in ("whole", "stopped"):
         given = flags(folder, tmp_path / name, **changes) + ["--calibrate", "--calibration-questions", "5"]

@@ -305,7 +305,7 @@ def test_only_seeds_share_a_row(paper_runs, tmp_path):
     labelled = [write_run(tmp_path / labels, home, objective="detection", labels=labels) for labels in ("frozen", "x")]
     with pytest.raises(ValueError, match="of one row, RQ1: their --labels differs"):
         paper.tables(labelled, resamples=20)
-    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5, recalibrate=0)
+    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5, lora=0)
     (table,) = paper.tables([runs["s1"], free], resamples=20)
     assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 2
 
@@ -335,10 +335,6 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
         )
     with pytest.raises(ValueError, match="with other means of the letters; give both the same --calibration FILE"):
         paper.tables(letters, resamples=20)
-    for folder in letters:  # runs whose letters' means followed the model
-        known = json.loads((folder / "args.json").read_text())
-        files.write_json(folder / "args.json", known | {"recalibrate": 16})
-    assert paper.tables(letters, resamples=20)
     (letters[0] / "cells" / "esnli-bias.json").write_text("[1]")
     with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):
         paper.tables(letters, resamples=20)

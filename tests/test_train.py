@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -508,64 +507,6 @@ def test_labels_follow_the_model(folder, tmp_path):
     assert [r["influence"] for _, r in first] != [r["influence"] for _, r in moved]
 
 
-def test_letters_follow_a_drift(folder, tmp_path):
-    """The means move as those of the first n questions have; a drift that all share changes no decision."""
-    args, subject, questions = train.Args(**SMALL, out=str(tmp_path)), subject_of(folder), questions_()[:12]
-    plain, option_logprobs = faith.decide(subject, questions), subject.sampler.option_logprobs
-    letters = train.Letters(subject, questions, args, train.Ranks())
-    assert np.allclose(subject.offsets, faith.calibrate(subject, questions), atol=1e-6)
-    picks = faith.decide(subject, questions).argmax(-1)
-    drift = torch.tensor([0.7, -0.4, 0.1])
-    subject.sampler.option_logprobs = lambda *given: option_logprobs(*given) + drift
-    assert (faith.decide(subject, questions).argmax(-1) != picks).any()
-    letters.follow(0)  # nobody is asked
-    assert (faith.decide(subject, questions).argmax(-1) != picks).any()
-    letters.follow(3)
-    assert (faith.decide(subject, questions).argmax(-1) == picks).all()
-    now = (plain + drift.numpy())[:3]
-    now -= np.log(np.exp(now).sum(-1, keepdims=True))
-    assert np.allclose(subject.offsets, plain.mean(0) + (now - plain[:3]).mean(0), atol=1e-5)
-    known = json.loads((tmp_path / "calibration.json").read_text())
-    assert known == {"mean_logp": subject.offsets.tolist(), "questions": 12}
-
-
-def test_recalibrate(folder, tmp_path, call, monkeypatch):
-    """Labels, the saved model and what is measured of it have the current letters' means; the anchor the first."""
-    asked, seen, held = [], [], []
-
-    def noted(name):
-        was = getattr(train, name)
-
-        def noting(subject, given, *rest):
-            asked.append(given)  # first the stream
-            logp = faith.decide(replace(subject, offsets=None), asked[0].questions[:4])
-            seen.append((subject.offsets.copy(), logp))
-            return was(subject, given, *rest)
-
-        monkeypatch.setattr(train, name, noting)
-
-    noted("draw_batch"), noted("evaluate")
-    hold = train.hold_decisions
-    monkeypatch.setattr(train, "hold_decisions", lambda s, *rest: held.append(s.offsets.copy()) or hold(s, *rest))
-    given = {"calibrate": True, "calibration_questions": 4, "lr": 1e-2, "steps": 3, "save_every": 2, "anchor": 0.1}
-    code, _, error = call(flags(folder, tmp_path / "o", recalibrate=2, **given) + ["--no-eval-before"])
-    assert code == 0, error
-    (first, start), *steps, (last, end) = seen
-    assert np.allclose(first, start.mean(0), atol=1e-5) and np.allclose(last, end.mean(0), atol=1e-5)
-    assert len(steps) == 2
-    for offsets, logp in steps:
-        assert np.allclose(offsets, start.mean(0) + (logp - start)[:2].mean(0), atol=1e-5)
-        assert np.abs(offsets - logp.mean(0)).max() > 1e-3 and np.abs(offsets - first).max() > 1e-3
-    for name, offsets in (("model", last), ("step-2", steps[1][0])):
-        saved = json.loads((tmp_path / "o" / name / "calibration.json").read_text())["mean_logp"]
-        assert np.allclose(saved, offsets, atol=1e-5)
-    assert len(held) == 2 and all((offsets == first).all() for offsets in held)  # there is none at the first update
-    seen.clear()
-    assert call(flags(folder, tmp_path / "once", **given) + ["--no-eval-before"])[0] == 0
-    assert len(seen) == 4 and all((offsets == first).all() for offsets, _ in seen)
-    assert np.abs(seen[-1][1].mean(0) - first).max() > 1e-3
-
-
 def test_groups_of(folder):
     """Explanations of the prompt with the current pick, drawn anew at each step, rewarded where M = I."""
     args, subject = train.Args(**SMALL), subject_of(folder)
@@ -938,10 +879,7 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, call, monkeypatc
         ({"lr": "nan"}, "--lr"), ({"temperature": 0}, "--temperature"), ({"clip_norm": -1}, "--clip-norm"),
         ({"beta2": 1.0}, "--beta2"), ({"kl": -0.1}, "--kl"), ({"clip_low": "nan"}, "--clip-low"),
         ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
-        ({"updates": 0}, "--updates"), ({"recalibrate": 4}, "--recalibrate is for --calibrate"),
-        ({"recalibrate": 4, "calibrate": True, "labels": "frozen"}, "--recalibrate is for --calibrate"),
-        ({"recalibrate": 5, "calibrate": True, "calibration_questions": 4}, "--recalibrate must be at most"),
-        ({"recalibrate": -1, "calibrate": True}, "--recalibrate must be at least 0"),
+        ({"updates": 0}, "--updates"),
         ({"data": None}, "--data are needed"), ({"model": "toy-gpt"}, "toy-qwen3"),
         ({"model": "no/model"}, "no model at no/model"), ({"data": "no-data"}, "no-data"),
         ({"task": "comve"}, "comve"), ({"eval_questions": 500}, "too few"), ({"fit_questions": 15}, "too few"),
@@ -991,10 +929,7 @@ def torchrun(n, script, given, timeout=300):
 @pytest.mark.parametrize(
     "n, changes",
     [
-        (
-            2,
-            {"prompts": 6, "candidates": 192, "calibrate": True, "calibration_questions": 5, "recalibrate": 1},
-        ),  # three groups each: an odd number
+        (2, {"prompts": 6, "candidates": 192}),  # three groups each: an odd number
         (
             3,
             {
@@ -1008,20 +943,7 @@ def torchrun(n, script, given, timeout=300):
                 "opening": "the hypothesis",
             },
         ),  # one has none
-        (
-            2,
-            {
-                "prompts": 6,
-                "candidates": 192,
-                "parallel": "shard",
-                "anchor": 3.0,
-                "anchor_questions": 5,
-                "calibrate": True,
-                "calibration_questions": 5,
-                "recalibrate": 2,
-                "save_every": 1,
-            },
-        ),
+        (2, {"prompts": 6, "candidates": 192, "parallel": "shard", "anchor": 3.0, "anchor_questions": 5}),
         (
             4,
             {
@@ -1055,9 +977,6 @@ def test_ranks_change_nothing(folder, tmp_path, call, n, changes):
             assert {k: v for k, v in a.items() if k not in ("p", "p_edit")} == {
                 k: v for k, v in b.items() if k not in ("p", "p_edit")
             }
-    if "calibrate" in changes:
-        means = [json.loads((run / "model" / "calibration.json").read_text())["mean_logp"] for run in (one, many)]
-        assert means[0] == pytest.approx(means[1], abs=1e-5)
     a, b = weights(one / "model"), weights(many / "model")
     start = weights(folder)
     assert max((a[k] - start[k]).abs().max() for k in a) > 5e-4
