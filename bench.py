@@ -3,6 +3,10 @@
     python bench.py rollout --model DIR                            the sampler's rates and its share of the limit
     python bench.py rollout --model DIR --against transformers     and the ratio to transformers' generate
     python bench.py train --model DIR [--against trl]              a training step, phase by phase, and against TRL's
+    python bench.py train --model DIR --random --lora 16 --recompute    of a model whose weights are not here
+
+With --random weights are drawn, and DIR needs to hold config.json and the tokenizer only: speed hangs on no value, but
+for where answers end, so that "natural ends" then come as late as forced ones.
 
 The limit is the time that the sampler's matrix products would take at the rate at which this machine was seen, in
 the same run, to do products of these shapes, or its weights at the rate at which memory was read, whichever is
@@ -21,7 +25,7 @@ import files
 import model as models
 import report
 from bench_train import train_step
-from rates import introduce, make_prompts, peak_memory, product_rate, read_rate, seconds
+from rates import introduce, make_prompts, peak_memory, product_rate, random_network, read_rate, seconds
 from rollout import Sampler, Slots
 
 
@@ -56,15 +60,19 @@ def limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
 class Theirs:
     """transformers' generate on the same prompts, padded on the left, samples by num_return_sequences."""
 
-    def __init__(self, folder: Path, end: list[int], network: models.Transformer):
+    def __init__(self, folder: Path, end: list[int], network: models.Transformer, drawn: bool = False):
         import transformers  # only here: not a requirement of the product
 
         transformers.utils.logging.set_verbosity_error()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which would prepare for every new length: its first runs are slow
         self.version, self.end, device = transformers.__version__, end, network.device
-        self.network = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=network.dtype, attn_implementation="sdpa"
-        )
-        self.network = self.network.to(device).eval()
+        how = {"dtype": network.dtype, "attn_implementation": "sdpa"}
+        if drawn:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            with device:  # where drawing them is quick
+                self.network = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
+        else:
+            self.network = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).to(device).eval()
 
     @torch.inference_mode()
     def generate(self, prompts, samples: int, new: int, forced: bool) -> int:
@@ -85,6 +93,10 @@ def measure(sampler: Sampler, theirs: Theirs | None, prompts, samples: int, new:
     """Tokens per second of both and the ratio, with natural and with forced ends; the last natural answers."""
     device, ends, figures = sampler.model.device, sampler.end_of_turn, {}
     answers: list = []
+    if sampler.static:  # its graphs are captured, once for sizes that come again, and kernels are loaded
+        figures["first_s"] = seconds(lambda: sampler.generate(prompts, samples, new), device)
+        if theirs:
+            theirs.generate(prompts, samples, new, True)
     for forced in (False, True):
         sampler.end_of_turn = [-1] if forced else ends  # no token is -1: nothing ends
         rates: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -117,19 +129,23 @@ GRID = [(samples, 128) for samples in (1, 4, 8, 16, 32)] + [(8, length) for leng
 def rollout(args: argparse.Namespace) -> None:
     tokenizer = models.Tokenizer(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = models.load(args.model, device)
+    network = random_network(args.model, device) if args.random else models.load(args.model, device)
     sampler = Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)
     if args.prompts:
         lines = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
     else:
         prompts = make_prompts(tokenizer, args.count, args.length)
-    theirs = Theirs(models.locate(args.model), sampler.end_of_turn, network) if args.against else None
+    theirs = None
+    if args.against:
+        theirs = Theirs(models.locate(args.model), sampler.end_of_turn, network, args.random)
     name = introduce(network, prompts, args.samples, args.new)
     sampler.generate(prompts[:2], 1, 2)  # warm
     figures = measure(sampler, theirs, prompts, args.samples, args.new, args.repeats)
     answers = figures.pop("answers")
     tokens = sum(len(c.tokens) for group in answers for c in group)
+    if sampler.static:
+        print(f"the first call, which captures {len(sampler.run.graphs)} graphs: {figures['first_s']:.1f} s")
     bound = limit(network, prompts, answers, args.rows)
     # Prefill alone: the same prompts, one token each.
     prefill = min(seconds(lambda: sampler.generate(prompts, 1, 1), device) for _ in range(args.repeats))
@@ -184,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=128, help="samples decoded together")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--against", choices=("transformers", "trl"), help="measure this too")
+    parser.add_argument("--random", action="store_true", help="weights drawn: a folder without any will do")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with train: of adapters, in place of all")
+    parser.add_argument("--recompute", action="store_true", help="with train: activation checkpointing")
     parser.add_argument("--micro", type=int, default=4, help="with train: groups per forward and backward pass")
     parser.add_argument("--grid", action="store_true", help="ratios over samples and prompt lengths as well")
     parser.add_argument("--json", help="write the figures to this file")
@@ -191,6 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.against and (args.against == "trl") != (args.what == "train"):
             raise ValueError("rollout is measured --against transformers, train --against trl")
+        if args.against == "trl" and (args.random or args.lora or args.recompute):
+            raise ValueError("--against trl goes with all weights, read and trained; leave out --random, --lora and "
+                             "--recompute")  # fmt: skip
+        if args.what == "rollout" and (args.lora or args.recompute):
+            raise ValueError("--lora and --recompute are for train; leave them out")
         for name in ("count", "length", "samples", "new", "rows", "repeats", "micro"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")

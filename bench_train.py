@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import files
+import lora
 import model as models
 import train
 from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
-from rates import introduce, make_prompts, peak_memory, product_rate, seconds
+from rates import introduce, make_prompts, peak_memory, product_rate, random_network, seconds
 from rollout import Sampler
 
 
@@ -33,6 +34,7 @@ class Trl:
         import trl
 
         transformers.utils.logging.set_verbosity_error()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in bench.py
         datasets.utils.logging.disable_progress_bar()
         self.version, self.drawn, self.fed, self.tokens = trl.__version__, random.Random(0), None, 0
         self.ids, self.samples = prompts, samples
@@ -128,7 +130,10 @@ def train_step(args: argparse.Namespace) -> None:
     figures: dict = {"args": vars(args), "ours": [], "generating": [], "fed": []}
     if args.against:  # first, while this process holds no model
         figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro)
-    network = models.load(args.model, device)
+    network = random_network(args.model, device) if args.random else models.load(args.model, device)
+    if args.lora:
+        lora.attach(network, args.lora, 2.0 * args.lora)
+    network.recompute = args.recompute
     sampler = Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)
     settings = train.Args(lr=1e-9, max_new_tokens=args.new, micro=args.micro, loss="dapo")
     optimizer, ranks, drawn = train.Optimizer(network, settings), train.Ranks(), random.Random(0)

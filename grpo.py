@@ -76,19 +76,15 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packe
         first, after = len(tokens), len(tokens) + len(prompt)
         tokens += prompt
         positions += range(len(prompt))
-        parts.append((first, after, first, first, None))
-        segments = []
-        for i, completion in enumerate(completions):
+        parts.append((first, after, first, first, [len(prompt)]))
+        for completion in completions:
             # Token t is predicted by token t − 1: the first by the prompt's last, and the last one is no input.
             sources += [after - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
             targets += completion
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            segments += [i] * (len(completion) - 1)
             tokens += completion[:-1]
-        if segments:
-            own = torch.tensor(segments)
-            own = (own[:, None] == own).tril()  # (n, n) of the n completion tokens
-            parts.append((after, len(tokens), first, after, torch.cat((own.new_ones(len(own), len(prompt)), own), 1)))
+        if lengths := [len(completion) - 1 for completion in completions if len(completion) > 1]:
+            parts.append((after, len(tokens), first, after, lengths))
     tokens, positions, sources, targets = (
         torch.tensor(x, device=device) for x in ([tokens], [positions], sources, targets)
     )

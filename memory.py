@@ -4,9 +4,9 @@ The network is built on the meta device, where tensors have shapes and no storag
 very code that trains: every operation's new storage is counted until it is freed (`Live`), so that there is no formula
 of activations for the code to outgrow. Blocks are alike, so one and two of them tell of any number.
 
-Attention stays one kernel here, which keeps q, k, v, its output, a log-sum per query and the mask as numbers (flash,
-cuDNN; torch's memory-efficient kernel also wants keys and values once per query head). torch's fallback keeps all
-scores (--attention math); on CUDA it is what masks with grouped heads may end in.
+Attention stays one kernel here, which keeps q, k, v, its output and a log-sum per query: in bf16 FlashAttention, which
+wants what a prompt's samples share once for each of them; in fp32 a CPU's, with the mask as numbers. What torch falls
+back on where it has neither, as on GPUs before Ampere, keeps all scores (--attention math).
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def groups(count: int, prompt: int, samples: int, new: int) -> grpo.Packed:
     n, parts = samples * (new - 1), []
     for a in range(0, count * (prompt + n), prompt + n):
         b = a + prompt
-        parts += [(a, b, a, a, None)] + [(b, b + n, a, b, meta(n, prompt + n, dtype=torch.bool))] * (n > 0)
+        parts += [(a, b, a, a, [prompt])] + [(b, b + n, a, b, [new - 1] * samples)] * (n > 0)
     tokens, scored = meta(1, count * (prompt + n)), meta(count * samples * new)
     return grpo.Packed(tokens, meta(*tokens.shape), parts, scored, scored)
 
@@ -95,7 +95,7 @@ def hidden_bytes(build, layers: int, sizes: tuple[int, int, int, int], fused: bo
         first = network.embed_tokens.weight.requires_grad_()
         with Live() as live:
             packed = groups(*sizes)
-            look = over_parts(packed.parts, "meta")
+            look = over_parts(packed.parts, "meta", flash=fused)
 
             def attend(*qkv) -> torch.Tensor:
                 with Fused() if fused else contextlib.nullcontext():

@@ -17,11 +17,17 @@ from stop import Signals, Stopped
 
 
 class Ranks:
-    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order."""
+    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order.
+
+    ValueError where there are more processes than GPUs.
+    """
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
+        cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if cuda and here > (found := torch.cuda.device_count()):
+            raise ValueError(f"torchrun was told to start {here} processes, and there are GPUs for {found}; set "
+                             "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs")  # fmt: skip
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)

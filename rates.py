@@ -44,6 +44,20 @@ def seconds(work, device: torch.device) -> float:
     return now() - started
 
 
+def repeated(work, device: torch.device):
+    """`work` to be run again and again: on CUDA as a graph, so that no launch is timed."""
+    if device.type != "cuda":
+        return work
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def product_rate(config: models.Config, rows: int, device, dtype, head: bool) -> tuple[float, float]:
     """(seconds, operations) of a layer's products with `rows` rows, times the layers, and the head's; best of five."""
     E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
@@ -55,22 +69,37 @@ def product_rate(config: models.Config, rows: int, device, dtype, head: bool) ->
         # One weight after another, as in a model: a few alone would stay in the processor's cache.
         some = min(n, max(1, int(2e9 / (out * inner * 4))))
         weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(some)]
-        repeats = max(1, round(2e9 / (2 * rows * out * inner * len(weights))))
+        enough = 2e9 if device.type == "cpu" else 5e11  # operations that take a millisecond or more
+        repeats = max(1, round(enough / (2 * rows * out * inner * len(weights))))
 
         def products():
             for _ in range(repeats):  # noqa: B023
                 for weight in weights:  # noqa: B023
                     F.linear(x, weight)  # noqa: B023
 
-        best = min(seconds(products, device) for _ in range(5)) / repeats / len(weights)
+        run = repeated(products, device)
+        best = min(seconds(run, device) for _ in range(5)) / repeats / len(weights)
         total, operations = total + n * best, operations + n * 2.0 * rows * out * inner
     return total, operations
 
 
 def read_rate(device) -> float:
     """Bytes per second at which memory is read, best of five."""
-    x = torch.ones(2**26, device=device)  # 256 MiB, more than caches hold
+    x = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device)  # 256 MiB or 4 GiB: no cache holds it
     return x.nbytes / min(seconds(x.sum, device) for _ in range(5))
+
+
+def random_network(path: str, device: torch.device) -> models.Transformer:
+    """A network of the folder's config with weights drawn at random: for what hangs on sizes only."""
+    folder, dtype = models.locate(path), torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        network = models.Transformer(models.read_config(folder), dtype)
+    network.to_empty(device=device)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    network.frequencies = models.rope_frequencies(network.config).to(device)
+    return network
 
 
 def peak_memory(device: torch.device) -> float:

@@ -24,6 +24,8 @@ H heads, K kv heads, r = H / K, D head dim, V vocabulary.
     python rollout.py DIR "a question" …     prints one answer to each
 """
 
+import functools
+import itertools
 import math
 import os
 import sys
@@ -36,6 +38,7 @@ from torch import Tensor
 from model import Config, Tokenizer, Transformer, load
 
 PREFILL = 1024  # tokens laid end to end in one forward pass: enough for fast products, little enough for caches
+PREFILL_CUDA = 4096  # there the host must keep ahead of the device
 
 
 @dataclass(frozen=True)
@@ -86,31 +89,92 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
 # ---- many texts in one pass ----------------------------------------------------------------------------------
 
 
-def over_parts(parts: list[tuple[int, int, int, int, Tensor | None]], device=None):
+class Flash(torch.autograd.Function):
+    """FlashAttention over runs of tokens of any lengths (Dao 2307.08691), torch's kernel: q (T, H, D), k, v (S, K, D).
+
+    Run i is q[q_ends[i] : q_ends[i + 1]], its keys k[k_ends[i] : k_ends[i + 1]]; its last query sees its last key. The
+    gradient is added up in a fixed order. (torch.nn.attention.varlen has other arguments in every version, and
+    scaled_dot_product_attention hands bf16 to cuDNN on Hopper, which prepares for every new length anew.)
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, q_ends, k_ends, q_most: int, k_most: int):
+        forward = torch.ops.aten._flash_attention_forward
+        out, *rest, _ = forward(q, k, v, q_ends, k_ends, q_most, k_most, 0.0, True, False)
+        ctx.save_for_backward(q, k, v, out, q_ends, k_ends, *rest)
+        ctx.most = q_most, k_most
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, q_ends, k_ends, log_sums, *rest = ctx.saved_tensors
+        was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            backward = torch.ops.aten._flash_attention_backward
+            grads = backward(grad, q, k, v, out, log_sums, q_ends, k_ends, *ctx.most, 0.0, True, *rest)
+        finally:
+            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        return *grads, None, None, None, None
+
+
+def flashes(q: Tensor) -> bool:
+    """Whether there is such a kernel; on the meta device, whether there would be."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and (q.is_meta or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)))
+
+
+def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, flash: bool = True):
     """Attention for texts laid end to end in one row (B = 1), for `Transformer.hidden`.
 
-    A part (start, end, first, last, mask) sees the tokens first..last, which it continues (none where first = last),
-    and itself: causally, or where the mask (its tokens, those it continues and its own) is True. So nothing is
-    padding, and what texts share is computed once.
+    A part (start, end, first, last, lengths) is one or more runs of tokens; each sees the tokens first..last, which it
+    continues (none where first = last), and itself, causally. The parts follow each other. So nothing is padding, and
+    what texts share is computed once. On a GPU all parts are one kernel, unless flash is False; on a CPU, one each.
     """
-    masks = []
-    for a, b, x, y, mask in parts:
-        if mask is None and y > x:
-            mask = torch.ones(b - a, y - x + b - a, dtype=torch.bool).tril(y - x)
-        masks.append(None if mask is None else mask.to(device))
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @functools.cache
+    def mask_of(part: int) -> Tensor | None:
+        a, b, x, y, lengths = parts[part]
+        if len(lengths) == 1 and x == y:
+            return None  # causal, and no more
+        counts = torch.tensor(lengths, device=device)
+        run = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=b - a)
+        own = (run[:, None] == run).tril()
+        return torch.cat((own.new_ones(b - a, y - x), own), 1)
+
+    def by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
-        for (a, b, x, y, _), mask in zip(parts, masks, strict=True):
-            if y > x:
-                keys, values = (torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) for c in (k, v))
-            else:
-                keys, values = k[:, :, a:b], v[:, :, a:b]
+        for i, (a, b, x, y, _) in enumerate(parts):
+            keys, values = (torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) if y > x else c[:, :, a:b] for c in (k, v))
+            mask = mask_of(i)
             out = F.scaled_dot_product_attention(
                 q[:, :, a:b], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
             )
             outs.append(out)
         return torch.cat(outs, 2)
+
+    @functools.cache
+    def runs() -> tuple:
+        """What `Flash` wants to know, and which token each of its keys is (None: all in their order)."""
+        q_lengths, k_lengths, keys = [], [], []
+        for a, _, x, y, lengths in parts:
+            for n in lengths:
+                q_lengths.append(n)
+                k_lengths.append(y - x + n)
+                keys += [torch.arange(x, y), torch.arange(a, a + n)]
+                a += n
+        ends = (torch.tensor([0, *some]).cumsum(0).to(device, torch.int32) for some in (q_lengths, k_lengths))
+        which = None if q_lengths == k_lengths else torch.cat(keys).to(device)
+        return *ends, max(q_lengths), max(k_lengths), which
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not (flash and flashes(q)):
+            return by_parts(q, k, v)
+        *about, which = runs()
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+        if which is not None:
+            k, v = k[which], v[which]
+        return Flash.apply(q, k, v, *about).transpose(0, 1)[None]
 
     return attend
 
@@ -126,11 +190,12 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
         same = [len(set(column)) == 1 for column in zip(*(prompt[:-1] for prompt in run), strict=False)]
         shared = [*same, False].index(False) if len(run) > 1 else 0
         first, after = len(tokens), len(tokens) + shared
-        parts += [(first, after, 0, 0, None)] if shared else []
+        parts += [(first, after, 0, 0, [shared])] if shared else []
         tokens += run[0][:shared]
         positions += range(shared)
         for prompt in run:
-            parts.append((len(tokens), len(tokens) + len(prompt) - shared, first, after, None))
+            own = len(prompt) - shared
+            parts.append((len(tokens), len(tokens) + own, first, after, [own]))
             tokens += prompt[shared:]
             positions += range(shared, len(prompt))
             last.append(len(tokens) - 1)
@@ -167,6 +232,7 @@ class Slots:
         self.question, self.sample = zeros(P * G), zeros(P * G)
         self.temperature = zeros(P * G, dtype=torch.float32)
         self.lanes = torch.arange(P * G, device=device)  # the rows of the step, the first R of them
+        self.ordered = True  # as long as they are in order
         self.seed, self.step = zeros(), zeros()
         self.limit = zeros() + N  # tokens per sample
         self.bad = zeros() + 2**62  # the first token whose logits were not finite
@@ -205,7 +271,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     end (n,): tokens that end a turn. Of the cache, T prompt and N own positions are read: no prompt and no
     sample in these slots may be longer. Sizes are the only numbers; all that changes from step to step is in `s`.
     """
-    lanes = s.lanes[:R]
+    lanes, whole = s.lanes[:R], s.ordered and R == P * s.G
     slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
     see = torch.arange(T, device=lanes.device) < s.length[:P, None]  # (P, T)
     see_own = torch.arange(N, device=lanes.device) < s.count.view(s.P, s.G, 1)[:P]  # (P, G, N)
@@ -216,16 +282,20 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
         (R, H, _, D), K = q.shape, k.shape[1]
         s.own[0, layer][slot, :, lane, count - 1] = k[:, :, 0]
         s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
-        # Rows come in any order; on the grid of slots and lanes, those of a prompt lie side by side.
-        grid = q.new_zeros(P, K, s.G, H // K, D)
-        grid[slot, :, lane] = (q * D**-0.5).view(R, K, H // K, D)
+        # Rows may come in any order; on the grid of slots and lanes, those of a prompt lie side by side.
+        q = (q * D**-0.5).view(R, K, H // K, D)
+        if whole:
+            grid = q.view(P, s.G, K, H // K, D).transpose(1, 2).contiguous()
+        else:
+            grid = q.new_zeros(P, K, s.G, H // K, D)
+            grid[slot, :, lane] = q
         scores = grid.view(P, K, -1, D) @ s.prefix[0, layer, :P, :, :T].mT  # (P, K, G · r, T)
         own = grid @ s.own[0, layer, :P, :, :, :N].mT  # (P, K, G, r, N)
-        scores = torch.cat((scores.view(*own.shape[:-1], T), own), -1).float().add_(hide)
+        scores = torch.cat((scores.view(*own.shape[:-1], T), own), -1) + hide  # fp32
         weights = scores.softmax(-1).to(q.dtype)
         out = weights[..., :T].reshape(P, K, -1, T) @ s.prefix[1, layer, :P, :, :T]  # (P, K, G · r, D)
         out = out.view(grid.shape) + weights[..., T:] @ s.own[1, layer, :P, :, :, :N]
-        return out[slot, :, lane].view(R, H, 1, D)
+        return (out.transpose(1, 2) if whole else out[slot, :, lane]).reshape(R, H, 1, D)
 
     tokens = s.tokens[lanes, count - 1]
     states = model.hidden(tokens[:, None], (s.length[slot] + count - 1)[:, None], attend=attend)
@@ -312,6 +382,7 @@ class Sampler:
         # On CUDA the step is captured, for few sizes, and the host looks at its results now and then. On a CPU
         # looking costs nothing, and the sizes may follow the samples closely.
         self.static = model.device.type == "cuda"
+        self.room = PREFILL_CUDA if self.static else PREFILL
         self.slots = self.run = None  # kept between calls where static: graphs know them by address
 
     def check(self, prompts: list[list[int]], new: int) -> None:
@@ -413,7 +484,8 @@ class Sampler:
         if self.slots and (self.slots.P, self.slots.G, self.slots.N) == (P, G, new) and self.slots.T >= longest:
             return self.slots
         self.slots = self.run = None  # frees their memory first
-        sizes = (G, -(-longest // 16) * 16, new)
+        step = 64 if self.static else 16  # a prompt longer than any before means other graphs
+        sizes = (G, -(-longest // step) * step, new)
         needed, free = Slots(model.config, P, *sizes, "meta", model.dtype).kv_bytes(), free_bytes(device)
         if needed > free:
             raise ValueError(f"the KV cache of {P} prompts x {G} samples takes {needed / 1e9:.1f} GB, and "
@@ -444,6 +516,7 @@ class Sampler:
         T = max(len(prompts[sample.prompt]) for sample in busy.values())
         idle = [lane for lane in range(P * s.G) if lane not in busy]
         s.lanes[:R] = torch.tensor([*busy, *idle[: R - len(busy)]])
+        s.ordered = False
         return P, R, min(-(-T // 16) * 16, s.T), min(-(-N // 8) * 8, s.N)
 
     def prefill(self, s: Slots, placed: dict[int, int], prompts, keys, heat: Tensor) -> dict[int, list]:
@@ -451,10 +524,11 @@ class Sampler:
         model, device, firsts, todo = self.model, self.model.device, {}, list(placed.items())
         while todo:
             some = [todo.pop()]
-            while todo and sum(len(prompts[i]) for _, i in some) + len(prompts[todo[-1][1]]) <= PREFILL:
+            while todo and sum(len(prompts[i]) for _, i in some) + len(prompts[todo[-1][1]]) <= self.room:
                 some.append(todo.pop())
-            ends = torch.tensor([len(prompts[i]) for _, i in some]).cumsum(0).tolist()
-            parts = [(end - len(prompts[i]), end, 0, 0, None) for end, (_, i) in zip(ends, some, strict=True)]
+            lengths = [len(prompts[i]) for _, i in some]
+            ends = list(itertools.accumulate(lengths))
+            parts = [(end - n, end, 0, 0, [n]) for end, n in zip(ends, lengths, strict=True)]
             look = over_parts(parts, device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -488,7 +562,7 @@ class Sampler:
         runs = [list(range(i, min(i + together, len(prompts)))) for i in range(0, len(prompts), together)]
         while runs:
             some = [runs.pop()]
-            while runs and sum(len(prompts[i]) for run in [*some, runs[-1]] for i in run) <= PREFILL:
+            while runs and sum(len(prompts[i]) for run in [*some, runs[-1]] for i in run) <= self.room:
                 some.append(runs.pop())
             scores = option_scores(self.model, [[prompts[i] for i in run] for run in some], options)
             results[[i for run in some for i in run]] = scores.cpu()

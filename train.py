@@ -23,6 +23,7 @@ Axes: B rows, T tokens of a row, M completion tokens in a micro-batch, E hidden 
 
 import functools
 import math
+import os
 import random
 import sys
 import time
@@ -560,7 +561,12 @@ def progress_line(record: dict, steps: int, explanations: int, seconds: float, l
 
 def main() -> int:
     args, begun = parse(), False  # anew, and has got so far that it may have been saved
-    ranks = Ranks()
+    try:
+        ranks = Ranks()
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 2
     try:
         furnish(args, ranks)
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>",
@@ -39,6 +40,16 @@ def write_tokenizer(folder: Path, template: str | None, merges=(), special=SPECI
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu(request):
+    """What is tested is the CPU's, where there is a GPU too; but for test_cuda's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_cuda":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="session")

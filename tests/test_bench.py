@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,27 @@ def test_against_transformers(folder, tmp_path, monkeypatch):
     figures = json.loads(file.read_text())
     natural = figures["natural"]
     assert figures["ratio"] == natural["ratio"] == pytest.approx(natural["runs"][0] / natural["theirs_runs"][0])
+
+
+def test_drawn_weights(folder, tmp_path, capsys):
+    """A folder without weights will do, for a step with adapters too; not where it would be measured against TRL."""
+    pytest.importorskip("transformers")
+    bare, file = tmp_path / "bare", tmp_path / "figures.json"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    given = ["--model", bare, "--random", "--count", 2, "--length", 40, "--samples", 3, "--new", 6, "--repeats", 1]
+    assert bench.main([str(x) for x in ["rollout", *given, "--against", "transformers", "--json", file]]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["tokens"] > 30 and figures["ratio"] > 0
+    network = rates.random_network(str(bare), torch.device("cpu"))
+    assert all(w.isfinite().all() for w in network.parameters()) and network.embed_tokens.weight.std() > 0.01
+    assert torch.equal(network.frequencies, models.load(folder).frequencies)
+    given += ["--micro", 1, "--lora", 2, "--recompute", "--json", file]
+    assert bench.main([str(x) for x in ["train", *given]]) == 0
+    assert list(json.loads(file.read_text())["phases"]) == ["labels", "rollout", "forward", "backward", "optimizer"]
+    capsys.readouterr()
+    for flags in (["rollout", *given], ["train", *given, "--against", "trl"]):
+        assert bench.main([str(x) for x in flags]) == 2
+    assert capsys.readouterr().err.count("leave") == 2
 
 
 @pytest.mark.parametrize(

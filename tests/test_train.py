@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import torch
 import faith
 import model as models
 import reward
+import rollout
 import tasks
 import train
 from rollout import Completion, Sampler
@@ -209,6 +211,43 @@ def close(a, b, tolerance=1e-5):
     size = max(g.abs().max() for g in b[1].values())
     assert size > 1e-4 and a[1].keys() == b[1].keys()
     assert max((a[1][name] - b[1][name]).abs().max() for name in b[1]) < tolerance * size
+
+
+class OneByOne:
+    """Stands in for rollout.Flash: a run at a time."""
+
+    @staticmethod
+    def apply(q, k, v, q_ends, k_ends, q_most, k_most):
+        outs = []
+        for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in (q_ends, k_ends)), strict=True):
+            assert 0 < b - a <= q_most and b - a <= y - x <= k_most and q_ends.dtype == k_ends.dtype == torch.int32
+            some = [t.transpose(0, 1)[None] for t in (q[a:b], k[x:y], v[x:y])]
+            mask = torch.ones(b - a, y - x).tril(y - x - b + a).bool()
+            outs.append(torch.nn.functional.scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=True))
+        return torch.cat(outs, 2)[0].transpose(0, 1)
+
+
+def test_all_parts_at_once(each, monkeypatch):
+    """As on a GPU, where one kernel is told of all runs: logprobs, their gradient, options, samples."""
+    groups, _ = noisy_groups(each, 1.0)
+    groups = [(p, [c.tokens for c in g]) for p, g in groups]
+    prompts, results = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], []
+    for at_once in (False, True):
+        if at_once:
+            monkeypatch.setattr(rollout, "flashes", lambda q: True)
+            monkeypatch.setattr(rollout, "Flash", OneByOne)
+        each.zero_grad()
+        logprobs = train.token_logprobs(each, train.pack(groups), 1.0)
+        logprobs.sum().backward()
+        sampler = Sampler(each)
+        options = sampler.option_logprobs(prompts, [5, 6, 7], together=2)
+        drawn = [c.logprobs for g in sampler.generate(prompts, 3, 6) for c in g]
+        results.append((logprobs.detach(), options, {n: p.grad.clone() for n, p in each.named_parameters()}, drawn))
+    (a, b, c, d), (w, x, y, z) = results
+    assert torch.allclose(a, w, atol=1e-4) and torch.allclose(b, x, atol=1e-4)
+    assert all((c[name] - y[name]).abs().max() < 1e-4 * c[name].abs().max() + 1e-5 for name in c)
+    assert [len(lp) for lp in d] == [len(lp) for lp in z]
+    assert sum(d, []) == pytest.approx(sum(z, []), abs=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -915,6 +954,18 @@ def test_help_names_every_flag(call):
 
 
 # ---- ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_gpus(monkeypatch, call, rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    code, _, error = call([])
+    assert code == 2
+    assert error == ("" if rank else "train.py: torchrun was told to start 2 processes, and there are GPUs for 1; set "
+                     "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs\n")  # fmt: skip
 
 
 def torchrun(n, script, given, timeout=300):
