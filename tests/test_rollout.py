@@ -381,7 +381,7 @@ def test_option_logprobs_in_runs(network, prompts, together, monkeypatch):
             passes.append(tokens[0].tolist())
             return super().hidden(tokens, *rest, **more)
 
-    monkeypatch.setattr(sampler, "room", 300)  # so that there are several passes
+    monkeypatch.setattr(rollout, "PREFILL", 300)  # so that there are several passes
     prompts = [*prompts, *(prompt[:-4] + [90 + i] for i, prompt in enumerate(prompts[:-1])), prompts[0], prompts[0]]
     watched = Watching(network.config)
     watched.load_state_dict(network.state_dict())
