@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 import grpo
 import lora
 import model as models
-from rollout import Sampler, Slots, over_parts
+from attention import over_parts
+from rollout import Sampler, Slots
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

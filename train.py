@@ -278,7 +278,7 @@ def progress(what: str, ranks: Ranks) -> Callable[[int, int], None]:
     started = time.time()
 
     def tell(done: int, total: int) -> None:
-        left = (time.time() - started) / done * (total - done) / 60
+        left = faith.minutes_left(started, done, total - done)
         if ranks.rank == 0:
             print(f"{what}: {done}/{total} questions of this rank, {left:.1f} min left", flush=True)
 
@@ -479,7 +479,7 @@ def train(
                               "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
                     files.append_jsonl(out / "explanations.jsonl", log)
                     files.append_jsonl(out / "metrics.jsonl", [record])
-                    left = (time.time() - started) / (step + 1 - first) * (args.steps - step - 1)
+                    left = faith.minutes_left(started, step + 1 - first, args.steps - step - 1)
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()
@@ -553,7 +553,7 @@ def progress_line(record: dict, steps: int, explanations: int, seconds: float, l
     return (
         f"step {record['step'] + 1}/{steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
         f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  I {record['influence_rate']:.2f}  "
-        f"{record['tokens'] * explanations / seconds:.0f} tok/s  {seconds:.0f} s/step  {left / 60:.0f} min left"
+        f"{record['tokens'] * explanations / seconds:.0f} tok/s  {seconds:.0f} s/step  {left:.0f} min left"
         + "  SKIPPED: not finite"
         * record["skipped"]
     )

@@ -11,6 +11,7 @@ from test_lora import disturb
 from test_rollout import FAMILIES, SHAPE, eager, same
 from test_train import timeless
 
+import attention
 import lora
 import model as models
 import rollout
@@ -162,9 +163,9 @@ def test_one_kernel_for_all_parts(H, K, D):
     qkv = [torch.randn(1, heads, 980, D, device="cuda") for heads in (H, K, K)]
     weight, results = torch.randn(1, H, 980, D, device="cuda"), []
     for dtype, flash in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, True)):
-        given = [x.to(dtype).requires_grad_() for x in qkv]
-        assert rollout.flashes(given[0]) == flash
-        out = rollout.over_parts(parts, "cuda")(0, *given)
+        given = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+        assert attention.flashes(given[0]) == flash
+        out = attention.over_parts(parts, "cuda")(0, *given)
         (out.float() * weight).sum().backward()
         results.append([out.detach().float(), *(x.grad.float() for x in given)])
     for exact, once, again in zip(*results, strict=True):

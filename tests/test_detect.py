@@ -18,6 +18,7 @@ from test_train import Keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import build
+import command
 import detect
 import faith
 import files
@@ -175,7 +176,7 @@ def test_figures_are_scipys_and_scikit_learns(subject, labelled):
 def test_measured_by_the_command(folder, tmp_path, capsys):
     given = ["--model", str(folder), "--task", "esnli", "--data", str(DATA), "--limit", "8", "--fit", "5",
              "--max-new-tokens", "4", "--rows", str(tmp_path / "r"), "--detection"]  # fmt: skip
-    assert faith.main(given) == 0
+    assert command.main(given) == 0
     out = capsys.readouterr().out
     assert "detection_phi_balanced" in out
     rows = files.read_jsonl(tmp_path / "r.T0.jsonl")

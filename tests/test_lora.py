@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_train import DATA, by_hand, close, flags, lines, noisy_groups, timeless, torchrun
 
+import command
 import faith
 import lora
 import model as models
@@ -214,7 +215,7 @@ def test_a_run(done, folder, tmp_path):
     assert (theirs.eval()(tokens).logits - trained(tokens)).abs().max() < 1e-4
     measured = ["--model", out / "model", "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5,
                 "--max-new-tokens", 10, "--temperature", 0, 1, "--rows", tmp_path / "rows"]  # fmt: skip
-    assert faith.main([str(x) for x in measured]) == 0
+    assert command.main([str(x) for x in measured]) == 0
     for t in (0, 1):
         mine, its = lines(tmp_path / f"rows.T{t}.jsonl"), lines(out / f"after.T{t}.jsonl")
         assert [r["text"] for r in mine] == [r["text"] for r in its]

@@ -18,7 +18,7 @@ import tiny
 
 import args as flags
 import build
-import faith
+import command
 import paper
 import report
 
@@ -46,8 +46,8 @@ def lines(script, out, **environment):
 def planned(request, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
     runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
-    monkeypatch.setattr(faith, "check_arguments", lambda args: None)
-    monkeypatch.setattr(faith, "run_measure", lambda args: seen.append(args))
+    monkeypatch.setattr(command, "check_arguments", lambda args: None)
+    monkeypatch.setattr(command, "run_measure", lambda args: seen.append(args))
     monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
     monkeypatch.setattr(paper, "show", lambda folders, *rest: seen.append(folders))
     monkeypatch.setattr(report.os.path, "isdir", lambda path: True)
@@ -64,7 +64,7 @@ def planned(request, tmp_path, monkeypatch):
             assert rest == ["--to", f"{folder}/gaming.html", "--json", f"{folder}/gaming.json"] and folder not in games
             games[folder] = before
             continue
-        assert {"faith.py": faith.main, "report.py": report.main}[program](words) in (0, None)
+        assert {"faith.py": command.main, "report.py": report.main}[program](words) in (0, None)
         (args,) = seen
         if program == "report.py":
             tables.append(args)

@@ -20,10 +20,10 @@ import safetensors.torch
 import tiny
 import torch
 
+import attention
 import faith
 import model as models
 import reward
-import rollout
 import tasks
 import train
 from rollout import Completion, Sampler
@@ -214,7 +214,7 @@ def close(a, b, tolerance=1e-5):
 
 
 class OneByOne:
-    """Stands in for rollout.Flash: a run at a time."""
+    """Stands in for attention.Flash: a run at a time."""
 
     @staticmethod
     def apply(q, k, v, q_ends, k_ends, q_most, k_most):
@@ -234,8 +234,8 @@ def test_all_parts_at_once(each, monkeypatch):
     prompts, results = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], []
     for at_once in (False, True):
         if at_once:
-            monkeypatch.setattr(rollout, "flashes", lambda q: True)
-            monkeypatch.setattr(rollout, "Flash", OneByOne)
+            monkeypatch.setattr(attention, "flashes", lambda q: True)
+            monkeypatch.setattr(attention, "Flash", OneByOne)
         each.zero_grad()
         logprobs = train.token_logprobs(each, train.pack(groups), 1.0)
         logprobs.sum().backward()
