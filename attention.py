@@ -6,46 +6,94 @@ decode step, which reads caches, has its own in rollout.py; the plain form is `m
 Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token once for each run that sees it).
 """
 
+import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Runs(NamedTuple):
+    """Queries ends[i] to ends[i + 1] are run i's; so are the keys, of which the run's last query sees the last."""
+
+    q_ends: Tensor  # (runs + 1,) int32
+    k_ends: Tensor
+    q_most: int  # tokens of the longest
+    k_most: int
+    keys: Tensor | None  # (S,): which token each key is; None: all of them, in their order
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, runs: Runs):
+    """FlashAttention, as torch has it: output (T, H, D), log-sums, and what `kernel_backward` wants beside them.
+
+    torch.nn.attention.varlen has other arguments in every version, and scaled_dot_product_attention hands bf16 to cuDNN
+    on Hopper, which prepares anew for every length.
+    """
+    return torch.ops.aten._flash_attention_forward(q, k, v, *runs[:4], 0.0, True, False)[:4]
+
+
+def kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, runs: Runs, *state):
+    """Gradients of q, k and v, added up in a fixed order."""
+    with in_fixed_order():
+        backward = torch.ops.aten._flash_attention_backward
+        return backward(grad, q, k, v, out, log_sums, *runs[:4], 0.0, True, *state)
+
+
+@contextlib.contextmanager
+def in_fixed_order():
+    """Kernels that ask torch whether to be deterministic are. For the whole process, as long as it lasts."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class Flash(torch.autograd.Function):
-    """FlashAttention over runs of tokens of any lengths (Dao 2307.08691), torch's kernel: q (T, H, D), k, v (S, K, D).
+    """Attention of runs of any lengths in one kernel (FlashAttention-2, Dao 2307.08691): q (T, H, D), k, v (T, K, D).
 
-    Run i is q[q_ends[i] : q_ends[i + 1]], its keys k[k_ends[i] : k_ends[i + 1]]; its last query sees its last key. The
-    gradient is added up in a fixed order. (torch.nn.attention.varlen has other arguments in every version, and
-    scaled_dot_product_attention hands bf16 to cuDNN on Hopper, which prepares for every new length anew.)
+    What several runs see is kept once, and its gradient summed over them in fp32.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, q_ends, k_ends, q_most: int, k_most: int):
-        forward = torch.ops.aten._flash_attention_forward
-        out, *rest, _ = forward(q, k, v, q_ends, k_ends, q_most, k_most, 0.0, True, False)
-        ctx.save_for_backward(q, k, v, out, q_ends, k_ends, *rest)
-        ctx.most = q_most, k_most
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+        given = (k, v) if runs.keys is None else (k[runs.keys], v[runs.keys])
+        out, log_sums, *state = kernel(q, *given, runs)
+        ctx.save_for_backward(q, k, v, out, log_sums, *state)
+        ctx.runs = runs
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, q_ends, k_ends, log_sums, *rest = ctx.saved_tensors
-        was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(True)
-        try:
-            backward = torch.ops.aten._flash_attention_backward
-            grads = backward(grad, q, k, v, out, log_sums, q_ends, k_ends, *ctx.most, 0.0, True, *rest)
-        finally:
-            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        return *grads, None, None, None, None
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (q, k, v, out, log_sums, *state), runs = ctx.saved_tensors, ctx.runs
+        if runs.keys is None:
+            return *kernel_backward(grad, q, k, v, out, log_sums, runs, *state), None
+        grad_q, *grads = kernel_backward(grad, q, k[runs.keys], v[runs.keys], out, log_sums, runs, *state)
+        sums = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in grads)
+        k, v = (
+            s.index_put_((runs.keys,), g.float(), accumulate=True).to(g.dtype) for s, g in zip(sums, grads, strict=True)
+        )
+        return grad_q, k, v, None
 
 
 def flashes(q: Tensor) -> bool:
     """Whether there is such a kernel; on the meta device, whether there would be."""
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return fits and (q.is_meta or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)))
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return False
+    if q.is_cuda:
+        here = torch.cuda.get_device_capability(q.device) >= (8, 0)
+        return here and torch.backends.cuda.is_flash_attention_available()
+    return q.is_meta
 
 
 def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, flash: bool = True):
@@ -53,7 +101,7 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
 
     A part (start, end, first, last, lengths) is one or more runs of tokens; each sees the tokens first..last, which it
     continues (none where first = last), and itself, causally. The parts follow each other. So nothing is padding, and
-    what texts share is computed once. On a GPU all parts are one kernel, unless flash is False; on a CPU, one each.
+    what texts share is computed once. All parts are one kernel where there is one (`flashes`), unless flash is False.
     """
 
     @functools.cache
@@ -78,8 +126,7 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
         return torch.cat(outs, 2)
 
     @functools.cache
-    def runs() -> tuple:
-        """What `Flash` wants to know, and which token each of its keys is (None: all in their order)."""
+    def runs() -> Runs:
         q_lengths, k_lengths, keys = [], [], []
         for a, _, x, y, lengths in parts:
             for n in lengths:
@@ -89,15 +136,11 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
                 a += n
         ends = (torch.tensor([0, *some]).cumsum(0).to(device, torch.int32) for some in (q_lengths, k_lengths))
         which = None if q_lengths == k_lengths else torch.cat(keys).to(device)
-        return *ends, max(q_lengths), max(k_lengths), which
+        return Runs(*ends, max(q_lengths), max(k_lengths), which)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not (flash and flashes(q)):
             return by_parts(q, k, v)
-        *about, which = runs()
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
-        if which is not None:
-            k, v = k[which], v[which]
-        return Flash.apply(q, k, v, *about).transpose(0, 1)[None]
+        return Flash.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), runs()).transpose(0, 1)[None]
 
     return attend

@@ -143,7 +143,7 @@ def rollout(args: argparse.Namespace) -> None:
     sampler.generate(prompts[:2], 1, 2)  # warm
     figures = measure(sampler, theirs, prompts, args.samples, args.new, args.repeats)
     answers = figures.pop("answers")
-    tokens = sum(len(c.tokens) for group in answers for c in group)
+    tokens, peak = sum(len(c.tokens) for group in answers for c in group), peak_memory(device)
     if sampler.static:
         print(f"the first call, which captures {len(sampler.run.graphs)} graphs: {figures['first_s']:.1f} s")
     bound = limit(network, prompts, answers, args.rows)
@@ -157,7 +157,7 @@ def rollout(args: argparse.Namespace) -> None:
     figures |= bound | {
         "seconds": spent, "share_of_limit": bound["limit_s"] / spent, "tokens": tokens, "prefill_s": prefill,
         "prefill_tokens_s": sum(map(len, prompts)) / prefill, "decode_tokens_s": tokens / (spent - prefill),
-        "peak_gb": peak_memory(device), "kv_mb": shared / 1e6, "kv_unshared_mb": plain / 1e6, "device": name,
+        "peak_gb": peak, "kv_mb": shared / 1e6, "kv_unshared_mb": plain / 1e6, "device": name,
     }  # fmt: skip
     print(f"\nprefill {figures['prefill_tokens_s']:.0f} tokens/s, decode {figures['decode_tokens_s']:.0f} tokens/s; "
           f"{tokens} tokens in {spent:.2f} s, {tokens / spent:.0f} tokens/s with prefill; forced ends "
@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.against == "trl" and (args.random or args.lora or args.recompute):
             raise ValueError("--against trl goes with all weights, read and trained; leave out --random, --lora and "
                              "--recompute")  # fmt: skip
+        if args.lora < 0:
+            raise ValueError(f"--lora must be at least 0, not {args.lora}")
         if args.what == "rollout" and (args.lora or args.recompute):
             raise ValueError("--lora and --recompute are for train; leave them out")
         for name in ("count", "length", "samples", "new", "rows", "repeats", "micro"):

@@ -106,16 +106,22 @@ def cut(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def step_limit(config: models.Config, groups, device, dtype) -> dict:
-    """The least seconds of forward and backward of the groups, each prompt once: three times the forward's products."""
+def step_limit(config: models.Config, groups, device, dtype, lora=False, recompute=False) -> dict:
+    """The least seconds of forward and backward of the groups, each prompt once.
+
+    Three times the forward's products: its own, and for the gradients of inputs and of weights. No gradients of weights
+    that adapters leave frozen; once more where blocks are recomputed. Adapters' own products are not counted.
+    """
+    head_times = 2 + (not lora)
+    body_times = head_times + recompute
     tokens = sum(len(prompt) + sum(len(c.tokens) - 1 for c in answers) for prompt, answers in groups)
     scored = sum(len(c.tokens) for _, answers in groups for c in answers)
     rows = min(tokens, 1024)
     body_s, body = product_rate(config, rows, device, dtype, head=False)
     both_s, both = product_rate(config, rows, device, dtype, head=True)
     ahead = max(both_s - body_s, 0.0)
-    operations = 3 * (body * tokens + (both - body) * scored) / rows
-    return {"limit_s": 3 * (body_s * tokens + ahead * scored) / rows, "tflop": operations / 1e12,
+    operations = (body_times * body * tokens + head_times * (both - body) * scored) / rows
+    return {"limit_s": (body_times * body_s * tokens + head_times * ahead * scored) / rows, "tflop": operations / 1e12,
             "gflops": both / both_s / 1e9, "tokens_in": tokens, "tokens_scored": scored}  # fmt: skip
 
 
@@ -170,6 +176,7 @@ def train_step(args: argparse.Namespace) -> None:
             spent["forward"] += seconds(forward, device)
             spent["backward"] += seconds(lambda: (losses[0].backward(), optimizer.accumulate()), device)  # noqa: B023
         spent["optimizer"] = seconds(lambda: optimizer.step(1e-9, 1.0, ranks), device)
+        print(f"step: {', '.join(f'{key} {value:.2f} s' for key, value in spent.items())}", flush=True)
         return spent, answers
 
     step(0)  # warm
@@ -202,7 +209,7 @@ def train_step(args: argparse.Namespace) -> None:
                 )
     phases = {key: statistics.median(run[key] for run in figures["ours"]) for key in figures["ours"][0]}
     groups = list(zip(prompts, answers, strict=True))
-    bound = step_limit(network.config, groups, device, network.dtype)
+    bound = step_limit(network.config, groups, device, network.dtype, bool(args.lora), args.recompute)
     both = phases["forward"] + phases["backward"]
     tokens = sum(len(c.tokens) for _, group in groups for c in group)
     figures |= {"phases": phases, **bound, "share_of_limit": bound["limit_s"] / both,

@@ -163,7 +163,7 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
         if fresh:
             counts, n = (moved, len(labelled) - moved), len(labelled)
             wait = max((size / 2 - count) * n / count if count else math.inf for count in counts)  # cases to go
-            left = faith.minutes_left(started, fresh, max(0, min(wait, most - n)))
+            left = report.minutes_left(started, fresh, max(0, min(wait, most - n)))
             kept = f"kept {min(2 * min(counts), size)} of {size}, " if size < math.inf else ""
             text = f"{log.stem}: {len(asked)} questions, {n} edits, {moved / n:.1%} moved"
             print(f"\r{text}, {kept}{left:.1f} min left ", end="", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import files
 import report
 import reward
 import tasks
-from faith import LETTERS, ask, calibrate, check_prompts, decision_rows, draw_cases, measure, minutes_left, open_subject
+from faith import LETTERS, ask, calibrate, check_prompts, decision_rows, draw_cases, measure, open_subject
 from model import locate, read_json
 from tasks import Question
 
@@ -46,7 +46,7 @@ def counter(what: str) -> Callable[[int, int], None]:
     started = time.time()
 
     def tell(done: int, total: int) -> None:
-        left = minutes_left(started, done, total - done)
+        left = report.minutes_left(started, done, total - done)
         end = "" if done < total else "\n"
         print(f"\r{what} {done}/{total} questions, {left:.1f} min left ", end=end, file=sys.stderr, flush=True)
 
@@ -147,7 +147,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

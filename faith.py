@@ -24,7 +24,6 @@ import json
 import random
 import re
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -305,11 +304,6 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
     elif calibration == "none" and (folder / "calibration.json").exists():
         print(f"note: trained with calibrated decisions; see --calibration {folder}/calibration.json")
     return subject
-
-
-def minutes_left(started: float, done: int, left: int) -> float:
-    """For what is left, at the rate since `started` (time.time())."""
-    return (time.time() - started) / done * left / 60
 
 
 if __name__ == "__main__":

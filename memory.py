@@ -26,7 +26,7 @@ import grpo
 import lora
 import model as models
 from attention import over_parts
-from rollout import Sampler, Slots
+from rollout import Sampler, Slots, cache_length
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -56,7 +56,15 @@ class Live(TorchDispatchMode):
         self.watch((args, kwargs), made=False)
         out = operation(*args, **(kwargs or {}))
         self.watch(out, made=True)
+        if operation is torch.ops.aten._flash_attention_backward.default:
+            self.peak = max(self.peak, self.now + flash_workspace(*args[1:3], args[6]))
         return out
+
+
+def flash_workspace(q: torch.Tensor, k: torch.Tensor, ends: torch.Tensor) -> int:
+    """Bytes the kernel takes for itself: q's gradient in fp32, each run rounded up; those of k and v per query head."""
+    (_, H, D), (S, K, _), runs = q.shape, k.shape, len(ends) - 1
+    return 4 * (q.shape[0] + 128 * runs) * H * D + 2 * k.itemsize * S * H * D * (H > K)
 
 
 class Fused(TorchFunctionMode):
@@ -156,7 +164,9 @@ def slots(config: models.Config, setup) -> Slots:
     rows = usual(Sampler, "rows")
     G = min(setup.samples, usual(Sampler, "lanes"), rows)
     P = min(setup.share, rows // G)
-    return Slots(config, P, G, -(-setup.prompt_tokens // 16) * 16, setup.new, "meta", DTYPES[setup.dtype])
+    dtype = DTYPES[setup.dtype]
+    T = cache_length(setup.prompt_tokens, static=dtype != torch.float32)
+    return Slots(config, P, G, T, setup.new, "meta", dtype)
 
 
 def count(config: models.Config, setup, parallel: str, passing: dict[str, int]) -> dict:

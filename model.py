@@ -154,7 +154,7 @@ def look_back(mask: Tensor | None = None):
     """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
 
     What `Transformer.hidden` calls in every layer, as attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D).
-    Other ways to attend, over caches and shared prompts, are in rollout.py.
+    Other ways to attend are in attention.py, for shared prompts, and rollout.py, for caches.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -306,6 +306,16 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = None) -> Transformer:
+    """A Transformer of the folder's config; what its weights hold is undefined. dtype: as in `load`."""
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):
+        model = Transformer(read_config(folder), dtype)
+    model.to_empty(device=device)
+    model.frequencies = rope_frequencies(model.config).to(device)
+    return model
+
+
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
@@ -317,10 +327,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         import lora  # not needed to understand this file, and it needs this file
 
         return lora.load(folder, device, dtype)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    with torch.device("meta"):
-        model = Transformer(read_config(folder), dtype)
-    model.to_empty(device=device)
+    model = empty(folder, device, dtype)
     places, seen = model.named_tensors(lambda parameter: parameter.data), set()
     files = weight_files(folder)
     tied = {"lm_head.weight": torch.empty_like(places["embed_tokens.weight"])} if model.config.tied else {}
@@ -348,7 +355,6 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         raise ValueError(f"{folder} lacks the tensor {missing[0]} {shape}; fetch the weights again")
     if "lm_head.weight" in seen and tied and not torch.equal(tied["lm_head.weight"], places["embed_tokens.weight"]):
         raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
-    model.frequencies = rope_frequencies(model.config).to(device)
     model.source = folder
     return model
 

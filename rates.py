@@ -70,7 +70,7 @@ def product_rate(config: models.Config, rows: int, device, dtype, head: bool) ->
         some = min(n, max(1, int(2e9 / (out * inner * 4))))
         weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(some)]
         enough = 2e9 if device.type == "cpu" else 5e11  # operations that take a millisecond or more
-        repeats = max(1, round(enough / (2 * rows * out * inner * len(weights))))
+        repeats = min(max(1, round(enough / (2 * rows * out * inner * len(weights)))), max(1, 2000 // len(weights)))
 
         def products():
             for _ in range(repeats):  # noqa: B023
@@ -85,20 +85,19 @@ def product_rate(config: models.Config, rows: int, device, dtype, head: bool) ->
 
 def read_rate(device) -> float:
     """Bytes per second at which memory is read, best of five."""
-    x = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device)  # 256 MiB or 4 GiB: no cache holds it
+    x = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)  # 256 MiB or 1 GiB: no cache holds it
     return x.nbytes / min(seconds(x.sum, device) for _ in range(5))
 
 
 def random_network(path: str, device: torch.device) -> models.Transformer:
     """A network of the folder's config with weights drawn at random: for what hangs on sizes only."""
-    folder, dtype = models.locate(path), torch.float32 if device.type == "cpu" else torch.bfloat16
-    with torch.device("meta"):
-        network = models.Transformer(models.read_config(folder), dtype)
-    network.to_empty(device=device)
+    network, generator = models.empty(models.locate(path), device), torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
-    network.frequencies = models.rope_frequencies(network.config).to(device)
+        for name, weight in network.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.02, generator=generator)
+            else:
+                weight.fill_(not name.endswith("bias"))
     return network
 
 

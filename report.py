@@ -18,6 +18,7 @@ empty margin) is NaN here, null in JSON and "undefined" in print, never 0.  N ro
 
 import argparse
 import os
+import time
 
 import numpy as np
 
@@ -248,6 +249,11 @@ def grid(head, body, markdown=False):
     lines = [head, ["-" * width for width in widths], *body]
     lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
+
+
+def minutes_left(started: float, done: int, left: int) -> float:
+    """For what is left, at the rate since `started` (time.time())."""
+    return (time.time() - started) / done * left / 60
 
 
 class Parser(argparse.ArgumentParser):

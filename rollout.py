@@ -126,7 +126,7 @@ class Slots:
     [0] holds keys and [1] values. Lane l belongs to slot l // G.
     """
 
-    def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None):
+    def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None, ordered=False):
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -141,7 +141,7 @@ class Slots:
         self.question, self.sample = zeros(P * G), zeros(P * G)
         self.temperature = zeros(P * G, dtype=torch.float32)
         self.lanes = torch.arange(P * G, device=device)  # the rows of the step, the first R of them
-        self.ordered = True  # as long as they are in order
+        self.ordered = ordered  # they always are, and R is P · G
         self.seed, self.step = zeros(), zeros()
         self.limit = zeros() + N  # tokens per sample
         self.bad = zeros() + 2**62  # the first token whose logits were not finite
@@ -180,7 +180,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     end (n,): tokens that end a turn. Of the cache, T prompt and N own positions are read: no prompt and no
     sample in these slots may be longer. Sizes are the only numbers; all that changes from step to step is in `s`.
     """
-    lanes, whole = s.lanes[:R], s.ordered and R == P * s.G
+    lanes = s.lanes[:R]
     slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
     see = torch.arange(T, device=lanes.device) < s.length[:P, None]  # (P, T)
     see_own = torch.arange(N, device=lanes.device) < s.count.view(s.P, s.G, 1)[:P]  # (P, G, N)
@@ -193,7 +193,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
         s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
         # Rows may come in any order; on the grid of slots and lanes, those of a prompt lie side by side.
         q = (q * D**-0.5).view(R, K, H // K, D)
-        if whole:
+        if s.ordered:
             grid = q.view(P, s.G, K, H // K, D).transpose(1, 2).contiguous()
         else:
             grid = q.new_zeros(P, K, s.G, H // K, D)
@@ -204,7 +204,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
         weights = scores.softmax(-1).to(q.dtype)
         out = weights[..., :T].reshape(P, K, -1, T) @ s.prefix[1, layer, :P, :, :T]  # (P, K, G · r, D)
         out = out.view(grid.shape) + weights[..., T:] @ s.own[1, layer, :P, :, :, :N]
-        return (out.transpose(1, 2) if whole else out[slot, :, lane]).reshape(R, H, 1, D)
+        return (out.transpose(1, 2) if s.ordered else out[slot, :, lane]).reshape(R, H, 1, D)
 
     tokens = s.tokens[lanes, count - 1]
     states = model.hidden(tokens[:, None], (s.length[slot] + count - 1)[:, None], attend=attend)
@@ -271,6 +271,12 @@ def free_bytes(device: torch.device) -> int:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_length(longest: int, static: bool) -> int:
+    """Positions for prompts up to so long. On CUDA few sizes, for a prompt that does not fit means other graphs."""
+    step = 64 if static else 16
+    return -(-longest // step) * step
 
 
 class Sampler:
@@ -393,14 +399,13 @@ class Sampler:
         if self.slots and (self.slots.P, self.slots.G, self.slots.N) == (P, G, new) and self.slots.T >= longest:
             return self.slots
         self.slots = self.run = None  # frees their memory first
-        step = 64 if self.static else 16  # a prompt longer than any before means other graphs
-        sizes = (G, -(-longest // step) * step, new)
+        sizes = (G, cache_length(longest, self.static), new)
         needed, free = Slots(model.config, P, *sizes, "meta", model.dtype).kv_bytes(), free_bytes(device)
         if needed > free:
             raise ValueError(f"the KV cache of {P} prompts x {G} samples takes {needed / 1e9:.1f} GB, and "
                              f"{free / 1e9:.1f} GB are free, enough for {free * P // needed} prompts at a time; "
                              "lower the sampler's rows, --samples or --max-new-tokens")  # fmt: skip
-        slots = Slots(model.config, P, *sizes, device, model.dtype)
+        slots = Slots(model.config, P, *sizes, device, model.dtype, ordered=self.static)
         end = torch.tensor(self.end_of_turn, device=device)
         if not self.static:
             self.run = lambda bucket: decode_step(model, slots, end, *bucket)
@@ -425,7 +430,6 @@ class Sampler:
         T = max(len(prompts[sample.prompt]) for sample in busy.values())
         idle = [lane for lane in range(P * s.G) if lane not in busy]
         s.lanes[:R] = torch.tensor([*busy, *idle[: R - len(busy)]])
-        s.ordered = False
         return P, R, min(-(-T // 16) * 16, s.T), min(-(-N // 8) * 8, s.N)
 
     def prefill(self, s: Slots, placed: dict[int, int], prompts, keys, heat: Tensor) -> dict[int, list]:

@@ -278,7 +278,7 @@ def progress(what: str, ranks: Ranks) -> Callable[[int, int], None]:
     started = time.time()
 
     def tell(done: int, total: int) -> None:
-        left = faith.minutes_left(started, done, total - done)
+        left = report.minutes_left(started, done, total - done)
         if ranks.rank == 0:
             print(f"{what}: {done}/{total} questions of this rank, {left:.1f} min left", flush=True)
 
@@ -479,7 +479,7 @@ def train(
                               "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
                     files.append_jsonl(out / "explanations.jsonl", log)
                     files.append_jsonl(out / "metrics.jsonl", [record])
-                    left = faith.minutes_left(started, step + 1 - first, args.steps - step - 1)
+                    left = report.minutes_left(started, step + 1 - first, args.steps - step - 1)
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()
@@ -564,7 +564,9 @@ def main() -> int:
     try:
         ranks = Ranks()
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # one that is gone first would end the one that speaks
+        else:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
     try:

@@ -48,6 +48,7 @@ def on_the_cpu(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_cuda":
             patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import bench_train
 import grpo
+import lora
 import model as models
 import rates
 from rollout import Sampler
@@ -87,7 +88,7 @@ def test_against_transformers(folder, tmp_path, monkeypatch):
     assert figures["ratio"] == natural["ratio"] == pytest.approx(natural["runs"][0] / natural["theirs_runs"][0])
 
 
-def test_drawn_weights(folder, tmp_path, capsys):
+def test_drawn_weights(folder, tmp_path, capsys, monkeypatch):
     """A folder without weights will do, for a step with adapters too; not where it would be measured against TRL."""
     pytest.importorskip("transformers")
     bare, file = tmp_path / "bare", tmp_path / "figures.json"
@@ -100,9 +101,16 @@ def test_drawn_weights(folder, tmp_path, capsys):
     assert all(w.isfinite().all() for w in network.parameters()) and network.embed_tokens.weight.std() > 0.01
     assert torch.equal(network.frequencies, models.load(folder).frequencies)
     given += ["--micro", 1, "--lora", 2, "--recompute", "--json", file]
-    assert bench.main([str(x) for x in ["train", *given]]) == 0
+    trained = []
+    with monkeypatch.context() as patch:
+        optimizer = bench_train.train.Optimizer
+        patch.setattr(
+            bench_train.train, "Optimizer", lambda network, *rest: trained.append(network) or optimizer(network, *rest)
+        )
+        assert bench.main([str(x) for x in ["train", *given]]) == 0
+    assert len(lora.adapters(trained[0])) == 8 and trained[0].recompute  # four layers of each block
     assert list(json.loads(file.read_text())["phases"]) == ["labels", "rollout", "forward", "backward", "optimizer"]
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("\nstep: labels ") == 3  # two of them to get warm
     for flags in (["rollout", *given], ["train", *given, "--against", "trl"]):
         assert bench.main([str(x) for x in flags]) == 2
     assert capsys.readouterr().err.count("leave") == 2
@@ -112,7 +120,7 @@ def test_drawn_weights(folder, tmp_path, capsys):
     "changes, words",
     [({"--samples": 0}, "--samples must be at least 1"), ({"--model": "nowhere"}, "no model at nowhere"),
      ({"--prompts": "nowhere.txt"}, "nowhere.txt"), ({"--json": "nowhere/x.json"}, "make the folder nowhere first"),
-     ({"--new": 4000}, "context")],
+     ({"--new": 4000}, "context"), ({"--lora": -1}, "--lora must be at least 0, not -1")],
 )  # fmt: skip
 def test_mistakes(folder, capsys, changes, words):
     flags = {"--model": folder, "--count": 2, "--length": 40} | changes
@@ -137,6 +145,13 @@ def test_operations_of_a_step(folder):
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     # The first layer's input is an embedding, which needs no gradient of a product but has one: all are counted.
     assert bound["tflop"] * 1e12 == pytest.approx(products)
+    lora.attach(network, 2, 4.0)
+    network.recompute = True
+    with FlopCounterMode(display=False) as counter:
+        network.head(network.hidden(packed.tokens)[0, packed.sources]).sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    bound = bench_train.step_limit(network.config, groups, torch.device("cpu"), torch.float32, True, True)
+    assert bound["tflop"] * 1e12 == pytest.approx(products, rel=0.25)  # the adapters' own are not counted
 
 
 def test_train_command(folder, tmp_path, capsys, monkeypatch):

@@ -20,6 +20,7 @@ import lora
 import memory
 import model as models
 import plan
+import rollout
 import train
 from args import Args
 from ranks import Ranks
@@ -116,6 +117,30 @@ def test_activations(fused, changes):
     setup = plan.Setup(dtype="fp32")
     counted = memory.hidden_bytes(lambda **c: memory.build(small, setup, **c), small.layers, sizes, fused)
     assert sum(counted) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernels_workspace(kv_heads, monkeypatch):
+    """In bf16, as on a GPU: q's gradient in fp32, runs rounded up, and those of grouped keys and values."""
+    small = config(layers=3, vocab_size=300, heads=4, kv_heads=kv_heads, head_dim=16, hidden_size=64)
+    tokens, keys, asked = 64 + 16 * 31, 64 + 16 * (64 + 31), []
+    workspace = memory.flash_workspace
+    monkeypatch.setattr(memory, "flash_workspace", lambda *args: asked.append(workspace(*args)) or 10**9)
+    counted = memory.hidden_bytes(lambda **c: memory.build(small, plan.Setup(), **c), 3, (1, 64, 16, 32))
+    own = 4 * (tokens + 128 * 17) * 4 * 16 + (2 * 2 * keys * 4 * 16 if kv_heads == 2 else 0)
+    assert asked == [own] * 3 and sum(counted) > 10**9  # of one and of two layers
+
+
+def test_the_cache_is_the_samplers(monkeypatch):
+    """Prompts' positions in steps of 64 on a GPU, of 16 on a CPU."""
+    for dtype, positions in (("bf16", 320), ("fp32", 304)):
+        made = plan.plan(config(), dtype=dtype, prompts=2, samples=4, new=20)["bytes"]["KV cache"]
+        network = models.Transformer(config())
+        sampler = Sampler(network, [2])
+        sampler.static = dtype == "bf16"
+        monkeypatch.setattr(rollout, "Graphs", lambda *given: None)
+        slots = sampler.allocate(300, 2, 4, 20)
+        assert slots.T == positions and made == slots.kv_bytes() * (1 if dtype == "fp32" else 0.5)
 
 
 def test_groups():

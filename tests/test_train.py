@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -213,41 +214,80 @@ def close(a, b, tolerance=1e-5):
     assert max((a[1][name] - b[1][name]).abs().max() for name in b[1]) < tolerance * size
 
 
-class OneByOne:
-    """Stands in for attention.Flash: a run at a time."""
-
-    @staticmethod
-    def apply(q, k, v, q_ends, k_ends, q_most, k_most):
-        outs = []
-        for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in (q_ends, k_ends)), strict=True):
-            assert 0 < b - a <= q_most and b - a <= y - x <= k_most and q_ends.dtype == k_ends.dtype == torch.int32
-            some = [t.transpose(0, 1)[None] for t in (q[a:b], k[x:y], v[x:y])]
-            mask = torch.ones(b - a, y - x).tril(y - x - b + a).bool()
-            outs.append(torch.nn.functional.scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=True))
-        return torch.cat(outs, 2)[0].transpose(0, 1)
+def one_by_one(q, k, v, runs):
+    """What attention.kernel gives, a run at a time; no log-sums."""
+    outs = []
+    for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in runs[:2]), strict=True):
+        assert 0 < b - a <= runs.q_most and b - a <= y - x <= runs.k_most
+        some = [t.transpose(0, 1)[None] for t in (q[a:b], k[x:y], v[x:y])]
+        mask = torch.ones(b - a, y - x).tril(y - x - b + a).bool()
+        outs.append(torch.nn.functional.scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=True))
+    assert runs.q_ends.dtype == runs.k_ends.dtype == torch.int32 and (b, y) == (len(q), len(k))
+    return torch.cat(outs, 2)[0].transpose(0, 1), None
 
 
 def test_all_parts_at_once(each, monkeypatch):
     """As on a GPU, where one kernel is told of all runs: logprobs, their gradient, options, samples."""
     groups, _ = noisy_groups(each, 1.0)
     groups = [(p, [c.tokens for c in g]) for p, g in groups]
-    prompts, results = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], []
+    prompts, results, calls = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], [], []
+
+    def forward(q, k, v, runs):
+        calls.append("gathered" if runs.keys is not None else "plain")
+        return one_by_one(q, k, v, runs)
+
+    def backward(grad, q, k, v, out, log_sums, runs):
+        calls.append("backward")
+        with torch.enable_grad():
+            given = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(one_by_one(*given, runs)[0], given, grad)
+
+    def called():
+        taken = calls[:]
+        calls.clear()
+        return Counter(taken)
+
+    seen = []
     for at_once in (False, True):
         if at_once:
             monkeypatch.setattr(attention, "flashes", lambda q: True)
-            monkeypatch.setattr(attention, "Flash", OneByOne)
+            monkeypatch.setattr(attention, "kernel", forward)
+            monkeypatch.setattr(attention, "kernel_backward", backward)
         each.zero_grad()
         logprobs = train.token_logprobs(each, train.pack(groups), 1.0)
         logprobs.sum().backward()
+        seen.append(called())
         sampler = Sampler(each)
         options = sampler.option_logprobs(prompts, [5, 6, 7], together=2)
+        seen.append(called())
         drawn = [c.logprobs for g in sampler.generate(prompts, 3, 6) for c in g]
+        seen.append(called())
         results.append((logprobs.detach(), options, {n: p.grad.clone() for n, p in each.named_parameters()}, drawn))
+    assert seen == [{}] * 3 + [{"gathered": 2, "backward": 2}, {"gathered": 2}, {"plain": 2}]  # layers
     (a, b, c, d), (w, x, y, z) = results
     assert torch.allclose(a, w, atol=1e-4) and torch.allclose(b, x, atol=1e-4)
     assert all((c[name] - y[name]).abs().max() < 1e-4 * c[name].abs().max() + 1e-5 for name in c)
     assert [len(lp) for lp in d] == [len(lp) for lp in z]
     assert sum(d, []) == pytest.approx(sum(z, []), abs=1e-4)
+
+
+def test_what_samples_share_is_summed_in_fp32(monkeypatch):
+    """The gradient of a prompt's keys, in bf16 the sum of many samples' that each are lost beside it."""
+    monkeypatch.setattr(attention, "flashes", lambda q: True)
+    monkeypatch.setattr(attention, "kernel", lambda q, k, v, runs: (q.clone(), None))
+    monkeypatch.setattr(
+        attention, "kernel_backward", lambda grad, q, k, v, *rest: (grad, torch.ones_like(k), torch.ones_like(v))
+    )
+    q, k, v = (torch.zeros(1, 1, 2 + 900, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    look = attention.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = look(0, q, k, v)
+    assert kept and max(len(x) for x in kept) == 902  # not once for every sample
+    out.sum().backward()
+    for x in (k, v):
+        assert (x.grad[0, 0, :2] == torch.tensor(301.0).bfloat16()).all()  # in bf16 1 + 256 is 256
+        assert (x.grad[0, 0, 2:] == 1).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -958,12 +998,15 @@ def test_help_names_every_flag(call):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_more_processes_than_gpus(monkeypatch, call, rank):
+    """One of each machine says so, the second's here; the others wait until it has."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+    for name, value in {"RANK": 2 + rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     code, _, error = call([])
-    assert code == 2
+    assert code == 2 and bool(waited) == bool(rank)
     assert error == ("" if rank else "train.py: torchrun was told to start 2 processes, and there are GPUs for 1; set "
                      "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs\n")  # fmt: skip
 
