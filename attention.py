@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import deterministic
 
 
 class Runs(NamedTuple):
-    """Queries ends[i] to ends[i + 1] are run i's; so are the keys, of which the run's last query sees the last."""
+    """Run i has queries q_ends[i] to q_ends[i + 1] and keys k_ends[i] to k_ends[i + 1]; its last query sees them all,
+    each one before it one fewer."""
 
     q_ends: Tensor  # (runs + 1,) int32
     k_ends: Tensor
@@ -46,16 +48,14 @@ def kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 def in_fixed_order():
     """Kernels that ask torch whether to be deterministic are. For the whole process, as long as it lasts."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        False,
-    )
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # it would fill what the kernel overwrites
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 class Flash(torch.autograd.Function):

@@ -2,13 +2,14 @@
 # The paper's experiment on SmolLM2-135M-Instruct: e-SNLI with bias phrases, calibrated; base, RQ1, RQ2-frozen and
 # RQ2-on-policy; 600 held-out questions of e-SNLI, 300 of each other task, and adverbs on e-SNLI; then the table.
 #     bash runs/smollm2_paper.sh MODEL_DIR DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/
-# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. Six hours on two CPU cores, by the
+# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. Trained by two processes, or as
+# LAUNCH says: LAUNCH=python where there is one GPU (not yet done). Six hours on two CPU cores, by the
 # seconds a step that were seen. The recorded runs (LOG.md) were made by hand and differ: the first 37 steps of on-policy
 # had the rate 3e-5, questions set aside were 1,000 (RQ1 as here), and no adverbs were asked.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") jobs=${JOBS:-2}
-launch="torchrun --nproc-per-node 2"
+launch=${LAUNCH:-torchrun --nproc-per-node 2}
 cd "$(dirname "$0")/.."
 
 common="--model $model --task esnli --data $data/esnli --intervention bias --calibrate --calibration-questions 150 \

@@ -257,6 +257,16 @@ def test_paths_are_seen_from_where_the_script_is_called(tmp_path, script):
         assert " --model meta-llama/Llama-3.1-8B-Instruct " in run("meta-llama/Llama-3.1-8B-Instruct").stdout
 
 
+@pytest.mark.parametrize("launch", [None, "python"])
+def test_how_training_is_started(tmp_path, launch):
+    """By two processes, or by one where a machine has one GPU."""
+    environment = os.environ | {"DRY": "1"} | ({"LAUNCH": launch} if launch else {})
+    done = subprocess.run(["bash", ROOT / "runs" / "smollm2_paper.sh", "MODEL", "DATA", tmp_path], capture_output=True,
+                          text=True, env=environment, check=True)  # fmt: skip
+    begun = re.findall(r"; (\S.*) train\.py ", done.stdout)
+    assert begun == [launch or "torchrun --nproc-per-node 2"] * 3
+
+
 def profile(*given):
     ran = subprocess.run([sys.executable, ROOT / "runs" / "profile_sampler.py", *map(str, given)], text=True,
                          capture_output=True)  # fmt: skip
