@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import build
-import detect
-import files
 import report
 import reward
 import tasks
 from faith import LETTERS, ask, calibrate, check_prompts, decision_rows, draw_cases, measure, open_subject
+from lab import build, detect
 from model import locate, read_json
+from run import files
 from tasks import Question
 
 

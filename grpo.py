@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import model as models
-from attention import over_parts
+from kernels import over_parts
 
 
 def advantages(rewards: Tensor, form: str) -> Tensor:
@@ -60,7 +60,7 @@ class Packed:
 
     tokens: Tensor  # (1, T)
     positions: Tensor  # (1, T), each completion's continuing from its prompt's end
-    parts: list  # who sees whom: see attention.over_parts
+    parts: list  # who sees whom: see kernels.over_parts
     sources: Tensor  # (M,): place of the state that predicts each completion token
     targets: Tensor  # (M,): the completion tokens
 

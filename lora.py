@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import model as models
 from chat import read_json
-from files import whole_folder
+from run.files import whole_folder
 
 # In each block, the fused layers and what they hold, in the order of their rows.
 LAYERS = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj": ("o_proj",),

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chat import Tokenizer, locate, read_json
-from files import whole_folder
+from run.files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def look_back(mask: Tensor | None = None):
     """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
 
     What `Transformer.hidden` calls in every layer, as attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D).
-    Other ways to attend are in attention.py, for shared prompts, and rollout.py, for caches.
+    Other ways to attend are in kernels.py, for shared prompts, and rollout.py, for caches.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import time
 
 import numpy as np
 
-import files
+from run import files
 
 BINARY = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt", "planted")
 NUMBERS = ("gold", "y", "y_edit", "y_null", "suggestion", "tokens", "overlap", "repeats", *BINARY)
@@ -284,7 +284,7 @@ def main(argv=None):
         parser.error("--figure draws folders of runs, not files of rows")
     try:
         if runs:
-            import paper  # here, for it imports this file
+            from lab import paper  # here, for it imports this file
 
             return paper.show(args.paths, args.markdown, args.json, args.figure)
         if len(args.paths) != 2:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention import over_parts
+from kernels import over_parts
 from model import Config, Tokenizer, Transformer, load
 
 PREFILL = 1024  # tokens laid end to end in one forward pass: enough for fast products, little enough for caches

@@ -33,26 +33,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import build
-import checkpoint
-import detect
 import faith
-import files
 import lora
 import model as models
 import report
-import results
 import reward
-import shard
 import tasks
 import toy
-from args import Args, check, parse
-from build import balance
 from faith import Case, Subject
 from grpo import advantages, kl_k3, pack, policy_loss, token_logprobs, token_weights
-from ranks import Ranks
+from lab import build, detect
+from lab.build import balance
 from rollout import Completion, Sampler, option_scores
-from stop import Signals, Stopped
+from run import checkpoint, files, results, shard
+from run.args import Args, check, parse
+from run.ranks import Ranks
+from run.stop import Signals, Stopped
 
 
 def learning_rate(step: int, args: Args) -> float:

@@ -18,7 +18,7 @@ import plain  # noqa: E402
 import model as models  # noqa: E402
 import report  # noqa: E402
 import rollout  # noqa: E402
-from rates import introduce, make_prompts  # noqa: E402
+from lab.rates import introduce, make_prompts  # noqa: E402
 
 
 def times(sampler, prompts, samples: int, new: int) -> dict[str, float]:

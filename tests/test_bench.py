@@ -12,12 +12,10 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import bench_train
 import grpo
 import lora
 import model as models
-import rates
+from lab import bench, bench_train, rates
 from rollout import Sampler
 
 

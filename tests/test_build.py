@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import tiny
 
-import build
 import faith
-import files
 import reward
 import tasks
 import train
+from lab import build
 from model import Tokenizer, load
-from ranks import Ranks
 from rollout import Sampler
+from run import files
+from run.ranks import Ranks
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 SMALL = {"task": "esnli", "data": DATA, "intervention": "bias", "eval_questions": 5, "fit_questions": 3}

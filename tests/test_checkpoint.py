@@ -16,12 +16,10 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
-import files
 import lora
 import model as models
-import results
-from args import Args
+from run import checkpoint, files, results
+from run.args import Args
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes

@@ -11,13 +11,13 @@ from test_lora import disturb
 from test_rollout import FAMILIES, SHAPE, eager, same
 from test_train import timeless
 
-import attention
+import kernels
 import lora
 import model as models
 import rollout
-import shard
 import train
 from rollout import Completion, Sampler
+from run import shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -164,8 +164,8 @@ def test_one_kernel_for_all_parts(H, K, D):
     weight, results = torch.randn(1, H, 980, D, device="cuda") + 0.5, []
     for dtype, flash in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, True)):
         given = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
-        assert attention.flashes(given[0]) == flash
-        out = attention.over_parts(parts, "cuda")(0, *given)
+        assert kernels.flashes(given[0]) == flash
+        out = kernels.over_parts(parts, "cuda")(0, *given)
         (out.float() * weight).sum().backward()
         results.append([out.detach().float(), *(x.grad.float() for x in given)])
     for exact, once, again in zip(*results, strict=True):

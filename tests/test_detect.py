@@ -17,17 +17,16 @@ from sklearn.metrics import matthews_corrcoef
 from test_train import Keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import build
 import command
-import detect
 import faith
-import files
 import model as models
 import report
 import tasks
 import train
-from ranks import Ranks
+from lab import build, detect
 from rollout import Sampler
+from run import files
+from run.ranks import Ranks
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
 

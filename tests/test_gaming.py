@@ -15,9 +15,9 @@ from sklearn.metrics import accuracy_score, zero_one_loss
 from test_report import cells, column, random_rows, value
 
 import faith
-import gaming
 import report
 import reward
+from lab import gaming
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,7 +26,7 @@ import reward
 import rollout
 import tasks
 import train
-from ranks import Ranks
+from run.ranks import Ranks
 
 SOURCE = (tiny.ROOT / "rollout.py").read_text()
 

@@ -10,9 +10,8 @@ import pytest
 from test_gaming import later, told
 from test_report import cells, random_rows
 
-import files
-import gaming
-import page
+from lab import gaming, page
+from run import files
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "br"}

@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from test_report import column, command, make_row
 
-import files
-import paper
 import report
+from lab import paper
+from run import files
 
 N = 240
 

@@ -17,14 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import lora
-import memory
 import model as models
-import plan
 import rollout
 import train
-from args import Args
-from ranks import Ranks
+from lab import memory, plan
 from rollout import Sampler
+from run.args import Args
+from run.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,

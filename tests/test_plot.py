@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot
+from lab import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, matthews_corrcoef, recall_score
 from sklearn.preprocessing import OneHotEncoder
 
-import files
 import report
+from run import files
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("quickly", "softly", "oddly", "rarely")

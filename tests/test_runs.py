@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-import args as flags
-import build
 import command
-import paper
 import report
+from lab import build, paper
+from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}

@@ -17,11 +17,9 @@ import torch
 from test_checkpoint import finish, flags, start, timeless
 from test_plan import config as config_of_smollm2
 
-import checkpoint
-import files
 import model as models
-import plan
-import shard
+from lab import plan
+from run import checkpoint, files, shard
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ import safetensors.torch
 import tiny
 import torch
 
-import attention
 import faith
+import kernels
 import model as models
 import reward
 import tasks
@@ -215,7 +215,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def one_by_one(q, k, v, runs):
-    """What attention.kernel gives, a run at a time; no log-sums."""
+    """What kernels.kernel gives, a run at a time; no log-sums."""
     outs = []
     for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in runs[:2]), strict=True):
         assert 0 < b - a <= runs.q_most and b - a <= y - x <= runs.k_most
@@ -250,9 +250,9 @@ def test_all_parts_at_once(each, monkeypatch):
     seen = []
     for at_once in (False, True):
         if at_once:
-            monkeypatch.setattr(attention, "flashes", lambda q: True)
-            monkeypatch.setattr(attention, "kernel", forward)
-            monkeypatch.setattr(attention, "kernel_backward", backward)
+            monkeypatch.setattr(kernels, "flashes", lambda q: True)
+            monkeypatch.setattr(kernels, "kernel", forward)
+            monkeypatch.setattr(kernels, "kernel_backward", backward)
         each.zero_grad()
         logprobs = train.token_logprobs(each, train.pack(groups), 1.0)
         logprobs.sum().backward()
@@ -273,13 +273,13 @@ def test_all_parts_at_once(each, monkeypatch):
 
 def test_what_samples_share_is_summed_in_fp32(monkeypatch):
     """The gradient of a prompt's keys, in bf16 the sum of many samples' that each are lost beside it."""
-    monkeypatch.setattr(attention, "flashes", lambda q: True)
-    monkeypatch.setattr(attention, "kernel", lambda q, k, v, runs: (q.clone(), None))
+    monkeypatch.setattr(kernels, "flashes", lambda q: True)
+    monkeypatch.setattr(kernels, "kernel", lambda q, k, v, runs: (q.clone(), None))
     monkeypatch.setattr(
-        attention, "kernel_backward", lambda grad, q, k, v, *rest: (grad, torch.ones_like(k), torch.ones_like(v))
+        kernels, "kernel_backward", lambda grad, q, k, v, *rest: (grad, torch.ones_like(k), torch.ones_like(v))
     )
     q, k, v = (torch.zeros(1, 1, 2 + 900, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    look = attention.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
+    look = kernels.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         out = look(0, q, k, v)

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-import files
 import report
+from run import files
 
 KINDS = ("adverb", "bias")
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # their order in the table
@@ -299,7 +299,7 @@ def show(folders: list, markdown=False, file: str | None = None, figure: str | N
     if file:
         files.write_json(file, {"tables": made})
     if figure:
-        import plot  # here, for it imports report.py too
+        from lab import plot  # here, for it imports report.py too
 
         points = {}
         for table in made:

@@ -33,12 +33,12 @@ from pathlib import Path
 import numpy as np
 
 import faith
-import files
 import report
 import reward
 import tasks
 from faith import Case, Subject
 from model import locate, read_json, weight_files
+from run import files
 from tasks import Question
 
 BLOCK = 32  # cases labelled, and saved, at a time

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-import files
 import report
+from run import files
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
 NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions where the edit moved the answer (I = 1)",

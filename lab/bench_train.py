@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-import files
 import lora
 import model as models
 import train
 from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
-from rates import introduce, make_prompts, peak_memory, product_rate, random_network, seconds
+from lab.rates import introduce, make_prompts, peak_memory, product_rate, random_network, seconds
 from rollout import Sampler
+from run import files
 
 
 class Trl:

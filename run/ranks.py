@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from stop import Signals, Stopped
+from run.stop import Signals, Stopped
 
 
 class Ranks:

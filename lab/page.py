@@ -12,9 +12,9 @@ import random
 import re
 from html import escape
 
-import files
-import gaming
 import report
+from lab import gaming
+from run import files
 
 NAMES = {(1, 1): "told truly", (1, 0): "missed", (0, 1): "claimed falsely", (0, 0): "rightly silent"}
 MEANING = {

@@ -21,10 +21,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import files
-import memory
 import model as models
 import report
+from lab import memory
+from run import files
 
 HEADROOM = 0.05  # of the memory: CUDA context, NCCL, fragments, the sampler's working tensors
 

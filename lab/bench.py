@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-import files
 import model as models
 import report
-from bench_train import train_step
-from rates import introduce, make_prompts, peak_memory, product_rate, random_network, read_rate, seconds
+from lab.bench_train import train_step
+from lab.rates import introduce, make_prompts, peak_memory, product_rate, random_network, read_rate, seconds
 from rollout import Sampler, Slots
+from run import files
 
 
 def limit(network: models.Transformer, prompts, answers, rows: int) -> dict:

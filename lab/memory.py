@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import grpo
 import lora
 import model as models
-from attention import over_parts
+from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import faith
-import files
 import lora
 import model as models
-import plot
 import report
 import reward
-from args import Args, command
 from faith import Case
+from lab import plot
+from run import files
+from run.args import Args, command
 
 
 def note(args: Args, steps: int = 0) -> None:

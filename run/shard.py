@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import model as models
-import plan
+from lab import plan
 
 
 class Cut(nn.Module):
