@@ -13,6 +13,7 @@ from faith import LETTERS, ask, calibrate, check_prompts, decision_rows, draw_ca
 from lab import build, detect
 from model import locate, read_json
 from run import files
+from run.progress import Parser, minutes_left
 from tasks import Question
 
 
@@ -45,7 +46,7 @@ def counter(what: str) -> Callable[[int, int], None]:
     started = time.time()
 
     def tell(done: int, total: int) -> None:
-        left = report.minutes_left(started, done, total - done)
+        left = minutes_left(started, done, total - done)
         end = "" if done < total else "\n"
         print(f"\r{what} {done}/{total} questions, {left:.1f} min left ", end=end, file=sys.stderr, flush=True)
 
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["build"]:
         return build.main(argv[1:])
     asking = argv[:1] == ["ask"]
-    parser = report.Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="of the explanations; 0 is greedy")

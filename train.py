@@ -47,6 +47,7 @@ from lab.build import balance
 from rollout import Completion, Sampler, option_scores
 from run import checkpoint, files, results, shard
 from run.args import Args, check, parse
+from run.progress import minutes_left
 from run.ranks import Ranks
 from run.stop import Signals, Stopped
 
@@ -274,7 +275,7 @@ def progress(what: str, ranks: Ranks) -> Callable[[int, int], None]:
     started = time.time()
 
     def tell(done: int, total: int) -> None:
-        left = report.minutes_left(started, done, total - done)
+        left = minutes_left(started, done, total - done)
         if ranks.rank == 0:
             print(f"{what}: {done}/{total} questions of this rank, {left:.1f} min left", flush=True)
 
@@ -475,7 +476,7 @@ def train(
                               "lr": lr, "prompts": len(batch), "position": stream.position}  # fmt: skip
                     files.append_jsonl(out / "explanations.jsonl", log)
                     files.append_jsonl(out / "metrics.jsonl", [record])
-                    left = report.minutes_left(started, step + 1 - first, args.steps - step - 1)
+                    left = minutes_left(started, step + 1 - first, args.steps - step - 1)
                     print(progress_line(record, args.steps, len(log), clock[-1] - clock[0], left), flush=True)
                 if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
                     state.save()

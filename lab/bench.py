@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 import model as models
-import report
 from lab.bench_train import train_step
 from lab.rates import introduce, make_prompts, peak_memory, product_rate, random_network, read_rate, seconds
 from rollout import Sampler, Slots
 from run import files
+from run.progress import Parser
 
 
 def limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
@@ -189,7 +189,7 @@ def rollout(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = report.Parser(prog="bench.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("rollout", "train"))
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--prompts", help="a text file, a prompt per line; made up by default")

@@ -33,12 +33,12 @@ from pathlib import Path
 import numpy as np
 
 import faith
-import report
 import reward
 import tasks
 from faith import Case, Subject
 from model import locate, read_json, weight_files
 from run import files
+from run.progress import Parser, minutes_left
 from tasks import Question
 
 BLOCK = 32  # cases labelled, and saved, at a time
@@ -163,7 +163,7 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
         if fresh:
             counts, n = (moved, len(labelled) - moved), len(labelled)
             wait = max((size / 2 - count) * n / count if count else math.inf for count in counts)  # cases to go
-            left = report.minutes_left(started, fresh, max(0, min(wait, most - n)))
+            left = minutes_left(started, fresh, max(0, min(wait, most - n)))
             kept = f"kept {min(2 * min(counts), size)} of {size}, " if size < math.inf else ""
             text = f"{log.stem}: {len(asked)} questions, {n} edits, {moved / n:.1%} moved"
             print(f"\r{text}, {kept}{left:.1f} min left ", end="", file=sys.stderr, flush=True)
@@ -261,7 +261,7 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
 
 def main(argv: list[str]) -> int:
     """The command line of `faith.py build`."""
-    parser = report.Parser(prog="faith.py build", description=__doc__.split("\n")[0])
+    parser = Parser(prog="faith.py build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--task", choices=tasks.TASKS, required=True)
     parser.add_argument("--data", required=True, help="folder or file with the task's published data")

@@ -18,6 +18,7 @@ import numpy as np
 
 import report
 import reward
+from run.progress import Parser
 from words import WORD, named, straight, variants
 
 # What the table has, in its order.
@@ -154,7 +155,7 @@ def compare(before: list[dict], after: list[dict], seed: int = 0, resamples: int
 
 
 if __name__ == "__main__":
-    parser = report.Parser(description="Is an explanation a denial of the cue it names?")
+    parser = Parser(description="Is an explanation a denial of the cue it names?")
     parser.add_argument("word", type=str.lower, help="the adverb or persona that was inserted")
     parser.add_argument("text", help="the explanation")
     args = parser.parse_args()

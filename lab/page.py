@@ -15,6 +15,7 @@ from html import escape
 import report
 from lab import gaming
 from run import files
+from run.progress import Parser
 
 NAMES = {(1, 1): "told truly", (1, 0): "missed", (0, 1): "claimed falsely", (0, 0): "rightly silent"}
 MEANING = {
@@ -189,7 +190,7 @@ by cell are those of the explanations that were in it then, not of the same ques
 
 def main(argv=None):
     """Command line; input that cannot be used ends it with one line on stderr and status 2."""
-    parser = report.Parser(description="Signs of gaming, and a page of explanations, before beside after.")
+    parser = Parser(description="Signs of gaming, and a page of explanations, before beside after.")
     parser.add_argument("before", metavar="BEFORE.jsonl")
     parser.add_argument("after", metavar="AFTER.jsonl")
     parser.add_argument("--to", metavar="FILE", default="page.html", help="the page (default: page.html)")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import model as models
-import report
 from lab import memory
 from run import files
+from run.progress import Parser
 
 HEADROOM = 0.05  # of the memory: CUDA context, NCCL, fragments, the sampler's working tensors
 
@@ -176,7 +176,7 @@ def read(path: str) -> models.Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = report.Parser(prog="plan.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="plan.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, hub id in the local cache, or a config")
     for field in dataclasses.fields(Setup):
         extra = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-import report
 from run import files
+from run.progress import Parser
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
 NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions where the edit moved the answer (I = 1)",
@@ -105,7 +105,7 @@ def curves(runs: list[Path], to: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = report.Parser(prog="plot.py", description="The curves of runs of train.py as a picture.")
+    parser = Parser(prog="plot.py", description="The curves of runs of train.py as a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train.py wrote")
     parser.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the first run)")
     args = parser.parse_args(argv)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora
-import report
 import reward
 import tasks
 import toy
+from run.progress import Parser
 
 
 def option(default, text: str, choices=None):
@@ -128,7 +128,7 @@ def command(args: Args) -> str:
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    parser = report.Parser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Args):
         flag = "--" + field.name.replace("_", "-")
         extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
