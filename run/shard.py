@@ -1,11 +1,11 @@
-"""FSDP2: a model too large for one GPU's fp32 masters and optimizer, cut among the ranks (torch's `fully_shard`).
+"""Shards (FSDP2): for a model whose fp32 masters and optimizer do not fit on one GPU.
 
-    masters     fp32, every tensor cut among all ranks; AdamW updates a rank's part, the gradient comes summed to it
-    compute     a block's weights are gathered in bf16 when its turn comes, forward and backward, then dropped
-    inference   a whole bf16 copy per rank, frozen, which labels and samples, refreshed in place after every step
+    masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard, its gradient comes summed over ranks
+    compute   a block's weights are gathered in bf16 for its turn, forward and backward, then dropped
+    sampler   a whole, frozen bf16 copy per rank labels and samples; it is refreshed in place after every update
 
-The copy is what lets ranks sample at their own pace: every pass through the cut model is a collective, so all ranks
-must make the same number of them. For the same reason a stop is agreed upon (stop.Signals).
+Ranks sample at their own pace thanks to that copy. A pass through the sharded model is a collective: all ranks must make
+the same number of them, and must agree on a stop (stop.Signals).
 Zhao et al. 2304.11277; https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
@@ -16,11 +16,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import model as models
-from lab import plan
+from run.args import Args
+
+TYPICAL_PROMPT = 300  # tokens; prompts are a small part of a batch
 
 
-class Cut(nn.Module):
-    """The cut model. work(model) runs inside one forward of it, so that all weights `work` touches are there."""
+class Sharded(nn.Module):
+    """A model in shards. `work(model)` runs inside one forward of this module: there all weights are gathered in turn."""
 
     def __init__(self, model: models.Transformer):
         super().__init__()
@@ -30,72 +32,63 @@ class Cut(nn.Module):
         return work(self.model)
 
 
-def choose(wish: str, model: models.Transformer, world: int, **sizes) -> str:
-    """ "replicate" or "shard"; where the wish is "auto" and there are several GPUs, what plan.py takes.
-
-    sizes: what a plan.Setup says of a run, beside the GPUs.
-    """
-    if wish == "shard" and world == 1:
-        raise ValueError(
-            "--parallel shard cuts the model among ranks, and there is one; use torchrun --nproc-per-node N"
-        )
-    if wish != "auto":
-        return wish
-    if world == 1 or model.device.type != "cuda":
+def choose(args: Args, model: models.Transformer, world: int, plan=None) -> str:
+    """ "replicate" or "shard": what --parallel says; for "auto" on several GPUs what `plan` finds (lab/plan.py)."""
+    if args.parallel == "shard" and world == 1:
+        raise ValueError("--parallel shard needs several ranks, and there is one; use torchrun --nproc-per-node N")
+    if args.parallel != "auto":
+        return args.parallel
+    if world == 1 or model.device.type != "cuda" or plan is None:
         return "replicate"
-    # Prompts are a small part of a batch; so long as one usually is at most.
-    prompt = min(plan.Setup.prompt_tokens, model.config.context - sizes["new"])
+    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "micro", "lora", "recompute")}
+    sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
+    prompt = min(TYPICAL_PROMPT, model.config.context - args.max_new_tokens)
     memory = torch.cuda.mem_get_info(model.device)[1]
-    return plan.plan(model.config, gpus=world, gpu_memory_bytes=memory, prompt_tokens=prompt, **sizes)["parallel"]
+    return plan(model.config, gpus=world, gpu_memory_bytes=memory, prompt_tokens=prompt, **sizes)["parallel"]
 
 
-def cut(copy: models.Transformer, model: models.Transformer, world: int) -> Cut:
-    """Cuts `model`, the copy's like on the meta device in fp32, among `world` ranks; it takes the copy's values.
+def shard(copy: models.Transformer, model: models.Transformer, world: int) -> Sharded:
+    """Puts `model` into one shard per rank, with the values of `copy`, and freezes `copy`.
 
-    The copy is frozen. On a CPU all computes in fp32.
+    model: the copy's like on the meta device, in fp32. It computes in the copy's dtype.
     """
     mesh = init_device_mesh(copy.device.type, (world,))
     compute = None if copy.dtype == torch.float32 else copy.dtype
-    # The inputs of a block are as they should be; cast, cos and sin would lose their fp32.
+    # Without cast_forward_inputs=False a block's cos and sin would lose their fp32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    whole = Cut(model)
-    # Not resharded after a pass without gradient, the root would hold last step's weights in the next one.
-    for module in (*model.layers, whole):
+    sharded = Sharded(model)
+    # Without resharding, a pass under no_grad would leave the root with the weights of the step before.
+    for module in (*model.layers, sharded):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    whole.to_empty(device=copy.device)
+    sharded.to_empty(device=copy.device)
     model.frequencies = copy.frequencies
     values = dict(copy.named_parameters())
     for name, part in model.named_parameters():
         value = values[name].detach().float()
-        value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)  # each rank has it all
+        value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)  # each rank has the whole value
         part.to_local().data.copy_(value.to_local())
     copy.requires_grad_(False)
-    return whole
+    return sharded
 
 
-def through(model, work):
-    """work(model), wherever its weights are."""
-    return model(work) if isinstance(model, Cut) else work(model)
+def run(model: models.Transformer | Sharded, work) -> Tensor:
+    """work(model), in shards or not."""
+    return model(work) if isinstance(model, Sharded) else work(model)
 
 
-def backward(model, loss: Tensor, world: int) -> None:
-    """loss.backward(), for gradients that are to be summed over ranks: FSDP takes their mean."""
-    (loss * world if isinstance(model, Cut) else loss).backward()
-
-
-def idle(model: Cut, twice: bool) -> None:
-    """The passes of a micro-batch, to no effect: for a rank that has none left. twice: a reference's pass too."""
+def empty_pass(model: Sharded, with_reference: bool) -> None:
+    """The collectives of one pass, without effect: for a rank with no work left. with_reference: a KL's pass too."""
 
     def nothing(model: models.Transformer) -> Tensor:
         return model(torch.zeros(1, 1, dtype=torch.int64, device=model.device)).sum() * 0
 
     loss = model(nothing)
-    if twice:
+    if with_reference:
         with torch.no_grad():
             model(nothing)
     loss.backward()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be cut. All ranks call it."""
+    """The whole of a tensor that may be in shards. All ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,140 @@
+"""The policy: what GRPO trains, wherever its weights are. A training step sees four verbs: run, reference, backward, step.
+
+    whole     an fp32 model, as on a CPU: AdamW updates its own weights
+    masters   a bf16 model, as on a GPU: AdamW updates fp32 copies, which are cast back after each update. On bf16
+              weights it would lose updates smaller than 2^-8 of a weight
+    LoRA      the adapters beside a frozen model; they are fp32 themselves
+    sharded   fp32 weights in shards, one per rank (FSDP2, run/shard.py); the sampler has a bf16 copy of its own
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import lora
+import model as models
+from run import shard
+from run.args import Args
+from run.ranks import Ranks
+
+
+class Policy:
+    """The trained weights and their AdamW. `model` is what the sampler runs: every update is copied into it in place.
+
+    sharded: the same model in shards, or None. reference: the initial model of the KL, or None; with LoRA it is the
+    trained model, run without its adapters.
+    """
+
+    def __init__(self, model: models.Transformer, args: Args, ranks: Ranks, sharded=None, reference=None):
+        self.model, self.args, self.ranks, self.sharded = model, args, ranks, sharded
+        self.trained, self.initial = sharded or model, reference
+        self.before_update: Callable[[], None] = lambda: None  # the loop holds back signals while weights change
+        named = dict(model.named_parameters())
+        trained = {n: w for n, w in (sharded.model if sharded else model).named_parameters() if w.requires_grad}
+        self.names, self.weights = list(trained), [named[name] for name in trained]
+        self.masters = list(trained.values())
+        if not sharded:
+            self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
+                            for w in self.masters]  # fmt: skip
+        betas = (0.9, args.beta2)
+        self.adam = torch.optim.AdamW(self.masters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+
+    def run(self, work: Callable[[models.Transformer], Tensor]) -> Tensor:
+        """work(model) with gradients."""
+        return shard.run(self.trained, work)
+
+    @torch.no_grad()
+    def reference(self, work: Callable[[models.Transformer], Tensor]) -> Tensor:
+        """work(model) under the initial model."""
+        with lora.without(self.initial):
+            return shard.run(self.initial, work)
+
+    def passes(self, count: int, size: int) -> Iterator[slice]:
+        """Slices that cut `count` groups into passes of `size`.
+
+        In shards each pass is a collective: a rank with fewer groups runs empty passes, to make as many as the others.
+        """
+        for start in range(0, max(self.ranks.gather([count])) if self.sharded else count, size):
+            if self.sharded:
+                self.ranks.meet()  # the ranks may agree to stop here
+            if start < count:
+                yield slice(start, start + size)
+            else:
+                self.empty_pass(with_reference=self.initial is self.trained)
+
+    def empty_pass(self, with_reference: bool = False) -> None:
+        """Takes part in the collectives of a pass without work of its own; changes nothing."""
+        if self.sharded:
+            shard.empty_pass(self.sharded, with_reference)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradient to the fp32 sum. The sum over ranks follows in `step`, or is FSDP's."""
+        (loss * self.ranks.world if self.sharded else loss).backward()  # FSDP takes the mean over ranks
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master and weight.grad is not None:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                weight.grad = None
+
+    def step(self, lr: float, finite: bool = True) -> tuple[float, bool]:
+        """Sums gradients over ranks, clips them, updates. Returns their norm before clipping, and whether it updated.
+
+        Nothing changes where the norm is not finite, or the loss was not (`finite`). All ranks decide alike.
+        """
+        self.before_update()
+        for master in self.masters:
+            if master.grad is None:  # a rank without work takes part all the same
+                master.grad = torch.zeros_like(master)
+        if not self.sharded:
+            self.ranks.sum_([master.grad for master in self.masters])
+        norm = shard.whole(torch.nn.utils.clip_grad_norm_(self.masters, self.args.clip_norm))
+        updated = finite and bool(torch.isfinite(norm))
+        if updated:
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+            self.refresh()
+        self.adam.zero_grad(set_to_none=True)
+        return float(norm), updated
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the masters into the model that samples, in its dtype."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master:
+                weight.copy_(shard.whole(master))
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that an update changes, by name: to save them, or to load into them in place."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            state = self.adam.state[master]
+            if not state:  # as AdamW begins
+                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master)}
+                state["exp_avg_sq"] = torch.zeros_like(master)
+            tensors |= {f"{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+            tensors[f"weight.{name}"] = master.data
+        return tensors
+
+
+def make_policy(model: models.Transformer, args: Args, ranks: Ranks, plan: Callable[..., dict] | None = None) -> Policy:
+    """The policy that the flags ask for. plan(config, **sizes)["parallel"] decides --parallel auto (lab/plan.py).
+
+    ValueError where flags do not go together.
+    """
+    detection = args.objective == "detection"
+    if detection and args.parallel == "shard":
+        raise ValueError("--objective detection cannot run in shards; use --parallel replicate")
+    sharded = None
+    if not detection and shard.choose(args, model, ranks.world, plan) == "shard":
+        with torch.device("meta"):
+            like = models.Transformer(model.config, torch.float32)
+        if args.lora:
+            lora.attach(like, args.lora, args.lora_alpha, args.lora_targets.split(","))
+        like.recompute = args.recompute
+        sharded = shard.shard(model, like, ranks.world)
+    reference = None
+    if args.kl and not detection:
+        reference = (sharded or model) if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
+    return Policy(model, args, ranks, sharded, reference)
