@@ -35,7 +35,8 @@ import numpy as np
 import faith
 import reward
 import tasks
-from faith import Case, Subject
+from batches import balance
+from faith import Case, Labelled, Subject
 from model import locate, read_json, weight_files
 from run import files
 from run.progress import Parser, minutes_left
@@ -43,17 +44,6 @@ from tasks import Question
 
 BLOCK = 32  # cases labelled, and saved, at a time
 EDITABLE = ("parts", "options", "appeal")  # fields of a question that an edit may change
-
-Labelled = list[tuple[Case, dict]]  # cases with their decision rows
-
-
-def balance(labelled: Labelled, size: int) -> Labelled:
-    """The first size/2 with influence and as many without, alternating; fewer of both where one kind is short."""
-    moved = [pair for pair in labelled if pair[1]["influence"]]
-    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
-    n = min(len(moved), len(unmoved), size // 2)
-    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
-
 
 # ---- what a data set and a run must have in common --------------------------------------------------------
 
@@ -121,6 +111,11 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
             f"{folder / 'train.jsonl'} has {len(labelled)} lines, not what its manifest says; build it anew"
         )
     return labelled
+
+
+def read_dataset(args, questions: list[Question], trainable: list[Question]) -> Labelled:
+    """The frozen labels of --dataset, for a train.py run on these questions."""
+    return read(args.dataset, trainable, identity(args, questions))
 
 
 # ---- collecting -------------------------------------------------------------------------------------------
@@ -261,7 +256,7 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
 
 def main(argv: list[str]) -> int:
     """The command line of `faith.py build`."""
-    parser = Parser(prog="faith.py build", description=__doc__.split("\n")[0])
+    parser = Parser(prog="lab.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--task", choices=tasks.TASKS, required=True)
     parser.add_argument("--data", required=True, help="folder or file with the task's published data")

@@ -8,106 +8,94 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import lora
-import reward
-import tasks
-import toy
 from run.progress import Parser
 
 
-def option(default, text: str, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
-
-ADAPTED = ",".join(lora.TARGETS)
+def option(default, text: str, choices=None, least=None, above=None, on_resume=False):
+    """A flag. least, above: bounds of its value. on_resume: a resumed run may change it."""
+    known = {"help": text, "choices": choices, "least": least, "above": above, "on_resume": on_resume}
+    return dataclasses.field(default=default, metadata=known)
 
 
 @dataclass
 class Args:
     """Everything a run depends on; each field is a flag, and all are saved with the run."""
 
-    model: str = option("toy", "Hugging Face directory, hub id in the local cache, or the embedded toy (toy.py), made "
-                        "on first use; toy-qwen3 and toy-plain are others")  # fmt: skip
-    task: str = option("toy", "what the questions are", tasks.TASKS)
-    data: str = option("", "folder or file with the task's published data; the toy brings its own")
-    intervention: str = option("adverb", "what is slipped into a question", reward.KINDS)
-    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. By default "
-                      "a new one in out/")  # fmt: skip
-    objective: str = option("disclosure", "GRPO on explanations; or detection: supervised, to say when asked outright "
-                            "whether the edit moved the answer (detect.py)", ("disclosure", "detection"))  # fmt: skip
-    labels: str = option("on-policy", "influence under the current model, or once from the initial one (the paper)",
+    model: str = option("toy", "Hugging Face directory, hub id in the local cache, or an embedded toy (toy, toy-qwen3, "
+                        "toy-plain), made on first use")  # fmt: skip
+    task: str = option("toy", "what the questions are")
+    data: str = option("", "folder or file with the task's published data; the toy has its own")
+    intervention: str = option("adverb", "what is inserted into a question")
+    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. Default: a new "
+                      "one in out/", on_resume=True)  # fmt: skip
+    objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, to say when asked "
+                            "outright whether the edit changed the answer", ("disclosure", "detection"))  # fmt: skip
+    labels: str = option("on-policy", "influence under the current model, or once under the initial one (the paper)",
                          ("on-policy", "frozen"))  # fmt: skip
-    calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision")
-    calibration_questions: int = option(300, "unedited training questions the calibration is taken from")
-    steps: int = option(100, "optimizer steps")
-    prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence")
-    samples: int = option(8, "explanations sampled per edited question: the group")
-    candidates: int = option(256, "edited questions labelled per step at most, in search of a balanced batch")
-    frozen_questions: int = option(1000, "with --labels frozen, no --dataset: questions labelled at the start")
-    dataset: str = option("", "with --labels frozen: the folder of a `faith.py build`, whose labels are taken")
-    max_new_tokens: int = option(48, "an explanation is cut here")
-    temperature: float = option(1.0, "of the sampled explanations, and of the scores trained on")
-    lr: float = option(1e-5, "AdamW's peak learning rate")
-    warmup: int = option(5, "steps of linear warm-up")
-    decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"))
-    weight_decay: float = option(0.0, "AdamW's")
-    beta2: float = option(0.98, "AdamW's second-moment decay; runs are short")
-    clip_norm: float = option(1.0, "largest norm of the gradient")
-    loss: str = option("dr_grpo", "what a token's loss is divided by: its explanation's length (grpo), all tokens "
-                       "of the step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))  # fmt: skip
-    advantage: str = option("std", "divide by the group's standard deviation or not (Dr. GRPO)", ("std", "mean"))
-    clip_low: float = option(0.2, "ratios below 1 − this gain nothing more")
-    clip_high: float = option(0.2, "ratios above 1 + this gain nothing more")
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3 estimator); 0 runs no reference. Not for "
-                       "--objective detection")  # fmt: skip
+    calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
+    calibration_questions: int = option(300, "with --calibrate: unedited training questions for these means", least=1)
+    steps: int = option(100, "optimizer steps", least=1, on_resume=True)
+    prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence", least=2)
+    samples: int = option(8, "explanations sampled per edited question: the group", least=2)
+    candidates: int = option(256, "edited questions labelled per step at most, to find a balanced batch", least=2)
+    frozen_questions: int = option(1000, "with --labels frozen and no --dataset: questions labelled first", least=2)
+    dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used")
+    max_new_tokens: int = option(48, "tokens of an explanation at most", least=1)
+    temperature: float = option(1.0, "of the sampled explanations, and of the logprobs that are trained", above=0)
+    lr: float = option(1e-5, "AdamW's peak learning rate", above=0, on_resume=True)
+    warmup: int = option(5, "steps of linear warm-up", least=0, on_resume=True)
+    decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
+    weight_decay: float = option(0.0, "AdamW's", least=0)
+    beta2: float = option(0.98, "AdamW's second-moment decay; runs are short", least=0)
+    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, on_resume=True)
+    loss: str = option("dr_grpo", "a token's loss is divided by its explanation's length (grpo), all tokens of the "
+                       "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))  # fmt: skip
+    advantage: str = option("std", "divide by the group's standard deviation, or not (mean: Dr. GRPO)", ("std", "mean"))
+    clip_low: float = option(0.2, "a ratio below 1 − this earns nothing more", least=0)
+    clip_high: float = option(0.2, "a ratio above 1 + this earns nothing more", least=0)
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference model. Not for detection",
+                       least=0)  # fmt: skip
     anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
-                           "keeps decisions where they were; 0: off (ours)")  # fmt: skip
-    anchor_questions: int = option(150, "with --anchor: training questions, X and X', labelled by the initial model")
-    opening: str = option("", "every explanation is forced to begin so, {letter} being the option picked (ours)")
-    lora: int = option(0, "rank of LoRA adapters, trained in place of the weights and saved as a PEFT adapter; 0: all "
-                       "weights are trained")  # fmt: skip
-    lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank")
-    lora_targets: str = option(ADAPTED, "with --lora: the layers that have adapters")
-    parallel: str = option("auto", "several ranks: each has all weights, masters and moments (replicate), or a part of "
-                           "them and a frozen copy to sample from (shard: FSDP2). auto: replicate where it fits",
-                           ("auto", "replicate", "shard"))  # fmt: skip
-    recompute: bool = option(False, "activation checkpointing: less memory, a third more work in the update")
-    updates: int = option(1, "optimizer updates per batch of explanations")
-    micro: int = option(4, "groups per forward and backward pass; the result does not depend on it")
-    eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none")
-    eval_before: bool = option(True, "measure the initial model too; not needed where another run has")
-    fit_questions: int = option(300, "training questions the shortcut baseline is fitted on")
-    note: str = option("", "a line for the model card, such as where the weights come from")
-    save_every: int = option(0, "also save the model every so many steps, as OUT/step-N; 0: only at the end")
-    checkpoint_every: int = option(20, "steps between checkpoints, the last two are kept; 0: none, not even when "
-                                   "the run is stopped")  # fmt: skip
-    resume: bool = option(
-        False, "go on with the run in --out from its last checkpoint, with its flags but for those given"
-    )
-    seed: int = option(0, "of everything drawn")
+                           "holds the decisions; 0: off (ours)", least=0)  # fmt: skip
+    anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1)
+    opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
+    lora: int = option(0, "rank of LoRA adapters, trained instead of the weights and saved as a PEFT adapter; 0: off",
+                       least=0)  # fmt: skip
+    lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank", above=0)
+    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "with --lora: layers adapted")
+    parallel: str = option("auto", "several ranks: each holds all weights, masters and moments (replicate), or a shard "
+                           "of them and a copy to sample from (shard: FSDP2). auto: replicate if it fits",
+                           ("auto", "replicate", "shard"), on_resume=True)  # fmt: skip
+    recompute: bool = option(False, "activation checkpointing: less memory, a third more work", on_resume=True)
+    updates: int = option(1, "optimizer updates per batch of explanations", least=1)
+    micro: int = option(4, "groups per forward and backward pass; the result does not depend on it", least=1,
+                        on_resume=True)  # fmt: skip
+    eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none", least=0)
+    eval_before: bool = option(True, "measure the initial model too")
+    fit_questions: int = option(300, "training questions that fit the shortcut baseline", least=1)
+    note: str = option("", "a line for the model card, such as the source of the weights", on_resume=True)
+    save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: at the end only", least=0,
+                             on_resume=True)  # fmt: skip
+    checkpoint_every: int = option(20, "steps between checkpoints, of which the last two are kept; 0: none", least=0,
+                                   on_resume=True)  # fmt: skip
+    resume: bool = option(False, "continue the run in --out from its last checkpoint, with its flags unless given anew",
+                          on_resume=True)  # fmt: skip
+    seed: int = option(0, "of everything drawn", least=0)
 
 
-# The smallest values of flags. Batches are half and half, and groups compare samples: so 2 of each.
-LEAST = {"prompts": 2, "samples": 2, "candidates": 2, "frozen_questions": 2, "steps": 1, "micro": 1, "updates": 1,
-         "max_new_tokens": 1, "fit_questions": 1, "calibration_questions": 1, "eval_questions": 0, "warmup": 0,
-         "save_every": 0, "checkpoint_every": 0, "seed": 0, "clip_low": 0, "clip_high": 0, "kl": 0, "anchor": 0,
-         "anchor_questions": 1, "weight_decay": 0, "lora": 0}  # fmt: skip
-
-
-# What may be given anew with --resume. Another split, seed or batch would make it a run that nobody can repeat.
-CHANGEABLE = {"resume", "out", "steps", "lr", "warmup", "decay", "clip_norm", "micro", "parallel", "recompute", "note",
-              "save_every", "checkpoint_every"}  # fmt: skip
+def flag(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def check(args: Args) -> None:
     """ValueError for a value that no run can have."""
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:  # so written, NaN fails too
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name in ("temperature", "lr", "clip_norm", "lora_alpha"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if not 0 <= args.beta2 < 1:
+    for field in dataclasses.fields(Args):
+        value, least, above = getattr(args, field.name), field.metadata["least"], field.metadata["above"]
+        if least is not None and not value >= least:  # NaN fails too
+            raise ValueError(f"{flag(field)} must be at least {least}, not {value}")
+        if above is not None and not above < value < math.inf:
+            raise ValueError(f"{flag(field)} must be above {above}, not {value}")
+    if not args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
@@ -118,25 +106,29 @@ def check(args: Args) -> None:
 
 
 def command(args: Args) -> str:
-    """The flags that give these arguments, those at their defaults left out."""
+    """The flags that give these arguments, without those at their defaults."""
     flags = []
     for field in dataclasses.fields(Args):
-        name, value = field.name.replace("_", "-"), getattr(args, field.name)
-        if value != field.default and name != "resume":
-            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        value = getattr(args, field.name)
+        if value != field.default and field.name != "resume":
+            no = "--no-" + flag(field)[2:]
+            flags += [flag(field) if value else no] if isinstance(value, bool) else [flag(field), str(value)]
     return shlex.join(flags)
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str] | None, choices: dict, toy_defaults: dict) -> Args:
+    """The command line. choices: {field: its values} of fields that name none here. toy_defaults: for --model toy….
+
+    With --resume the defaults are the flags of the run in --out, and only fields with on_resume may differ.
+    """
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Args):
-        flag = "--" + field.name.replace("_", "-")
         extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
         if isinstance(field.default, bool):
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
-        parser.add_argument(flag, default=field.default, **extra)
+            extra |= {"type": type(field.default), "choices": choices.get(field.name, field.metadata["choices"])}
+        parser.add_argument(flag(field), default=field.default, **extra)
     given = parser.parse_args(argv)
     if given.resume:
         try:
@@ -148,10 +140,9 @@ def parse(argv: list[str] | None = None) -> Args:
         parser.set_defaults(resume=True)
         again = vars(parser.parse_args(argv))
         for field in dataclasses.fields(Args):
-            was = record.get(field.name, field.default)  # of a run from before there was the flag
-            if field.name not in CHANGEABLE and again[field.name] != was:
-                flag = field.name.replace("_", "-")
-                parser.error(f"--{flag} was {was!r} and cannot change in a run that goes on; start a new one")
+            was = record.get(field.name, field.default)  # the run may be older than the flag
+            if not field.metadata["on_resume"] and again[field.name] != was:
+                parser.error(f"{flag(field)} was {was!r} and cannot change in a resumed run; start a new one")
     elif given.model.startswith("toy"):
-        parser.set_defaults(**toy.SETTINGS)
+        parser.set_defaults(**toy_defaults)
     return Args(**vars(parser.parse_args(argv)))

@@ -1,6 +1,6 @@
-"""JSON, JSON-lines and text files, and folders, written whole: beside their place, then renamed over it.
+"""JSON, JSON lines, text and folders, written whole: under another name first, then renamed.
 
-NaN and infinity are null in JSON, which has neither.
+NaN and infinity become null, since JSON has neither.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def write_text(path, text):
-    """The text in UTF-8, whole or not at all: written beside path, then renamed over it."""
+    """Text in UTF-8, whole or not at all."""
     part = Path(f"{path}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -26,15 +26,15 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """A folder to fill, which takes the name `path` at the end; where something fails, nothing is left of it.
+    """A folder to fill; it gets the name `path` at the end. After an error nothing is left of it.
 
-    ValueError where there is a file or a folder that holds something.
+    ValueError where `path` is a file or a folder that holds something.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is already there; choose another folder or remove it")
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -44,21 +44,20 @@ def whole_folder(path):
 
 
 def write_jsonl(path, values, indent=None):
-    """A value a line, whole or not at all; NaN becomes null."""
-    texts = [json.dumps(value, default=lambda x: x.tolist()) for value in values]  # NumPy values as Python's
+    """One value per line, whole or not at all; NumPy values become Python's."""
+    texts = [json.dumps(value, default=lambda x: x.tolist()) for value in values]
     texts = [json.dumps(json.loads(t, parse_constant=lambda _: None), indent=indent) + "\n" for t in texts]
     write_text(path, "".join(texts))
 
 
-def write_json(path, obj):
-    """One JSON value, as write_jsonl does."""
-    write_jsonl(path, [obj], indent=1)
+def write_json(path, value):
+    write_jsonl(path, [value], indent=1)
 
 
 def append_jsonl(path, records):
-    """Adds a line per record (a dict) in one write, so that a reader sees no half lines; NaN, inf: null.
+    """Adds one line per record (a dict) in a single write, so that a reader sees no half lines.
 
-    ValueError where they cannot be written; then the last line may be torn.
+    ValueError where that fails; then the last line may be torn.
     """
     lines = []
     for record in records:
@@ -72,7 +71,7 @@ def append_jsonl(path, records):
 
 
 def cut_jsonl(path, keep):
-    """Drops the lines of a JSON-lines file, if it is there, from the first that is torn or not to keep(value) on."""
+    """Drops the lines of a JSON-lines file from the first one that is torn, or for which keep(value) is false."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else []
     kept = []
     for line in lines:
@@ -87,7 +86,7 @@ def cut_jsonl(path, keep):
 
 
 def read_jsonl(path):
-    """The values of a JSON-lines file; ValueError names the file, and the line that is not JSON."""
+    """The values of a JSON-lines file; ValueError names the file and the line that is not JSON."""
     values, where = [], path
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
@@ -96,3 +95,10 @@ def read_jsonl(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
     return values
+
+
+def check_writable(*paths):
+    """ValueError, before long work, for a file whose folder is not there. None is skipped."""
+    for path in filter(None, paths):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: make the folder {Path(path).parent} first")

@@ -1,12 +1,13 @@
-"""The policy: what GRPO trains, wherever its weights are. A training step sees four verbs: run, reference, backward, step.
+"""The policy: what training changes, wherever its weights are. A step sees four verbs: run, reference, backward, step.
 
-    whole     an fp32 model, as on a CPU: AdamW updates its own weights
-    masters   a bf16 model, as on a GPU: AdamW updates fp32 copies, which are cast back after each update. On bf16
-              weights it would lose updates smaller than 2^-8 of a weight
-    LoRA      the adapters beside a frozen model; they are fp32 themselves
-    sharded   fp32 weights in shards, one per rank (FSDP2, run/shard.py); the sampler has a bf16 copy of its own
+whole     an fp32 model, as on a CPU: AdamW updates its own weights
+masters   a bf16 model, as on a GPU: AdamW updates fp32 copies, which are cast back after each update. On bf16
+          weights it would lose updates smaller than 2^-8 of a weight
+LoRA      the adapters beside a frozen model; they are fp32 themselves
+sharded   fp32 weights in shards, one per rank (FSDP2, run/shard.py); the sampler has a bf16 copy of its own
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +18,15 @@ import model as models
 from run import shard
 from run.args import Args
 from run.ranks import Ranks
+
+
+def learning_rate(n: int, args: Args) -> float:
+    """At step n (from 0): linear warm-up, then constant, or decay to 10 % of the peak at the last step."""
+    if n < args.warmup:
+        return args.lr * (n + 1) / args.warmup
+    done = (n - args.warmup) / max(1, args.steps - 1 - args.warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.decay]
+    return args.lr * (0.1 + 0.9 * shape)
 
 
 class Policy:

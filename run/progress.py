@@ -1,46 +1,54 @@
 """What a command prints while it works: one progress line, and one line for a wrong command line.
 
-On a terminal the line is rewritten in place. In a log a phase prints at most ten lines.
+On a terminal the progress line is rewritten in place. In a log each phase prints a few lines.
 """
 
 import argparse
 import os
+import shutil
 import sys
 import time
 
 
-def minutes_left(started: float, done: int, remaining: int) -> float:
-    """Minutes for the `remaining` items, at the rate since `started` (time.time())."""
-    return (time.time() - started) / done * remaining / 60
-
-
 class Progress:
-    """progress(done, total) says how far a phase is: "measured before: 640/1500 questions, 0.3 min left".
+    """progress(done, total) says how far a phase is: "measured before training: 640/1500 questions, 0.3 min left".
 
-    rank 0 alone prints. lines: how many a log gets at most.
+    rank: only rank 0 prints. lines: how many lines of a log the phase takes at most.
     """
 
-    def __init__(self, phase: str, unit: str = "questions", rank: int = 0, lines: int = 10):
-        self.phase, self.unit, self.quiet, self.lines = phase, unit, rank != 0, lines
+    def __init__(self, phase: str, rank: int = 0, lines: int = 2, unit: str = "questions"):
+        self.phase, self.quiet, self.lines, self.unit = phase, rank != 0, lines, unit
         self.started, self.printed = time.time(), 0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        if self.quiet or not total:
-            return
-        text = (
-            f"{self.phase}: {done}/{total} {self.unit}, {minutes_left(self.started, done, total - done):.1f} min left"
-        )
-        self.show(text + ("  " + note if note else ""), done, total)
+        left = self.minutes_left(done, total - done)
+        self.show(f"{self.phase}: {done}/{total} {self.unit}{note}, {left:.1f} min left", done, total)
+
+    def minutes_left(self, done: int, remaining: int) -> float:
+        """Minutes for the `remaining` items, at the rate of the `done` ones."""
+        return (time.time() - self.started) / max(1, done) * remaining / 60
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Prints text, which is item `done` of `total`: in place on a terminal, else if a tenth is newly done."""
-        if self.quiet:
+        """Prints text for item `done` of `total`: in place on a terminal, else when the next part is done."""
+        if self.quiet or not total:
             return
         if sys.stdout.isatty():
+            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be rewritten
             print(f"\r\x1b[K{text}", end="\n" if done >= total else "", flush=True)
-        elif done >= total or done * self.lines // total > self.printed:
+        elif done * self.lines // total > self.printed:
             self.printed = done * self.lines // total
             print(text, flush=True)
+
+
+class Laps:
+    """Times the phases of a step: lap("label_s") notes the seconds since the lap before, in `seconds`."""
+
+    def __init__(self):
+        self.last, self.seconds = time.time(), {}
+
+    def __call__(self, name: str) -> None:
+        now = time.time()
+        self.seconds[name], self.last = now - self.last, now
 
 
 class Parser(argparse.ArgumentParser):

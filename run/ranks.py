@@ -1,8 +1,8 @@
-"""The processes of a run: data parallelism by shared lists, gathered results and summed gradients.
+"""The processes of a run: shared lists, gathered results, summed gradients.
 
-torchrun starts the processes and tells each its rank; without torchrun there is one. Every rank draws the
-same questions, takes its share of the work, and sees all results in the order of the questions, so that a
-run gives the same numbers whatever the number of ranks, up to rounding. gloo on CPUs, NCCL on GPUs.
+torchrun starts the processes and tells each its rank; without torchrun there is one. All ranks draw the same questions,
+each works on its share, and all see the results in the order of the questions. So a run gives the same numbers whatever
+the number of ranks, up to rounding. gloo on CPUs, NCCL on GPUs.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from run.stop import Signals, Stopped
 
 
 class Ranks:
-    """This process among the run's, as torchrun started it; alone when it did not. Collectives take turns in order.
+    """This process among the run's. All ranks must call the collectives in the same order.
 
     ValueError where there are more processes than GPUs.
     """
@@ -31,7 +31,7 @@ class Ranks:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        self.signals: Signals | None = None  # where all agree on a stop: see stop.Signals
+        self.signals: Signals | None = None  # set where all ranks must agree on a stop
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -40,7 +40,7 @@ class Ranks:
         return items[self.rank :: self.world]
 
     def gather(self, items: list) -> list:
-        """Everyone's shares, back in the order that `share` cut up."""
+        """The shares of all ranks, in the order of the list that `share` cut."""
         if self.world == 1:
             return items
         self.meet()
@@ -52,32 +52,42 @@ class Ranks:
         return whole
 
     def together(self, work):
-        """work()'s result; where it fails on any rank with a ValueError, all ranks raise the first one's."""
+        """work()'s result. If it raises ValueError on any rank, all ranks raise the first one's."""
         result = error = None
         try:
-            with self.signals.open() if self.signals else contextlib.nullcontext():
+            with self.signals.interruptible() if self.signals else contextlib.nullcontext():
                 result = work()
         except ValueError as problem:
             error = str(problem)
         except Stopped:
             if not self.signals:
                 raise
-            # else all are told when they meet, in the next line
+            # The gather below tells all ranks.
         if errors := [e for e in self.gather([error]) if e]:
             raise ValueError(errors[0])
         return result
 
+    def on_first(self, work):
+        """work()'s result on rank 0, given to all ranks; an error there is raised on all."""
+        return self.gather([self.together(lambda: work() if self.rank == 0 else None)])[0]
+
     def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Adds up tensors over all ranks, in place."""
+        """Sums tensors over all ranks, in place."""
         if self.world > 1:
             self.meet()
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def meet(self) -> None:
-        """Waits until all have come. A collective ends before Python hears a signal; this lets one through.
+    def total(self, *counts: int) -> list[int]:
+        """Each count summed over all ranks."""
+        sums = torch.tensor(counts, device=self.device)
+        self.sum_([sums])
+        return sums.tolist()
 
-        Where a stop has to be agreed upon, all raise Stopped if one was asked to.
+    def meet(self) -> None:
+        """Waits until all ranks are here. Unlike the collective that follows, this wait lets a signal through.
+
+        Where a stop must be agreed on, all ranks raise Stopped if any of them was told to stop.
         """
         if self.world == 1:
             return
@@ -86,15 +96,15 @@ class Ranks:
         while not work.is_completed():
             time.sleep(0.0005)
         work.wait()
-        if self.signals and not self.signals.busy and asked:
+        if self.signals and not self.signals.changing and asked:
             self.signals.number = int(asked)
             raise Stopped
 
     def leave(self) -> None:
-        """Before an early exit: the others may be gone, so nothing is waited for."""
+        """Before an early exit: the other ranks may be gone, so nothing waits for them."""
         self.world = 1
 
     def close(self) -> None:
         if self.world > 1:
-            gc.collect()  # what still holds the group, as a cut model does, would outlive it and abort the exit
+            gc.collect()  # a sharded model still holds the process group, which would abort the exit
             dist.destroy_process_group()

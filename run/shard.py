@@ -1,11 +1,11 @@
 """Shards (FSDP2): for a model whose fp32 masters and optimizer do not fit on one GPU.
 
-    masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard, its gradient comes summed over ranks
+    masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard; gradients come summed
     compute   a block's weights are gathered in bf16 for its turn, forward and backward, then dropped
     sampler   a whole, frozen bf16 copy per rank labels and samples; it is refreshed in place after every update
 
-Ranks sample at their own pace thanks to that copy. A pass through the sharded model is a collective: all ranks must make
-the same number of them, and must agree on a stop (stop.Signals).
+Ranks sample at their own pace thanks to that copy. A pass through the sharded model is a collective: all ranks must
+make the same number of them, and must agree on a stop (stop.Signals).
 Zhao et al. 2304.11277; https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
@@ -22,7 +22,7 @@ TYPICAL_PROMPT = 300  # tokens; prompts are a small part of a batch
 
 
 class Sharded(nn.Module):
-    """A model in shards. `work(model)` runs inside one forward of this module: there all weights are gathered in turn."""
+    """A model in shards. work(model) runs inside one forward of this module, where weights are gathered in turn."""
 
     def __init__(self, model: models.Transformer):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Stopping a run by SIGTERM or SIGINT at a moment in which its state can be saved (checkpoint.py)."""
+"""Stopping a run by SIGTERM or Ctrl-C at a moment at which its state can be saved (checkpoint.py)."""
 
 import contextlib
 import signal
+from collections.abc import Callable
 
 
 class Stopped(Exception):
@@ -9,19 +10,20 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Raises Stopped when SIGTERM or SIGINT comes: at once (in a long kernel: after it), but between `hold` and
-    `release` only at the latter.
+    """Turns SIGTERM and SIGINT into Stopped, but never between `hold` and `release`.
 
-    What is held is short: the moments in which weights, optimizer and logs belong to different steps. Where not to
-    `heed`, on all ranks but the one that saves, the signal is noted only: it would be waited for in vain.
+    Held are the short moments in which weights, optimizer and logs belong to different steps. A signal that comes then
+    raises Stopped in `release`. In a long kernel Python notices a signal after the kernel.
 
-    With `ranks`, all of which have a part in the saving, none may stop where the others wait for it: the signal is
-    noted, cuts short only work that is open to it, and all raise Stopped when they next meet.
+    saves: whether this rank saves the checkpoint. One that does not only notes the signal, for it would wait in vain.
+    ranks: given where all ranks save together (shards). Then none may stop alone: a signal is noted, it interrupts only
+    `interruptible` work, and all ranks raise Stopped when they next meet (Ranks.meet).
     """
 
-    def __init__(self, heed: bool = True, ranks=None):
-        self.heed, self.ranks, self.number = heed, ranks, 0
-        self.held, self.busy = not heed or ranks is not None, False
+    def __init__(self, saves: bool = True, ranks=None):
+        self.saves, self.ranks, self.number = saves, ranks, 0
+        self.changing = False  # between hold and release
+        self.held = not saves or ranks is not None
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -38,25 +40,44 @@ class Signals:
     def handle(self, number: int, frame) -> None:
         self.number = number
         if not self.held:
-            self.held = True  # once is enough: what follows is the saving
+            self.held = True  # a second signal must not interrupt the saving
             raise Stopped
 
     def hold(self) -> None:
-        self.held = self.busy = True
+        self.held = self.changing = True
 
     def release(self) -> None:
-        self.busy = False
+        self.changing = False
         if self.ranks:
-            return  # asked when they next meet
-        if self.heed and self.number:
-            raise Stopped  # still held
-        self.held = not self.heed
+            return  # Ranks.meet asks
+        if self.saves and self.number:
+            raise Stopped  # and still held
+        self.held = not self.saves
 
     @contextlib.contextmanager
-    def open(self):
-        """With ranks: work without collectives, which a signal may cut short."""
-        self.held = self.busy
+    def interruptible(self):
+        """With ranks: work without collectives, which a signal may interrupt."""
+        self.held = self.changing
         try:
             yield
         finally:
             self.held = True
+
+
+@contextlib.contextmanager
+def saved_when_stopped(ranks, sharded: bool, save: Callable[[], None]):
+    """Runs a training loop; yields its Signals. When a signal stops it: save(), then SystemExit with 128 + the signal.
+
+    save: of replicas rank 0 calls it alone, of shards all ranks call it.
+    """
+    with Signals(ranks.rank == 0, ranks if sharded else None) as signals:
+        try:
+            yield signals
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, Stopped):
+                signals.hold()
+                save()
+            elif ranks.rank == 0 or not signals.number:  # else a collective failed because rank 0 has stopped
+                raise  # unsaved: where the error came from, weights and step may not belong together
+            ranks.leave()
+            raise SystemExit(128 + signals.number) from None

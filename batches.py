@@ -1,0 +1,148 @@
+"""The batch of a training step: edited questions, their labels under the model, half with influence and half without.
+
+Half and half matters: on such a batch "always mention" and "never mention" earn 0.5 alike. A fork changes here which
+questions a step trains on and whose labels it believes.
+
+Paper (arXiv 2607.21090): labels computed once by the initial model (frozen), balanced. Ours: labels of the current
+model (on-policy), and the decision anchor.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+import faith
+import reward
+import tasks
+from faith import Case, Labelled, Subject
+from rollout import option_scores
+from run.args import Args
+from run.policy import Policy
+from run.ranks import Ranks
+
+
+class NothingToBalance(ValueError):
+    """None or all of the labelled edits changed the model's answer."""
+
+
+class Stream:
+    """Edited training questions without end: each epoch in a new order, with new edits."""
+
+    def __init__(self, questions: list[tasks.Question], args: Args):
+        self.questions, self.kind, self.seed = questions, args.intervention, args.seed
+        self.words = reward.words(args.intervention, held_out=False)
+        self.drawn = 0  # cases handed out so far
+        self.epoch, self.remaining = -1, []
+        self.frozen: Labelled = []  # with --labels frozen: cases labelled by the initial model
+
+    def next_cases(self, n: int) -> list[Case]:
+        """The next n cases; questions without a place for an edit are passed over."""
+        cases, passed_over = [], 0
+        while len(cases) < n:
+            if not self.remaining:
+                self.epoch += 1
+                self.remaining = tasks.shuffled(self.questions, self.seed + self.epoch)[::-1]
+            drawn = faith.draw_cases([self.remaining.pop()], self.kind, self.seed * 1000 + self.epoch, self.words)
+            cases += drawn
+            passed_over = 0 if drawn else passed_over + 1
+            if passed_over > len(self.questions):
+                raise ValueError("no training question has a place for an edit; choose another --intervention")
+        self.drawn += n
+        return cases
+
+    def position(self) -> dict:
+        """Where the stream stands, for a checkpoint."""
+        return {"drawn": self.drawn, "epoch": self.epoch, "remaining": len(self.remaining)}
+
+    def resume_at(self, drawn: int, epoch: int, remaining: int) -> None:
+        self.drawn, self.epoch = drawn, epoch
+        self.remaining = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:remaining] if remaining else []
+
+
+def label(subject: Subject, cases: list[Case], ranks: Ranks, progress=lambda done, total: None) -> Labelled:
+    """Each case with its decision row under the current model. The ranks share the work."""
+    mine = ranks.share(cases)
+    rows = ranks.together(lambda: faith.decision_rows(subject, mine, progress))
+    return list(zip(cases, ranks.gather(rows), strict=True))
+
+
+def balance(labelled: Labelled, size: int) -> Labelled:
+    """The first size/2 cases with influence and as many without, alternating; fewer of both where one kind is short."""
+    moved = [pair for pair in labelled if pair[1]["influence"]]
+    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
+    n = min(len(moved), len(unmoved), size // 2)
+    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
+
+
+def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
+    """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none."""
+    if args.labels == "frozen":
+        labelled = random.Random(f"{args.seed}/{step}").sample(stream.frozen, len(stream.frozen))
+        batch = balance(labelled, args.prompts)
+    else:
+        labelled = []
+        while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
+            cases = stream.next_cases(min(2 * args.prompts, args.candidates - len(labelled)))
+            labelled += label(subject, cases, ranks)
+    if not batch:
+        raise NothingToBalance(
+            f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
+            "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
+        )
+    return batch, labelled
+
+
+def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
+    """Figures of a whole step, from its explanations (`samples` in a row per case) and the cases that were labelled.
+
+    Phi of a balanced batch flatters: see train.evaluate for Phi at the natural rate.
+    """
+    I = np.array([e["influence"] for e in log], bool)  # noqa: E741
+    M = np.array([e["mention"] for e in log], bool)
+    rewards = np.array([e["reward"] for e in log])
+    groups = rewards.reshape(-1, samples)
+    influence = [row["influence"] for _, row in labelled]
+    picks = np.array([row["y"] for _, row in labelled])
+    return {
+        "reward": float(rewards.mean()), "phi": reward.phi(I.tolist(), M.tolist()),
+        "mention_1": float(M[I].mean()), "mention_0": float(M[~I].mean()),
+        "influence_rate": float(np.mean(influence)), "labelled": len(influence),
+        "picks": (np.bincount(picks, minlength=len(labelled[0][1]["p"])) / len(picks)).round(3).tolist(),
+        "flat_groups": float((groups.min(1) == groups.max(1)).mean()),
+        "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
+    }  # fmt: skip
+
+
+class DecisionAnchor:
+    """The KL from the initial model's letters to the current ones, on some training questions at each step.
+
+    The reward never reaches the decisions, but they come from the same weights. A small model's letters lie so close
+    together that a few steps would send every pick to one letter.
+    """
+
+    def __init__(self, subject: Subject, policy: Policy, labelled: Labelled, args: Args, ranks: Ranks):
+        """labelled: cases with the rows that the initial model gave them; none: no anchor."""
+        self.subject, self.policy, self.labelled, self.args, self.ranks = subject, policy, labelled, args, ranks
+
+    def backward(self, step: int) -> float:
+        """Backpropagates --anchor · mean KL(initial ‖ current) on the step's cases; returns this rank's part of it."""
+        size = min(len(self.labelled), self.args.prompts // 2)
+        cases = random.Random(f"{self.args.seed}/{step}/anchor").sample(self.labelled, size)
+        mine, tokenizer = self.ranks.share(cases), self.subject.tokenizer
+        if not mine:
+            if cases:
+                self.policy.empty_pass()
+            return 0.0
+        device = self.ranks.device
+        questions = [q for case, _ in mine for q in (case.question, case.edited)]
+        initial = torch.tensor([p for _, row in mine for p in (row["p"], row["p_edit"])], device=device)
+        prompts = [faith.decision_prompt(tokenizer, q) for q in questions]
+        pairs = [prompts[i : i + 2] for i in range(0, len(prompts), 2)]
+        letters = faith.letter_tokens(tokenizer, initial.shape[1])
+        logp = self.policy.run(lambda model: option_scores(model, pairs, letters))  # (2 · cases, options)
+        if self.subject.offsets is not None:
+            logp = (logp - torch.tensor(self.subject.offsets, device=device).float()).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(logp, initial, reduction="sum") / (2 * len(cases))
+        self.policy.backward(self.args.anchor * kl)
+        return float(kl.detach())
