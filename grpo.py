@@ -106,3 +106,33 @@ def token_logprobs(model: models.Transformer, packed: Packed, temperature: float
 
     pieces = zip(states.split(chunk), packed.targets.split(chunk), strict=True)
     return torch.cat([checkpoint(score, s, t, use_reentrant=False) for s, t in pieces])
+
+
+def informative(rewards: list[list[float]]) -> list[int]:
+    """Indices of the groups whose rewards are not all equal. The others have no advantage, and so no gradient."""
+    return [i for i, group in enumerate(rewards) if min(group) < max(group)]
+
+
+class LossStats:
+    """Figures of one optimizer update, over its micro-batches and all ranks; means are over the tokens scored."""
+
+    def __init__(self):
+        self.sums, self.gap_max = torch.zeros(6, dtype=torch.float64), 0.0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, kl: Tensor, logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float):
+        """One micro-batch: its weighted loss (scalar) and, per token (M,), what policy_loss and kl_k3 took and gave."""
+        ratio = (logprobs - old).exp()
+        clipped = ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
+        gap = (logprobs - old).abs()
+        self.gap_max = max(self.gap_max, float(gap.max()))
+        sums = (loss, kl.sum(), clipped.sum(), gap.sum(), -logprobs.sum(), torch.tensor(len(old), device=old.device))
+        self.sums = self.sums.to(old.device) + torch.stack([x.double() for x in sums])
+
+    def summary(self, ranks) -> dict[str, float]:
+        """loss, kl, clipped, sampler_gap and nll, and the largest sampler_gap; NaN where no token was scored."""
+        sums = self.sums.to(ranks.device)
+        ranks.sum_([sums])
+        sums[1:] /= sums[-1].clone()
+        names = ("loss", "kl", "clipped", "sampler_gap", "nll")
+        return dict(zip(names, sums.tolist(), strict=False)) | {"sampler_gap_max": max(ranks.gather([self.gap_max]))}
