@@ -4,12 +4,13 @@ Whatever a model is asked goes through `Tokenizer.render`, which must give what 
 and `Tokenizer.encode`. model.py offers all of this too, as model.Tokenizer.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 import tokenizers
+
+from run.files import read_json
 
 
 def locate(path: str | Path) -> Path:
@@ -23,19 +24,6 @@ def locate(path: str | Path) -> Path:
     if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
         return snapshot
     raise ValueError(f"no model at {path}: no such directory, nor a hub id in {hub}; hf download {path} fetches one")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError naming the file when it is missing, unreadable or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; fetch it, a model's folder needs one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again")
-    return value
 
 
 class Tokenizer:

@@ -1,7 +1,7 @@
 """Attention for many texts in one pass, laid end to end: prompts, prompts that share a beginning, a prompt's samples.
 
 On a CPU each part is a call of torch's scaled_dot_product_attention; on a GPU, in bf16, all parts are one kernel. The
-decode step, which reads caches, has its own in rollout.py; the plain form is `model.look_back`.
+decode step, which reads caches, has its own in rollout.py; the plain form is `model.plain_attention`.
 
 Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token once for each run that sees it).
 """

@@ -4,13 +4,13 @@ Llama 3 / 3.1 / 3.2 (SmolLM2 is one) and Qwen 2 / 2.5 / 3 (dense) are the same n
 
     x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
 
-but for five switches, all read from config.json and all visible in `Config`: the RoPE scaling, RMSNorm on
-each head's q and k (Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that
-need not be hidden / heads. Whatever else a config asks for is refused, never ignored.
+up to five switches, which config.json sets and `Config` holds: the RoPE scaling, RMSNorm on each head's q and k
+(Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that need not be hidden / heads.
+Whatever else a config asks for is refused, never ignored.
 
-Axes: B batch, T time, H heads, K key/value heads, D head dim, V vocabulary,
-E hidden size.  Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models),
-Qwen3 2505.09388; names of tensors and keys as in Hugging Face's files.
+Axes: B batch, T time, H heads, K key/value heads, D head dim, V vocabulary, E hidden size, M inner size of the MLP.
+Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models), Qwen3 2505.09388. Tensors
+and keys have the names of Hugging Face's files.
 
     python model.py DIR      prints what the files hold: family, switches, parameters, end-of-turn tokens
 """
@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chat import Tokenizer, locate, read_json
-from run.files import whole_folder
+from chat import Tokenizer, locate
+from run import lora
+from run.files import read_json, whole_folder
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,17 @@ class Config:
     rope_theta: float
     rope_scaling: dict | None  # Llama-3.1's, or None
     end_of_turn: tuple[int, ...]  # every token that ends an answer
-    raw: dict  # config.json as it was read, written back by `save`
+    raw: dict  # config.json as read; `save` writes it back
+
+    @property
+    def part_rows(self) -> dict[str, int]:
+        """Output rows of each part of the two fused layers (Attention.qkv_proj, MLP.gate_up_proj)."""
+        q, kv, M = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
+        return {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": M, "up_proj": M}
 
     @classmethod
     def from_json(cls, raw: dict, generation: dict | None = None, where: str = "config.json") -> "Config":
-        """Reads a config.json (and generation_config.json) already parsed. ValueError for what we lack."""
+        """From config.json and generation_config.json, parsed. ValueError for what is not implemented here."""
 
         def refuse(what: str):
             raise ValueError(f"{where}: {what}")
@@ -102,12 +109,12 @@ class Config:
         heads = raw["num_attention_heads"]
         kv_heads = raw.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            refuse(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}; fetch it again")
+            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; fetch it again")
         return cls(
             **{ours: raw[theirs] for ours, theirs in names.items()},
             family=family,
             kv_heads=kv_heads,
-            # Qwen3-4B: hidden 2560, 32 heads, head_dim 128, so head_dim is a field of its own.
+            # A field of its own: Qwen3-4B has hidden 2560, 32 heads, head_dim 128.
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
@@ -120,7 +127,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, over the last axis. fp32 inside, cast back *before* the weight, as in HF."""
+    """x / rms(x) · weight over the last axis; fp32 inside, cast back *before* the weight, as Hugging Face does."""
 
     def __init__(self, size: int, eps: float, dtype=None):
         super().__init__()
@@ -132,29 +139,29 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angular frequencies (D/2,) in radians per token, fp32; Llama-3.1's scaling stretches the slow ones."""
+    """Angular frequencies (D/2,) in radians per token, fp32. Llama-3.1's scaling slows down the slow ones."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponent)
     if config.rope_scaling is None:
         return frequencies
     s = config.rope_scaling
     turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the original context
-    # 0 for fewer turns than low (divide the frequency by factor), 1 for more than high (keep it).
+    # 0 below low_freq_factor turns: the frequency is divided by the factor. 1 above high_freq_factor: it stays.
     smooth = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     return (1 - smooth) * frequencies / s["factor"] + smooth * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, ·, T, D), pairing d with d + D/2 as HF weights do; cos, sin (B, 1, T, D/2)."""
+    """Rotary embedding of x (B, ·, T, D); cos, sin (B, 1, T, D/2). Pairs d with d + D/2, as the weights expect."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def look_back(mask: Tensor | None = None):
+def plain_attention(mask: Tensor | None = None):
     """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
 
-    What `Transformer.hidden` calls in every layer, as attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D).
-    Other ways to attend are in kernels.py, for shared prompts, and rollout.py, for caches.
+    Every layer calls attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D). The other forms of `attend` are
+    in kernels.py, for texts laid end to end, and in rollout.py, for the KV cache.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -164,7 +171,7 @@ def look_back(mask: Tensor | None = None):
 
 
 class Attention(nn.Module):
-    """q, k and v are one matrix, its rows in that order: one product instead of three. Files hold the parts."""
+    """q, k and v are one matrix, with their rows in that order: one product instead of three. Files hold the parts."""
 
     def __init__(self, config: Config, layer: int, dtype=None):
         super().__init__()
@@ -180,12 +187,12 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
-        qk, v = qkv.split((H + K, K), dim=1)
+        qk, v = qkv.split((H + K, K), dim=1)  # (B, H + K, T, D), (B, K, T, D)
         if self.config.qk_norm:
             qk = torch.cat((self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])), dim=1)
         q, k = rotate(qk, cos, sin).split((H, K), dim=1)
         out = attend(self.layer, q, k, v)  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * D))  # (B, T, E)
 
 
 class MLP(nn.Module):
@@ -198,7 +205,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(M, E, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, M) each
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -216,19 +223,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network. Parameters are named as in Hugging Face's files, without "model.", but for the fused ones."""
+    """The network. Parameters have Hugging Face's names without "model.", except the fused ones (`named_tensors`)."""
 
     def __init__(self, config: Config, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.recompute = False  # activation checkpointing: backward runs each block again, and keeps only its input
-        self.source: Path | None = None  # the directory `load` read; `save` copies the tokenizer from it
+        self.recompute = False  # activation checkpointing: keep only each block's input, and run it again in backward
+        self.source: Path | None = None  # the directory that `load` read; `save` copies the tokenizer from it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        # A buffer that no file holds. Never cast the module after construction: it must stay fp32.
+        # No file holds this buffer. It must stay fp32: never cast the whole module.
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     @property
@@ -240,13 +247,11 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def named_tensors(self, of=lambda parameter: parameter) -> dict[str, Tensor]:
-        """Hugging Face's names, without "model.", and the tensors: views of the fused parameters' parts.
+        """{Hugging Face's name without "model.": tensor}; parts of fused parameters are views of them.
 
-        of: what to take of each parameter, itself by default; its .grad, say.
+        of: what to take of each parameter, by default the parameter itself; its .grad, for instance.
         """
-        c, tensors = self.config, {}
-        rows = {"q_proj": c.heads * c.head_dim, "k_proj": c.kv_heads * c.head_dim, "v_proj": c.kv_heads * c.head_dim,
-                "gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}  # fmt: skip
+        tensors, rows = {}, self.config.part_rows
         fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
         for name, parameter in self.named_parameters():
             whole = name.split(".")[-2]
@@ -260,15 +265,15 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
         """Final normalised states (B, T, E) of tokens (B, T) int64.
 
-        positions (B, T): each token's place in its row, 0.. by default. mask (B, 1, T, T) bool: True
-        where a query may look at a key; causal by default. attend, instead of a mask: see `look_back`.
+        positions (B, T): of each token in its text, 0.. by default. mask (B, 1, T, T) bool: True
+        where a query may see a key; causal by default. attend: instead of a mask, see `plain_attention`.
         """
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
         cos, sin = angles.cos(), angles.sin()
-        attend = attend or look_back(mask)
+        attend = attend or plain_attention(mask)
         x = self.embed_tokens(tokens)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -293,7 +298,7 @@ def read_config(folder: Path) -> Config:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those its index names, or the one file."""
+    """The safetensors files of a model: those that its index names, or the single one."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
@@ -307,7 +312,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = None) -> Transformer:
-    """A Transformer of the folder's config; what its weights hold is undefined. dtype: as in `load`."""
+    """A Transformer of the folder's config with undefined weights. dtype: as in `load`."""
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Transformer(read_config(folder), dtype)
@@ -319,14 +324,20 @@ def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
-    dtype: fp32 on CPU and bf16 elsewhere by default. Every tensor of the model is loaded exactly once and
-    every tensor in the files is used; ValueError, naming the tensor, otherwise.
+    A PEFT adapter gives the base that it names, with the adapter beside it. dtype: by default fp32 on CPU, bf16
+    elsewhere. Every tensor of the model is loaded exactly once and every tensor in the files is used. ValueError,
+    naming the tensor, otherwise.
     """
     folder = locate(path)
-    if (folder / "adapter_config.json").exists():  # LoRA: the model it names, and it
-        import lora  # not needed to understand this file, and it needs this file
-
-        return lora.load(folder, device, dtype)
+    if (folder / "adapter_config.json").exists():
+        base, rank, alpha, targets = lora.read_config(folder)
+        if (locate(base) / "adapter_config.json").exists():
+            raise ValueError(
+                f"{folder}: its base {base} is an adapter too; merge that into its own base first, with PEFT"
+            )
+        model = lora.attach(load(base, device, dtype), rank, alpha, targets)
+        lora.read_tensors(model, folder)
+        return model
     model = empty(folder, device, dtype)
     places, seen = model.named_tensors(lambda parameter: parameter.data), set()
     files = weight_files(folder)
@@ -336,7 +347,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             with safetensors.safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
                     if name.endswith("rotary_emb.inv_freq"):
-                        continue  # derived; old files carry it
+                        continue  # old files hold it; we compute it
                     short = name.removeprefix("model.")
                     if short in seen:
                         raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
@@ -359,17 +370,17 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     return model
 
 
-# Whatever a tokenizer may consist of, and how to generate; copied as it is from the model that was trained.
+# The files of a tokenizer, and how to generate; `save` copies them from the model that was trained.
 COMPANIONS = ("generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
               "chat_template.jinja chat_template.json vocab.json merges.txt tokenizer.model").split()  # fmt: skip
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file; ValueError where it cannot be written, as on a full disk."""
+    """Writes a safetensors file; ValueError where that fails, as on a full disk."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-        with contextlib.suppress(OSError):  # where modes can't be set
-            file.chmod(file.parent.stat().st_mode & 0o666)  # the library's are the owner's alone (its issue 782)
+        with contextlib.suppress(OSError):  # safetensors lets only the owner read (its issue 782)
+            file.chmod(file.parent.stat().st_mode & 0o666)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be written ({error})") from None
 
@@ -377,9 +388,25 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9, also=()) -> None:
     """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
 
-    `path` must not exist yet or be empty; it appears under its name only when complete. also: (name, text) of
-    further files in it.
+    Of a model with adapters it writes a PEFT adapter with the tokenizer. `path` must not exist or be empty; it gets its
+    name only when complete. also: (name, text) of further files in it.
     """
+    with whole_folder(path) as partial:
+        if lora.adapters(model):
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in lora.peft_tensors(model).items()}
+            write_tensors(tensors, partial / "adapter_model.safetensors")
+            texts = {"adapter_config.json": json.dumps(lora.peft_config(model), indent=2) + "\n"}
+        else:
+            texts = save_weights(model, partial, shard_bytes)
+        for name in COMPANIONS:
+            if model.source and name not in texts and (model.source / name).exists():
+                shutil.copyfile(model.source / name, partial / name)
+        for name, text in [*texts.items(), ("README.md", card or "A model saved by faith's model.save.\n"), *also]:
+            (partial / name).write_text(text)
+
+
+def save_weights(model: Transformer, folder: Path, shard_bytes: float) -> dict[str, str]:
+    """Writes the safetensors files; returns the JSON files that belong to them, {name: text}."""
     shards, size = [{}], 0
     for name, tensor in model.named_tensors(torch.Tensor.detach).items():
         tensor = tensor.cpu().contiguous()
@@ -387,27 +414,18 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
             shards, size = [*shards, {}], 0
         shards[-1][name if name == "lm_head.weight" else "model." + name] = tensor
         size += tensor.nbytes
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(files) > 1 else ["model.safetensors"]
-    with whole_folder(path) as partial:
-        for file, shard in zip(files, shards, strict=True):
-            write_tensors(shard, partial / file)
-        if len(files) > 1:
-            total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-            where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        config = dict(model.config.raw)
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        generation = {"eos_token_id": list(model.config.end_of_turn)}
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        for name in COMPANIONS:
-            if model.source and (model.source / name).exists():
-                shutil.copyfile(model.source / name, partial / name)
-        (partial / "README.md").write_text(card or "A model saved by faith's model.save.\n")
-        for name, text in also:
-            (partial / name).write_text(text)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(names) > 1 else ["model.safetensors"]
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(shard, folder / file)
+    config, generation = dict(model.config.raw), {"eos_token_id": list(model.config.end_of_turn)}
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
+    values = {"config.json": config, "generation_config.json": generation}
+    if len(names) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        values["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": where}
+    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 import faith
-import lora
 import model as models
 import report
 import reward
@@ -38,7 +37,7 @@ from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, ba
 from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from rollout import Completion, Sampler
-from run import checkpoint, files, results
+from run import checkpoint, files, lora, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
 from run.policy import Policy, learning_rate, make_policy

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-import lora
 import model as models
 import train
 from grpo import advantages, pack, policy_loss, token_logprobs, token_weights
 from lab.rates import introduce, make_prompts, peak_memory, product_rate, random_network, seconds
 from rollout import Sampler
-from run import files
+from run import files, lora
 
 
 class Trl:

@@ -39,7 +39,7 @@ from batches import balance
 from faith import Case, Labelled, Subject
 from model import locate, read_json, weight_files
 from run import files
-from run.progress import Parser, minutes_left
+from run.progress import Parser
 from tasks import Question
 
 BLOCK = 32  # cases labelled, and saved, at a time
@@ -158,7 +158,7 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
         if fresh:
             counts, n = (moved, len(labelled) - moved), len(labelled)
             wait = max((size / 2 - count) * n / count if count else math.inf for count in counts)  # cases to go
-            left = minutes_left(started, fresh, max(0, min(wait, most - n)))
+            left = (time.time() - started) / fresh * max(0, min(wait, most - n)) / 60
             kept = f"kept {min(2 * min(counts), size)} of {size}, " if size < math.inf else ""
             text = f"{log.stem}: {len(asked)} questions, {n} edits, {moved / n:.1%} moved"
             print(f"\r{text}, {kept}{left:.1f} min left ", end="", file=sys.stderr, flush=True)

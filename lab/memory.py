@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import grpo
-import lora
 import model as models
 from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
+from run import lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

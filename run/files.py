@@ -85,6 +85,19 @@ def cut_jsonl(path, keep):
         write_text(path, "".join(kept))
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; ValueError names the file where it is missing, unreadable or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; fetch it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again")
+    return value
+
+
 def read_jsonl(path):
     """The values of a JSON-lines file; ValueError names the file and the line that is not JSON."""
     values, where = [], path

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-import lora
 import model as models
-from run import shard
+from run import lora, shard
 from run.args import Args
 from run.ranks import Ranks
 

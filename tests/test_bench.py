@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
-import lora
 import model as models
 from lab import bench, bench_train, rates
 from rollout import Sampler
+from run import lora
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ import pytest
 import tiny
 import torch
 
-import lora
 import model as models
-from run import checkpoint, files, results
+from run import checkpoint, files, lora, results
 from run.args import Args
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"

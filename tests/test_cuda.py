@@ -12,12 +12,11 @@ from test_rollout import FAMILIES, SHAPE, eager, same
 from test_train import timeless
 
 import kernels
-import lora
 import model as models
 import rollout
 import train
 from rollout import Completion, Sampler
-from run import shard
+from run import lora, shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

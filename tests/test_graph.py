@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import faith
-import lora
 import model as models
 import reward
 import rollout
 import tasks
 import train
+from run import lora
 from run.ranks import Ranks
 
 SOURCE = (tiny.ROOT / "rollout.py").read_text()

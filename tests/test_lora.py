@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import command
 import pytest
 import safetensors.torch
 import tiny
@@ -12,12 +13,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_train import DATA, by_hand, close, flags, lines, noisy_groups, timeless, torchrun
 
-import command
 import faith
-import lora
 import model as models
 import train
 from rollout import Sampler
+from run import lora
 
 SHAPE = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, eos_token_id=3, pad_token_id=1)  # fmt: skip

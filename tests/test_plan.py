@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
-import lora
 import model as models
 import rollout
 import train
 from lab import memory, plan
 from rollout import Sampler
+from run import lora
 from run.args import Args
 from run.ranks import Ranks
 
