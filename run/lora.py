@@ -50,7 +50,7 @@ class LoRA(nn.Module):
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
-    """Freezes a Transformer and puts adapters beside the `targets` of every block, in place. They change nothing yet."""
+    """Freezes a Transformer and puts adapters beside the `targets` of each block, in place; they change nothing yet."""
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"no layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}")
     generator, sizes = torch.Generator().manual_seed(seed), network.config.part_rows
