@@ -230,6 +230,25 @@ def cell(figure):
     return "undefined" if value == "nan" else (value + spread + unknown).replace("-0.000", "0.000")
 
 
+# The rows that train.py prints at the end of a run.
+OVERVIEW = {
+    "accuracy": "accuracy",
+    "flip_rate": "influence rate",
+    "mention_if_flip": "P(M|I=1)",
+    "mention_if_same": "P(M|I=0)",
+    "phi": "Phi-CCT",
+    "phi_less_shortcut": "Phi-CCT minus the shortcut's",
+    "decoy_any": "decoy rate",
+    "tokens": "explanation length (tokens)",
+}
+
+
+def overview(summaries, markdown=False):
+    """The main figures of {heading: summary or differences} as a table; `table` has all of them."""
+    body = [[text, *(cell(part.get(name)) for part in summaries.values())] for name, text in OVERVIEW.items()]
+    return grid(["95 % intervals", *summaries], body, markdown)
+
+
 def table(summaries, markdown=False):
     """{heading: summary or differences} -> aligned text, or Markdown, with a figure a line."""
     names = dict.fromkeys(name for part in summaries.values() for name in part)

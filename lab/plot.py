@@ -104,6 +104,14 @@ def curves(runs: list[Path], to: Path) -> Path:
     return save(figure, to)
 
 
+def after_run(run: Path) -> None:
+    """Draws the curves of a finished run; a picture that cannot be drawn does not spoil the run."""
+    try:
+        print(f"its curves: {curves([run], run / 'curves.png')}", flush=True)
+    except (ImportError, ValueError, KeyError, OSError) as error:
+        print(f"its curves are not drawn: {error}; then python -m lab.plot {run}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="plot.py", description="The curves of runs of train.py as a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train.py wrote")

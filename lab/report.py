@@ -1,48 +1,68 @@
-"""Two measurements and their paired differences; or every figure of a run.
+"""Every figure of two measurements and their paired differences, or of a run.
 
-python -m lab.report BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
-python -m lab.report RUN
+The statistics are in report.py at the root; the paper's table of several runs is lab/paper.py.
+
+    python -m lab.report BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
+    python -m lab.report RUN                                   a folder that train.py wrote
 """
 
-import os
+import sys
+from pathlib import Path
 
-from lab import paper
 from report import compare, summary, table
 from run import files
 from run.progress import Parser
 
 
-def main(argv=None):
-    """Command line; input that cannot be used ends it with one line on stderr and status 2."""
-    parser = Parser(description="Two measurements and their paired differences, or the paper's table of runs.")
-    parser.add_argument("paths", nargs="+", metavar="BEFORE.jsonl AFTER.jsonl, or RUN", help="rows, or folders: "
-                        "base, and runs of train.py, with cells/TASK-INTERVENTION (paper.py)")  # fmt: skip
-    parser.add_argument("--fit", metavar="FILE", help="rows to fit the shortcut on; cells have their own")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
+    """{"before", "after", "difference"} of two files of measured rows."""
+    fit_rows = files.read_jsonl(fit) if fit else None
+    rows = {"before": files.read_jsonl(before), "after": files.read_jsonl(after)}
+    out = {name: summary(rows[name], fit_rows, source=path) for name, path in (("before", before), ("after", after))}
+    return out | {"difference": compare(**rows)}
+
+
+def of_run(run: Path) -> dict[str, dict]:
+    """{"T=0": {"before", "after", "difference"}, "T=1": …} as the run wrote them; a run may lack what is before."""
+    out: dict[str, dict] = {}
+    for phase in ("before", "after"):
+        if (file := run / f"{phase}.json").exists():
+            for t, figures in files.read_json(file).items():
+                out.setdefault(t, {})[phase] = figures
+    for t in out:
+        if (file := run / f"difference.{t.replace('=', '')}.json").exists():
+            out[t]["difference"] = files.read_json(file)
+    if not out:
+        raise ValueError(f"{run} holds no before.json or after.json; give the folder of a finished run of train.py")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="lab.report", description=__doc__.split("\n")[0])
+    parser.add_argument("paths", nargs="+", metavar="BEFORE.jsonl AFTER.jsonl, or RUN", help="rows, or a run's folder")
+    parser.add_argument("--fit", metavar="FILE", help="with rows: rows that fit the shortcut baseline")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--figure", metavar="FILE.png", help="with runs: draw Phi by cell")
     args = parser.parse_args(argv)
-    runs = any(os.path.isdir(path) for path in args.paths)
-    if runs and args.fit:
-        parser.error("--fit is for two files of rows; the cells of runs have their own, CELL.fit.jsonl")
-    if args.figure and not runs:
-        parser.error("--figure draws folders of runs, not files of rows")
     try:
-        if runs:
-            return paper.show(args.paths, args.markdown, args.json, args.figure)
-        if len(args.paths) != 2:
-            parser.error("give the rows before and the rows after, or folders of runs")
-        paths = dict(zip(("before", "after"), args.paths, strict=True))
-        fit = files.read_jsonl(args.fit) if args.fit else None
-        rows = {name: files.read_jsonl(path) for name, path in paths.items()}
-        out = {name: summary(rows[name], fit, source=path) for name, path in paths.items()}
-        difference = {"difference": compare(**rows)}
-        print(table(out, args.markdown), table(difference, args.markdown), sep="\n\n")
+        files.check_writable(args.json)
+        if len(args.paths) == 1 and not args.fit:
+            figures = of_run(Path(args.paths[0]))
+            tables = figures
+        elif len(args.paths) == 2:
+            figures = of_rows(*args.paths, args.fit)
+            tables = {"": figures}
+        else:
+            raise ValueError("give the rows before and the rows after, or one run; --fit goes with rows")
+        texts = [f"{name}\n" * bool(name) + table(columns, args.markdown) for name, columns in tables.items()]
+        print("\n\n".join(texts))
         if args.json:
-            files.write_json(args.json, out | difference)
-    except (ValueError, ImportError, OSError) as error:
-        parser.exit(2, f"report.py: {error}\n")
+            files.write_json(args.json, figures)
+    except (ValueError, OSError) as error:
+        print(f"lab.report: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import command
 import numpy as np
 import pytest
 import safetensors.torch
@@ -17,7 +18,6 @@ from sklearn.metrics import matthews_corrcoef
 from test_train import Keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import command
 import faith
 import model as models
 import report

@@ -611,12 +611,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
         assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1, got.stderr
         assert message in got.stderr
     bad.write_bytes(b"\xff\xfe\n")
-    for args in (
-        (good, bad),
-        (good, tmp_path / "none"),
-        (tmp_path, good),
-        (good, good, "--fit", tmp_path / "none"),
-    ):
+    for args in ((good, bad), (good, tmp_path / "none"), (tmp_path, good), (good, good, "--fit", tmp_path / "none")):
         got = command(*args)
         assert got.returncode == 2 and got.stderr.count("\n") == 1 and "Traceback" not in got.stderr
     got = command(good, good, "--json", tmp_path / "none" / "x.json")

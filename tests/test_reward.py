@@ -36,12 +36,7 @@ from reward import Intervention
 from tasks import Question
 from words import MISLEADING, tokens
 
-JUDGED = {
-    "esnli": 199,
-    "social_iqa": 199,
-    "comve": 195,
-    "strategyqa": 197,
-}  # read as grammatical, of 200 each
+JUDGED = {"esnli": 199, "social_iqa": 199, "comve": 195, "strategyqa": 197}  # read as grammatical, of 200 each
 
 NLI = Question(
     "esnli", "esnli/dev:1", ("A man is holding a bike.", "A man holds a toy."), ("yes", "no", "maybe"), 2, "x"
@@ -120,10 +115,7 @@ def test_a_longer_list_moves_no_word_between_training_and_held_out(monkeypatch):
 
 
 def test_an_unknown_kind_is_refused_in_one_clear_line():
-    for call in (
-        lambda: reward.words("noun"),
-        lambda: reward.intervene(NLI, "noun", random.Random(0), ["x"]),
-    ):
+    for call in (lambda: reward.words("noun"), lambda: reward.intervene(NLI, "noun", random.Random(0), ["x"])):
         with pytest.raises(ValueError, match="unknown intervention 'noun': choose one of adverb, bias"):
             call()
 
@@ -202,8 +194,7 @@ def test_an_adverb_is_mentioned_in_any_form(text):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"],
+    "text", ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"]
 )
 def test_an_adverb_is_not_mentioned_by_parts_or_neighbours(text):
     assert not reward.mentions(adverb(), text)
@@ -225,8 +216,7 @@ def test_a_persona_is_mentioned_with_any_apostrophe_and_case(text):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"],
+    "text", ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"]
 )
 def test_a_persona_is_not_mentioned_by_letter_verb_or_other_person(text):
     assert not reward.mentions(persona(), text)
@@ -310,12 +300,7 @@ def test_phi_refuses_unequal_lengths():
 def test_bias_goes_to_the_appeal_alone():
     for seed in range(200):
         edited, it = reward.intervene(NLI, "bias", random.Random(seed))
-        assert (edited.parts, edited.options, edited.gold, edited.id) == (
-            NLI.parts,
-            NLI.options,
-            NLI.gold,
-            NLI.id,
-        )
+        assert (edited.parts, edited.options, edited.gold, edited.id) == (NLI.parts, NLI.options, NLI.gold, NLI.id)
         letter = "ABC"[it.suggestion]
         assert edited.appeal == it.text == reward.PHRASINGS[it.phrasing].format(persona=it.word, letter=letter)
         assert it.word in it.text.split(" my ")[-1] or f"My {it.word}" in it.text

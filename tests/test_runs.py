@@ -13,10 +13,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import command
 import pytest
 import tiny
 
-import command
 import report
 from lab import build, paper
 from run import args as flags

@@ -139,9 +139,7 @@ def test_comve_answers_match_by_id(folder):
 def test_comve_pair_the_other_way_round_is_one_group(folder):
     file = folder / "comve" / "subtaskA_data_all.csv"
     edit(
-        file,
-        "He drinks apple.,He drinks milk.",
-        "He poured milk on his cereal.,He poured orange juice on his cereal.",
+        file, "He drinks apple.,He drinks milk.", "He poured milk on his cereal.,He poured orange juice on his cereal."
     )
     first, second = tasks.load("comve", file)[:2]
     assert first.options == second.options[::-1] and first.group == second.group
@@ -431,10 +429,7 @@ def test_one_group_name_in_two_tasks_is_two_groups():
     ("sizes", "expected"),
     [
         ({"test": 4, "train": 20}, "'train' asks for 20, but 6 of 12 questions (in 4 groups) are left"),
-        (
-            {"test": 13},
-            "'test' asks for 13, but 12 of 12 questions (in 4 groups) are left; lower one of {'",
-        ),
+        ({"test": 13}, "'test' asks for 13, but 12 of 12 questions (in 4 groups) are left; lower one of {'"),
         ({"test": 12, "train": -1}, "'train' asks for the rest, but 0 of 12"),
         ({"test": -1, "train": 2}, "'test': size -1"),
         ({"test": -2}, "'test': size -2"),
