@@ -1,21 +1,20 @@
 """A data set of frozen labels: edited questions, half of which moved the model's answer, as the paper's 6,000.
 
-Questions are split by group (premise, context, …) exactly as train.py splits them. Test and fit questions get one
-edit each and are kept as they fall, at the model's own influence rate. Training questions are edited and labelled,
-I = [y' ≠ y], one edit of each before the second of any, until half of the wanted size has influence and half has none:
+Questions are split by group (premise, context, …) exactly as train.py splits them. Test and fit questions get one edit
+each and keep the model's own influence rate. Training questions are edited and labelled, I = [y' ≠ y], one edit of each
+before the second of any, until half of the wanted size has influence and half has none.
 
-    train.jsonl             balanced, the two kinds in turn, for `train.py --labels frozen --dataset FOLDER`
+    train.jsonl             balanced, for `train.py --labels frozen --dataset FOLDER`
     test.jsonl, fit.jsonl   one edit per question; no group is in two of the three files
     manifest.json           the model's hash, the seed, counts and rates, what was dropped and why
 
-A line is what faith.decision_row knows of a case, and the question and its edited fields, so that nothing else is
-needed to ask again. X and X' are scored in one pass, their common beginning once. What is labelled is saved block by
-block, and a block depends on nothing before it: killed at any moment and started again with the same flags, a build
-goes on, and ends with the same bytes.
+A line holds what faith.decision_row knows of a case, the question, and its edited fields. Labels are saved block by
+block and no block depends on another: a build that was killed continues when it is started with the same flags, and
+ends with the same bytes.
 
 Paper (arXiv 2607.21090): labels of the initial model, balanced, about 6,000. Ours: all the rest.
 
-    python faith.py build --model DIR --task esnli --data DIR --intervention bias --out FOLDER
+    python -m lab.build --model DIR --task esnli --data DIR --intervention bias --out FOLDER
 """
 
 import argparse
@@ -25,7 +24,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,19 +35,20 @@ import reward
 import tasks
 from batches import balance
 from faith import Case, Labelled, Subject
-from model import locate, read_json, weight_files
+from model import locate, weight_files
 from run import files
-from run.progress import Parser
+from run.progress import Parser, Progress
 from tasks import Question
 
-BLOCK = 32  # cases labelled, and saved, at a time
+BLOCK = 32  # cases labelled and saved at a time
 EDITABLE = ("parts", "options", "appeal")  # fields of a question that an edit may change
 
-# ---- what a data set and a run must have in common --------------------------------------------------------
+
+# ---- what a data set and a run must have in common -------------------------------------------------------------
 
 
 def model_hash(path: str | Path) -> str:
-    """sha256 over the bytes of the model's safetensors files, one after the other by name; of nothing else in it."""
+    """sha256 over the model's safetensors files, in the order of their names."""
     digest = hashlib.sha256()
     for file in weight_files(locate(path)):
         with file.open("rb") as data:
@@ -59,7 +58,7 @@ def model_hash(path: str | Path) -> str:
 
 
 def identity(args, questions: list[Question]) -> dict:
-    """What fixes the splits and the labels, from the flags of a build or of a train.py run and the data loaded."""
+    """What fixes the splits and the labels, from the flags of a build or of a train.py run and from the data."""
     texts = json.dumps([(q.id, q.parts, q.options, q.gold, q.group) for q in questions])
     return {
         "model_sha256": model_hash(args.model), "task": args.task,
@@ -79,15 +78,15 @@ def record(case: Case, row: dict) -> dict:
 def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelled:
     """The training cases of a data set and their rows, for a run whose `identity` is `wanted`.
 
-    questions: those the run may train on. ValueError where the data set is not finished, was built for another
-    model, task, intervention, calibration or split, or holds a question that is none of these.
+    questions: those that the run may train on. ValueError where the data set is unfinished, was built with another
+    model, task, intervention, calibration or split, or holds other questions.
     """
     folder, known, labelled = Path(folder), {q.id: q for q in questions}, []
     if not (folder / "manifest.json").exists():
-        raise ValueError(f"--dataset {folder} is no data set; python faith.py build makes one")
-    manifest = read_json(folder / "manifest.json")
+        raise ValueError(f"--dataset {folder} is no data set; python -m lab.build makes one")
+    manifest = files.read_json(folder / "manifest.json")
     if not manifest.get("complete"):
-        raise ValueError(f"--dataset {folder} is not finished; start its python faith.py build once more")
+        raise ValueError(f"--dataset {folder} is not finished; start its python -m lab.build again")
     for name, value in wanted.items():
         if manifest.get(name) != value:
             problem = f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}"
@@ -100,9 +99,9 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
             edit = reward.Intervention(*(line[k] for k in ("kind", "word", "text_inserted", "suggestion", "phrasing")))
             case = Case(question, dataclasses.replace(question, **edited), edit)
             same = [list(question.parts), list(question.options)] == [line.pop("parts"), line.pop("options")]
-            [line[key] for key in ("y", "y_edit", "p", "p_edit", "influence")]  # what training reads of it
+            [line[key] for key in ("y", "y_edit", "p", "p_edit", "influence")]  # training reads these
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: not a training question of this run, or not whole; build it anew") from None
+            raise ValueError(f"{where}: not a training question of this run, or incomplete; build it anew") from None
         if not same or case.question == case.edited:
             raise ValueError(f"{where}: {line['id']} is another question there, or is not edited; build it anew")
         labelled.append((case, line))
@@ -114,15 +113,15 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
 
 
 def read_dataset(args, questions: list[Question], trainable: list[Question]) -> Labelled:
-    """The frozen labels of --dataset, for a train.py run on these questions."""
+    """The frozen labels of --dataset, for a train.py run with these flags and questions."""
     return read(args.dataset, trainable, identity(args, questions))
 
 
-# ---- collecting -------------------------------------------------------------------------------------------
+# ---- collecting ------------------------------------------------------------------------------------------------
 
 
 def candidates(questions: list[Question], kind: str, seed: int, edits: int, dropped: Counter) -> Iterator[Case]:
-    """Up to `edits` different edits per question with training words: one of all, in seeded order, then another."""
+    """Up to `edits` different edits per question with training words: one of each question, then a second of each."""
     words, seen = reward.words(kind, held_out=False), set()
     for turn in range(edits):
         for question in tasks.shuffled(questions, seed + turn):
@@ -135,34 +134,27 @@ def candidates(questions: list[Question], kind: str, seed: int, edits: int, drop
 
 
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
-    """Labels cases block by block until `size` of them are balanced, or all are labelled.
+    """Labels cases block by block until `size` of them are balanced, or none is left.
 
-    log: holds a line per labelled block; those it has are not labelled anew. most: cases there are at most.
+    log: one line per labelled block; blocks that it holds are not labelled again. most: number of cases, at most.
     """
-    files.cut_jsonl(log, lambda block: True)  # a line that a kill has torn
+    files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
     known, labelled = iter(files.read_jsonl(log) if log.exists() else ()), []
-    moved, asked = 0, set()
-    fresh, started = 0, time.time()
+    moved, progress = 0, Progress(log.stem, unit="edits", lines=10)
     while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
         rows = next(known, {}).get("rows")
-        if rows is None:
+        if new := rows is None:
             rows = faith.decision_rows(subject, block)
             files.append_jsonl(log, [{"rows": rows}])
-            fresh += len(rows)
         edits = [(case.question.id, case.intervention.text) for case in block]
         if [(row["id"], row["text_inserted"]) for row in rows] != edits:
             raise ValueError(f"{log} holds other edits than are drawn now; remove {log.parent} and start anew")
         labelled += zip(block, rows, strict=True)
         moved += sum(row["influence"] for row in rows)
-        asked |= {row["id"] for row in rows}
-        if fresh:
-            counts, n = (moved, len(labelled) - moved), len(labelled)
-            wait = max((size / 2 - count) * n / count if count else math.inf for count in counts)  # cases to go
-            left = (time.time() - started) / fresh * max(0, min(wait, most - n)) / 60
-            kept = f"kept {min(2 * min(counts), size)} of {size}, " if size < math.inf else ""
-            text = f"{log.stem}: {len(asked)} questions, {n} edits, {moved / n:.1%} moved"
-            print(f"\r{text}, {kept}{left:.1f} min left ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr) if fresh else None
+        if new:
+            n, kept = len(labelled), 2 * min(moved, len(labelled) - moved)
+            goal = f", kept {min(kept, size)} of {size}" if size < math.inf else ""
+            progress(n, most, f", {moved / n:.1%} moved{goal}")
     return labelled
 
 
@@ -181,50 +173,6 @@ def rates(labelled: Labelled) -> dict:
     }  # fmt: skip
 
 
-def build(args: argparse.Namespace) -> dict:
-    """Makes the data set in args.out, or goes on with it; returns its manifest, `short` telling why it is not full.
-
-    ValueError for flags that cannot be, for a folder of something else or of a build with other flags, and for a
-    model that is moved by none or by all of the edits.
-    """
-    out, file = Path(args.out), Path(args.out) / "manifest.json"
-    questions = tasks.load(args.task, args.data)
-    sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
-    parts = tasks.split(questions, sizes, seed=0)  # train.py's
-    if (locate(args.model) / "adapter_config.json").exists():
-        raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
-    flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")}
-    settings = flags | identity(args, questions)
-    if file.exists():
-        manifest = read_json(file)
-        for name, value in settings.items():
-            if manifest.get(name) != value:
-                problem = f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}"
-                raise ValueError(f"{problem}; give the same flags, or another --out")
-    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
-        raise ValueError(f"{out} already holds something; choose another --out or remove it")
-    else:
-        manifest = settings | {"complete": False}
-    logs = {name: out / f"labelling-{name}.jsonl" for name in parts}
-    if not manifest["complete"]:
-        subject = faith.open_subject(args.model, "none", "", len(questions[0].options))
-        faith.check_prompts(subject, questions, 1)
-        out.mkdir(parents=True, exist_ok=True)
-        if args.calibrate and not manifest.get("mean_logp"):
-            plain = (parts["fit"] + parts["train"])[: args.calibration_questions]  # those train.py takes
-            manifest["mean_logp"] = faith.calibrate(subject, plain).tolist()
-        files.write_json(file, manifest)
-        subject.offsets = np.array(manifest["mean_logp"]) if args.calibrate else None
-        collected, notes = collect(subject, parts, logs, args)
-        for name, labelled in collected.items():
-            files.write_jsonl(out / f"{name}.jsonl", [record(*pair) for pair in labelled])
-        manifest = manifest | notes | {"complete": True}
-        files.write_json(file, manifest)
-    for log in logs.values():
-        log.unlink(missing_ok=True)
-    return manifest
-
-
 def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple[dict[str, Labelled], dict]:
     """The labelled cases of each split, and what the manifest says of them."""
     kind, collected, dropped = args.intervention, {}, {}
@@ -241,41 +189,87 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
     advice = "raise --edits, give more data, or try --calibrate or another --intervention"
     if not train:
         raise ValueError(f"the model gives nothing to balance: {found}; {advice}")
+    asked = len({case.question.id for case, _ in labelled})
     dropped["train"] = dict(lost) | {
         "influence, beyond the balance": moved - len(train) // 2,
         "no influence, beyond the balance": len(labelled) - moved - len(train) // 2,
-        "questions not needed": len(parts["train"]) - len({c.question.id for c, _ in labelled})
-        - lost["no place for an edit"],
-    }  # fmt: skip
+        "questions not needed": len(parts["train"]) - asked - lost["no place for an edit"],
+    }
     often = "rarely" if 2 * moved < len(labelled) else "often"
-    short = f"{len(train)} of {args.size} rows, for the model flips too {often}: {found}; {advice}"
-    notes = {"splits": {name: rates(collected[name]) for name in collected}, "labelled": rates(labelled),
-             "dropped": dropped, "short": short * (len(train) < args.size)}  # fmt: skip
-    return collected, notes
+    short = f"{len(train)} of {args.size} rows, since the model flips too {often}: {found}; {advice}"
+    return collected, {
+        "splits": {name: rates(collected[name]) for name in collected}, "labelled": rates(labelled),
+        "dropped": dropped, "short": short * (len(train) < args.size),
+    }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """The command line of `faith.py build`."""
+def build(args: argparse.Namespace) -> dict:
+    """Makes the data set in args.out, or continues it; returns its manifest. Its `short` says why it is not full.
+
+    ValueError for a folder of something else or of a build with other flags, and for a model that no edit moves, or
+    all.
+    """
+    out, file = Path(args.out), Path(args.out) / "manifest.json"
+    questions = tasks.load(args.task, args.data)
+    sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
+    parts = tasks.split(questions, sizes, seed=0)  # as train.py
+    if (locate(args.model) / "adapter_config.json").exists():
+        raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")}
+    settings = flags | identity(args, questions)
+    if file.exists():
+        manifest = files.read_json(file)
+        for name, value in settings.items():
+            if manifest.get(name) != value:
+                problem = f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}"
+                raise ValueError(f"{problem}; give the same flags, or another --out")
+    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
+        raise ValueError(f"{out} already holds something; choose another --out or remove it")
+    else:
+        manifest = settings | {"complete": False}
+    logs = {name: out / f"labelling-{name}.jsonl" for name in parts}
+    if not manifest["complete"]:
+        subject = faith.open_subject(args.model, "none", "", len(questions[0].options))
+        faith.check_prompts(subject, questions, 1)
+        out.mkdir(parents=True, exist_ok=True)
+        if args.calibrate and not manifest.get("mean_logp"):
+            plain = (parts["fit"] + parts["train"])[: args.calibration_questions]  # those of train.py
+            manifest["mean_logp"] = faith.calibrate(subject, plain).tolist()
+        files.write_json(file, manifest)
+        subject.offsets = np.array(manifest["mean_logp"]) if args.calibrate else None
+        collected, notes = collect(subject, parts, logs, args)
+        for name, labelled in collected.items():
+            files.write_jsonl(out / f"{name}.jsonl", [record(*pair) for pair in labelled])
+        manifest = manifest | notes | {"complete": True}
+        files.write_json(file, manifest)
+    for log in logs.values():
+        log.unlink(missing_ok=True)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="lab.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--task", choices=tasks.TASKS, required=True)
     parser.add_argument("--data", required=True, help="folder or file with the task's published data")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
-    parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is gone on with")
-    parser.add_argument("--size", type=int, default=6000, help="training rows, half of them with influence")
-    parser.add_argument("--edits", type=int, default=8, help="edits of a training question at most")
-    parser.add_argument("--eval-questions", type=int, default=300, help="test questions, as train.py's")
-    parser.add_argument("--fit-questions", type=int, default=300, help="those of the shortcut baseline, as train.py's")
+    parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--calibrate", action="store_true", help="as train.py's: for small models")
-    parser.add_argument("--calibration-questions", type=int, default=300, help="as train.py's")
-    parser.add_argument("--seed", type=int, default=0, help="of the edits")
+    numbers = {  # default, least, most, help
+        "size": (6000, 2, math.inf, "training rows, half of them with influence"),
+        "edits": (8, 1, 1000, "edits of a training question at most"),
+        "eval_questions": (300, 0, math.inf, "test questions, as train.py's"),
+        "fit_questions": (300, 1, math.inf, "questions that fit the shortcut baseline, as train.py's"),
+        "calibration_questions": (300, 1, math.inf, "as train.py's"),
+        "seed": (0, 0, 2**31 - 1, "of the edits"),
+    }
+    for name, (default, _, _, text) in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     try:
-        least = {"size": 2, "edits": 1, "eval_questions": 0, "fit_questions": 1, "calibration_questions": 1, "seed": 0}
-        most = {"seed": 2**31 - 1, "edits": 1000}  # an edit's seed is 1000 · seed + its number
-        for name, low in least.items():
-            if not low <= getattr(args, name) <= most.get(name, math.inf):
-                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {most.get(name, 'any number')}")
+        for name, (_, least, most, _) in numbers.items():
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}")
         if args.size % 2:
             raise ValueError(f"--size must be even, half with influence and half without, not {args.size}")
         manifest = build(args)
@@ -283,10 +277,14 @@ def main(argv: list[str]) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        print("\nstopped; the same command continues", file=sys.stderr)
         return 130
     for name, part in manifest["splits"].items():
         rate = f"{part['influence_rate']:.1%} moved" if part["rows"] else "none"
         print(f"{name:5}  {part['rows']} rows, {part['questions']} questions, {part['groups']} groups, {rate}")
     print(f"the data set is in {args.out}" + f", but not full: {manifest['short']}" * bool(manifest["short"]))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

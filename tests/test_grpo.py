@@ -1,0 +1,471 @@
+"""The GRPO loss against its definition and against TRL's, however a step is cut up; attention in one kernel."""
+
+import itertools
+import math
+import os
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import grpo
+import kernels
+import model as models
+import train
+from rollout import Completion, Sampler
+from run.args import Args
+from run.policy import Policy, learning_rate
+from run.ranks import Ranks
+
+FORMS = ("grpo", "dapo", "dr_grpo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def network(folder):
+    return models.load(folder)
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def each(request, tmp_path):
+    """A network of each family."""
+    return models.load(tiny.build(tmp_path, family=request.param))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The same shape with other weights, as a reference."""
+    return models.load(tiny.build(tmp_path_factory.mktemp("other"), seed=18)).requires_grad_(False)
+
+
+# ---- the pure functions --------------------------------------------------------------------------------------
+
+
+def test_advantages():
+    rewards = [[1.0, 0, 0, 1, 1], [0.0, 1, 0, 0, 0], [1.0, 1, 1, 1, 1], [0.5, 2, -1, 0, 3]]
+    for form in ("std", "mean"):
+        got = grpo.advantages(torch.tensor(rewards), form)
+        for row, wanted in zip(got.tolist(), rewards, strict=True):
+            mean = sum(wanted) / 5
+            std = math.sqrt(sum((r - mean) ** 2 for r in wanted) / 4)  # ddof 1
+            scale = std + 1e-4 if form == "std" else 1
+            assert row == pytest.approx([(r - mean) / scale for r in wanted], abs=1e-6)
+        assert got[2].tolist() == [0.0] * 5
+        assert got.mean(1).abs().max() < 1e-6
+
+
+def test_token_weights():
+    lengths = torch.tensor([3, 1, 2])  # of a step with 10 completions and 40 tokens in all
+    got = {form: grpo.token_weights(lengths, form, 7, 10, 40).tolist() for form in FORMS}
+    assert got["grpo"] == pytest.approx([1 / 30] * 3 + [1 / 10] + [1 / 20] * 2)
+    assert got["dapo"] == pytest.approx([1 / 40] * 6)
+    assert got["dr_grpo"] == pytest.approx([1 / 70] * 6)
+
+
+def test_policy_loss():
+    for ratio in (0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.0):
+        for A in (-2.0, -0.5, 0.0, 0.5, 2.0):
+            x = torch.tensor([-1.0], requires_grad=True)
+            loss = grpo.policy_loss(x, x.detach() - math.log(ratio), torch.tensor([A]), 0.2, 0.3)
+            clipped = min(max(ratio, 0.8), 1.3)
+            assert loss.item() == pytest.approx(-min(ratio * A, clipped * A), abs=1e-6)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            stopped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
+            assert gradient.item() == pytest.approx(0 if stopped else -ratio * A, abs=1e-5)
+
+
+def test_kl_k3():
+    """Its mean over samples is the KL, in value; by the token it is exp(d) - d - 1."""
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    k3 = grpo.kl_k3(p.log(), q.log())
+    assert (k3 >= 0).all() and grpo.kl_k3(p.log(), p.log()).abs().max() == 0
+    assert (p * k3).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+    assert k3.tolist() == pytest.approx([math.expm1(d) - d for d in (q / p).log().tolist()], abs=1e-6)
+
+
+def test_learning_rate():
+    def rates(**changes):
+        args = Args(**{"lr": 2.0, "warmup": 4, "steps": 14, **changes})
+        return [learning_rate(step, args) for step in range(args.steps)]
+
+    warm = [0.5, 1.0, 1.5, 2.0]
+    assert rates(decay="constant") == pytest.approx(warm + [2.0] * 10)
+    assert rates(decay="linear") == pytest.approx(warm + [2 - 1.8 * i / 9 for i in range(10)])
+    cosine = [0.2 + 0.9 * (1 + math.cos(math.pi * i / 9)) for i in range(10)]
+    assert rates(decay="cosine") == pytest.approx(warm + cosine)
+    for decay in ("linear", "cosine"):
+        assert rates(decay=decay)[-1] == pytest.approx(0.2)
+        assert rates(decay=decay, warmup=0, steps=1) == [2.0]
+        assert rates(decay=decay, warmup=3, steps=2) == pytest.approx([2 / 3, 4 / 3])
+
+
+# ---- the loss of a step --------------------------------------------------------------------------------------
+
+
+def noisy_groups(network, temperature, seed=0, P=5, G=4, longest=10):
+    """P groups of G ragged random completions and their rewards; old logprobs are off by some, so that ratios
+    differ from 1 and some are clipped. The first group is of length 1 throughout, the second is flat."""
+    generator = random.Random(seed)
+    groups, rewards = [], []
+    for p in range(P):
+        prompt = [generator.randrange(5, 240) for _ in range(generator.choice([1, 4, 9, 17]))]
+        lengths = [1 if p == 0 else generator.randint(1, longest) for _ in range(G)]
+        lengths[-1] = 1 if p == 0 else longest
+        answers = []
+        for length in lengths:
+            tokens = [generator.randrange(5, 240) for _ in range(length - 1)] + [tiny.END]
+            with torch.no_grad():
+                logits = network(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1] / temperature
+            now = logits.log_softmax(-1)[range(length), tokens].tolist()
+            answers.append(Completion(tokens, [lp + generator.gauss(0, 0.3) for lp in now], True))
+        groups.append((prompt, answers))
+        rewards.append([1.0] * G if p == 1 else [0.0, 1.0, *(float(generator.random() < 0.5) for _ in range(G - 2))])
+    return groups, rewards
+
+
+def stepped(network, groups, rewards, reference=None, model=None, keep=True, **changes):
+    """(figures, gradient) of train.step on given groups and rewards; keep: the gradient is taken and no weight changes.
+
+    Labels, sampling and rewards are replaced by what is given; the loss and its gradient are the product's.
+    """
+    args = Args(**{"max_new_tokens": 12, "micro": 100, "samples": 4, **changes})
+    policy = Policy(network, args, Ranks(), reference=reference)
+    update, gradient = policy.step, {}
+
+    def step(lr, finite=True):
+        gradient.update(
+            {} if not keep else {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
+        )
+        return (
+            (math.sqrt(sum(float(g.square().sum()) for g in gradient.values())), True) if keep else update(lr, finite)
+        )
+
+    policy.step = step
+    network.zero_grad()
+    batch = [(SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "balanced_batch", lambda *_: (batch, batch))
+        patch.setattr(train, "explanation_prompt", lambda tokenizer, i, y, opening: groups[i][0])
+        patch.setattr(train, "sample", lambda subject, prompts, keys, n, args: [groups[i][1] for i in keys])
+        patch.setattr(train, "score", lambda subject, case, row, group, n: [{"reward": r} for r in rewards[case.key]])
+        patch.setattr(train, "batch_metrics", lambda *_: {})
+        subject, anchor = SimpleNamespace(tokenizer=None, opening=""), SimpleNamespace(backward=lambda n: 0.0)
+        figures, _ = train.step(0, subject, policy, None, anchor, args, Ranks())
+    known = ("loss", "kl", "clipped", "sampler_gap", "nll", "sampler_gap_max", "anchor_kl", "grad_norm", "skipped")
+    return {name: figures[name] for name in known}, gradient
+
+
+def by_hand(network, groups, rewards, reference=None, **changes):
+    """The same from the definition: a completion at a time, every logit, no packing, no cases left out."""
+    args = Args(**{"max_new_tokens": 12, **changes})
+    N = sum(len(answers) for _, answers in groups)
+    tokens = sum(len(c.tokens) for _, answers in groups for c in answers)
+    loss = kl = clipped = gap = nll = 0.0
+    largest = 0.0
+    for (prompt, answers), r in zip(groups, rewards, strict=True):
+        A = np.array(r) - np.mean(r)
+        A = A / (np.std(r, ddof=1) + 1e-4) if args.advantage == "std" else A
+        for c, a in zip(answers, A, strict=True):
+            row = torch.tensor([prompt + c.tokens])
+            at = range(len(prompt) - 1, len(prompt) + len(c.tokens) - 1)
+            scale = {"grpo": N * len(c.tokens), "dapo": tokens, "dr_grpo": N * args.max_new_tokens}[args.loss]
+            logp = (network(row)[0] / args.temperature).log_softmax(-1)[at, c.tokens]
+            ratio = (logp - torch.tensor(c.logprobs)).exp()
+            bound = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+            each = -torch.minimum(ratio * a, bound * a)
+            if reference is not None:
+                ref = (reference(row)[0] / args.temperature).log_softmax(-1)[at, c.tokens]
+                k3 = (ref - logp).exp() - (ref - logp) - 1
+                each = each + args.kl * k3
+                kl += k3.sum().item() / tokens
+            loss = loss + each.sum() / scale
+            clipped += ((bound - ratio) * a < 0).sum().item()
+            if reference is not None or min(r) < max(r):
+                gap += (logp - torch.tensor(c.logprobs)).abs().sum().item()
+                nll -= logp.sum().item()
+                largest = max(largest, (logp - torch.tensor(c.logprobs)).abs().max().item())
+    network.zero_grad()
+    loss.backward()
+    live = [(g, r) for g, r in zip(groups, rewards, strict=True) if reference is not None or min(r) < max(r)]
+    scored = sum(len(c.tokens) for (_, answers), _ in live for c in answers)
+    figures = {"loss": loss.item(), "kl": kl, "clipped": clipped / scored, "sampler_gap": gap / scored,
+               "nll": nll / scored, "sampler_gap_max": largest, "anchor_kl": 0.0, "skipped": 0}  # fmt: skip
+    gradient = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
+    figures["grad_norm"] = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+    return figures, gradient
+
+
+def close(a, b, tolerance=1e-5):
+    """Two (figures, gradient) pairs agree, the gradient relative to its largest entry."""
+    assert a[0] == pytest.approx(b[0], rel=tolerance, abs=tolerance)
+    size = max(g.abs().max() for g in b[1].values())
+    assert size > 1e-4 and a[1].keys() == b[1].keys()
+    assert max((a[1][name] - b[1][name]).abs().max() for name in b[1]) < tolerance * size
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_loss_and_gradient_by_hand(each, other, form, kl):
+    network = each
+    settings = {"loss": form, "advantage": "std" if form != "dr_grpo" else "mean", "kl": kl, "temperature": 0.8,
+                "clip_low": 0.2, "clip_high": 0.3}  # fmt: skip
+    groups, rewards = noisy_groups(network, 0.8)
+    reference = other if kl else None
+    wanted = by_hand(network, groups, rewards, reference, **settings)
+    assert 0.05 < wanted[0]["clipped"] < 0.6
+    for micro in (1, 2, 100):
+        close(stepped(network, groups, rewards, reference, micro=micro, **settings), wanted)
+    ran = []
+    network.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    network.recompute = True  # activation checkpointing: each block runs again in backward, the gradient is the same
+    close(stepped(network, groups, rewards, reference, micro=100, **settings), wanted)
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_how_a_step_is_cut_up_changes_nothing(network, other, form, monkeypatch):
+    groups, rewards = noisy_groups(network, 1.0, seed=1, P=7)
+    wanted = stepped(network, groups, rewards, other, loss=form, kl=0.1)
+    order = [3, 0, 6, 1, 5, 2, 4]
+    moved = [groups[i] for i in order], [rewards[i] for i in order]
+    close(stepped(network, *moved, other, loss=form, kl=0.1, micro=3), wanted)
+    shared = grpo.pack
+    alone = lambda groups, device: shared([(p, [c]) for p, cs in groups for c in cs], device)  # noqa: E731
+    monkeypatch.setattr(train, "pack", alone)  # each completion in a row of its own
+    close(stepped(network, groups, rewards, other, loss=form, kl=0.1, micro=2), wanted)
+
+
+def test_flat_groups_are_left_out(network, monkeypatch):
+    """Without a KL they are skipped; kept, they change nothing in the gradient."""
+    groups, rewards = noisy_groups(network, 1.0, seed=3)
+    skipped = stepped(network, groups, rewards)
+    monkeypatch.setattr(train, "informative", lambda rewards: range(len(rewards)))
+    kept = stepped(network, groups, rewards)
+    close(({"loss": skipped[0]["loss"]}, skipped[1]), ({"loss": kept[0]["loss"]}, kept[1]))
+    assert skipped[0]["nll"] != kept[0]["nll"]
+
+
+def test_a_step_of_flat_groups_only(network):
+    groups, _ = noisy_groups(network, 1.0)
+    before = [w.clone() for w in network.parameters()]
+    figures, _ = stepped(network, groups, [[1.0] * 4] * 5, keep=False, lr=1e-3)
+    assert (figures["loss"], figures["grad_norm"]) == (0, 0) and math.isnan(figures["nll"])
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_a_step_in_bf16(folder):
+    """The gradient is near fp32's, and the masters move."""
+    full, half = models.load(folder), models.load(folder, dtype=torch.bfloat16)
+    groups, rewards = noisy_groups(full, 1.0, seed=7)
+    before = [w.clone() for w in half.parameters()]
+    wanted, figures = stepped(full, groups, rewards)[0], stepped(half, groups, rewards, keep=False, lr=1e-2)[0]
+    assert figures["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.2)
+    assert all(not torch.equal(a, b) for a, b in zip(before, half.parameters(), strict=True))
+
+
+def test_logprobs_do_not_depend_on_neighbours(network):
+    groups, _ = noisy_groups(network, 1.0, seed=4)
+    groups = [(prompt, [c.tokens for c in answers]) for prompt, answers in groups]
+    with torch.no_grad():
+        together = grpo.token_logprobs(network, grpo.pack(groups), 0.9)
+        changed = [(p, [cs[0], *([7] * len(c) for c in cs[1:])]) for p, cs in groups]
+        changed = grpo.token_logprobs(network, grpo.pack(changed), 0.9)
+        alone = [grpo.token_logprobs(network, grpo.pack([(p, [c])]), 0.9) for p, cs in groups for c in cs]
+        chunked = grpo.token_logprobs(network, grpo.pack(groups), 0.9, chunk=3)
+    assert (together - torch.cat(alone)).abs().max() < 1e-5
+    assert (together - chunked).abs().max() < 1e-5
+    start = 0
+    for _, cs in groups:
+        assert (together - changed)[start : start + len(cs[0])].abs().max() < 1e-5
+        start += sum(map(len, cs))
+
+
+def test_gradient_reaches_explanations_and_nothing_else(network):
+    """d loss / d logits, against -weight · A · (one-hot − p); the token that ends a turn has its share."""
+    groups, rewards = noisy_groups(network, 1.0, seed=5)
+    packed = grpo.pack([(prompt, [c.tokens for c in answers]) for prompt, answers in groups])
+    with torch.no_grad():
+        exact = grpo.token_logprobs(network, packed, 1.0).split([len(c.tokens) for _, cs in groups for c in cs])
+    exact = iter(exact)
+    groups = [(p, [Completion(c.tokens, next(exact).tolist(), c.ended) for c in cs]) for p, cs in groups]
+    head, tapped = network.head, []
+
+    def tap(states):
+        logits = head(states)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: tapped.append((gradient, logits.detach())))
+        return logits
+
+    network.head = tap
+    stepped(network, groups, rewards, loss="dr_grpo", advantage="mean")
+    ((gradient, logits),) = tapped  # one pass over all live completions: prompts have no logits at all
+    live = [(cs, r) for (_, cs), r in zip(groups, rewards, strict=True) if min(r) < max(r)]
+    tokens = [(t, r[i] - sum(r) / 4) for cs, r in live for i, c in enumerate(cs) for t in c.tokens]
+    N = 4 * len(groups)
+    assert len(gradient) == len(tokens)
+    targets, A = torch.tensor([t for t, _ in tokens]), torch.tensor([a for _, a in tokens])
+    one_hot = torch.nn.functional.one_hot(targets, logits.shape[1])
+    wanted = -A[:, None] / (N * 12) * (one_hot - logits.softmax(-1))
+    assert (gradient - wanted).abs().max() < 1e-7
+    ends = (targets == tiny.END) & (A != 0)
+    assert ends.sum() > 8 and (gradient[ends, tiny.END].abs() > 1e-4).all()
+    start, sources = 0, packed.sources.split([sum(len(c.tokens) for c in cs) for _, cs in groups])
+    for (prompt, cs), at in zip(groups, sources, strict=True):  # the prompt gives its last state, once for each
+        last = start + len(prompt) - 1
+        assert (at >= last).all() and (at == last).sum() == len(cs)
+        start += len(prompt) + sum(len(c.tokens) - 1 for c in cs)
+
+
+# ---- against TRL ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trl_trainer(folder, other, tmp_path_factory):
+    """TRL's own trainer on the tiny model, fed our tokens by its rollout hook and our rewards by its reward hook."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    import transformers
+
+    fed = {}
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("trl")), per_device_train_batch_size=20, num_generations=4, beta=0.3,
+        use_cpu=True, bf16=False, report_to="none", max_completion_length=12, temperature=0.8, disable_tqdm=True,
+        use_bias_correction_kl=False,  # ours is k3 as GRPO's paper has it, not multiplied by the ratio
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        args=config,
+        train_dataset=datasets.Dataset.from_list([{"prompt": str(i)} for i in range(5)]),
+        rollout_func=lambda prompts, trainer: {
+            "prompt_ids": fed["prompts"],
+            "completion_ids": fed["tokens"],
+            "logprobs": None,
+        },  # fmt: skip
+        reward_funcs=lambda completions, **_: fed["rewards"],
+    )
+    trainer.ref_model.load_state_dict({hf_name(name): w.detach() for name, w in other.named_tensors().items()})
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, fed
+
+
+def hf_name(name):
+    return name if name == "lm_head.weight" else "model." + name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, beta):
+    trainer, fed = trl_trainer
+    groups, rewards = noisy_groups(network, 0.8, seed=6)
+    answers = [(prompt, c) for prompt, cs in groups for c in cs]
+    fed |= {"prompts": [p for p, _ in answers], "tokens": [c.tokens for _, c in answers],
+            "rewards": [r for group in rewards for r in group]}  # fmt: skip
+    trainer.loss_type, trainer.scale_rewards, trainer.beta = form, scale, beta
+    trainer.epsilon_low, trainer.epsilon_high = 0.2, 0.3
+    inputs = trainer._generate_and_score_completions([{"prompt": "x"} for _ in answers])
+    assert inputs.get("old_per_token_logps") is None  # so the loss would take the current ones; ours are older
+    old = torch.zeros(inputs["completion_ids"].shape)
+    for row, (_, c) in zip(old, answers, strict=True):
+        row[: len(c.logprobs)] = torch.tensor(c.logprobs)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs | {"old_per_token_logps": old})
+    loss.backward()
+    theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
+    figures, gradient = stepped(
+        network, groups, rewards, other if beta else None, loss=form, advantage="std" if scale == "group" else "mean",
+        kl=beta, temperature=0.8, clip_low=0.2, clip_high=0.3, micro=2,
+    )  # fmt: skip
+    assert figures["clipped"] > 0.05
+    ours = {hf_name(name): g for name, g in gradient.items()}
+    close(({"loss": figures["loss"]}, ours), ({"loss": loss.item()}, theirs))
+
+
+# ---- attention as on a GPU ----
+
+
+def one_by_one(q, k, v, runs):
+    """What kernels.kernel gives, a run at a time; no log-sums."""
+    outs = []
+    for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in runs[:2]), strict=True):
+        assert 0 < b - a <= runs.q_most and b - a <= y - x <= runs.k_most
+        some = [t.transpose(0, 1)[None] for t in (q[a:b], k[x:y], v[x:y])]
+        mask = torch.ones(b - a, y - x).tril(y - x - b + a).bool()
+        outs.append(torch.nn.functional.scaled_dot_product_attention(*some, attn_mask=mask, enable_gqa=True))
+    assert runs.q_ends.dtype == runs.k_ends.dtype == torch.int32 and (b, y) == (len(q), len(k))
+    return torch.cat(outs, 2)[0].transpose(0, 1), None
+
+
+def test_all_parts_at_once(each, monkeypatch):
+    """As on a GPU, where one kernel is told of all runs: logprobs, their gradient, options, samples."""
+    groups, _ = noisy_groups(each, 1.0)
+    groups = [(p, [c.tokens for c in g]) for p, g in groups]
+    prompts, results, calls = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], [], []
+
+    def forward(q, k, v, runs):
+        calls.append("gathered" if runs.keys is not None else "plain")
+        return one_by_one(q, k, v, runs)
+
+    def backward(grad, q, k, v, out, log_sums, runs):
+        calls.append("backward")
+        with torch.enable_grad():
+            given = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(one_by_one(*given, runs)[0], given, grad)
+
+    def called():
+        taken = calls[:]
+        calls.clear()
+        return Counter(taken)
+
+    seen = []
+    for at_once in (False, True):
+        if at_once:
+            monkeypatch.setattr(kernels, "flashes", lambda q: True)
+            monkeypatch.setattr(kernels, "kernel", forward)
+            monkeypatch.setattr(kernels, "kernel_backward", backward)
+        each.zero_grad()
+        logprobs = grpo.token_logprobs(each, grpo.pack(groups), 1.0)
+        logprobs.sum().backward()
+        seen.append(called())
+        sampler = Sampler(each)
+        options = sampler.option_logprobs(prompts, [5, 6, 7], together=2)
+        seen.append(called())
+        drawn = [c.logprobs for g in sampler.generate(prompts, 3, 6) for c in g]
+        seen.append(called())
+        results.append((logprobs.detach(), options, {n: p.grad.clone() for n, p in each.named_parameters()}, drawn))
+    assert seen == [{}] * 3 + [{"gathered": 2, "backward": 2}, {"gathered": 2}, {"plain": 2}]  # layers
+    (a, b, c, d), (w, x, y, z) = results
+    assert torch.allclose(a, w, atol=1e-4) and torch.allclose(b, x, atol=1e-4)
+    assert all((c[name] - y[name]).abs().max() < 1e-4 * c[name].abs().max() + 1e-5 for name in c)
+    assert [len(lp) for lp in d] == [len(lp) for lp in z]
+    assert sum(d, []) == pytest.approx(sum(z, []), abs=1e-4)
+
+
+def test_what_samples_share_is_summed_in_fp32(monkeypatch):
+    """The gradient of a prompt's keys, in bf16 the sum of many samples' that each are lost beside it."""
+    monkeypatch.setattr(kernels, "flashes", lambda q: True)
+    monkeypatch.setattr(kernels, "kernel", lambda q, k, v, runs: (q.clone(), None))
+    monkeypatch.setattr(
+        kernels, "kernel_backward", lambda grad, q, k, v, *rest: (grad, torch.ones_like(k), torch.ones_like(v))
+    )
+    q, k, v = (torch.zeros(1, 1, 2 + 900, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    attend = kernels.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = attend(0, q, k, v)
+    assert kept and max(len(x) for x in kept) == 902  # not once for every sample
+    out.sum().backward()
+    for x in (k, v):
+        assert (x.grad[0, 0, :2] == torch.tensor(301.0).bfloat16()).all()  # in bf16 1 + 256 is 256
+        assert (x.grad[0, 0, 2:] == 1).all()

@@ -1,0 +1,112 @@
+"""What is trained: AdamW on fp32 masters, clipped; nothing changes where a figure is not finite; the reference."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+
+import model as models
+from run import lora
+from run.args import Args
+from run.policy import Policy, make_policy
+from run.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def network(folder):
+    return models.load(folder)
+
+
+def test_tiny_updates_add_up_in_bf16(folder):
+    """64 steps of 1e-4 on weights near 1: bf16 alone, whose spacing there is 2^-8, would lose every one."""
+    network = models.load(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for w in network.parameters():
+            w.fill_(1.0)
+    bare = copy.deepcopy(network)
+    policy = Policy(network, Args(lr=1e-4, clip_norm=1e9), Ranks())
+    naive = torch.optim.AdamW(bare.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(64):
+        for w in bare.parameters():
+            w.grad = torch.full_like(w, 0.01)
+        policy.backward(0.01 * sum(w.float().sum() for w in network.parameters()))
+        policy.step(1e-4)
+        naive.step()
+    for w, master, lost in zip(network.parameters(), policy.masters, bare.parameters(), strict=True):
+        assert master.dtype == torch.float32 and w.dtype == torch.bfloat16 and w.grad is None
+        assert (master - (1 - 64e-4)).abs().max() < 1e-5
+        assert torch.equal(w, master.bfloat16()) and (w < 1).all()
+        assert (lost == 1).all()
+
+
+def test_gradients_add_up_in_fp32(folder):
+    network = models.load(folder, dtype=torch.bfloat16)
+    policy = Policy(network, Args(), Ranks())
+    for value in (256.0, 1.0, 1.0, 1.0):  # in bf16, 256 + 1 = 256
+        policy.backward(value * sum(w.float().sum() for w in network.parameters()))
+    assert all((m.grad == 259).all() for m in policy.masters)
+
+
+def test_optimizer_is_adamw_with_clipping(network):
+    twin = copy.deepcopy(network)
+    policy = Policy(network, Args(beta2=0.95, weight_decay=0.1, clip_norm=0.5), Ranks())
+    assert all(a is b for a, b in zip(policy.masters, network.parameters(), strict=True))  # fp32: no copies
+    plain = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in twin.parameters()))
+        for p in twin.parameters():
+            p.grad *= 0.5 / norm
+        plain.param_groups[0]["lr"] = 0.01 * (step + 1)
+        plain.step()
+        assert policy.step(0.01 * (step + 1)) == (pytest.approx(norm, rel=1e-5), True)
+        assert all(p.grad is None for p in network.parameters())
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(network, where):
+    policy = Policy(network, Args(), Ranks())
+    before = {name: tensor.clone() for name, tensor in policy.state().items()}
+    policy.backward(network.norm.weight.sum() * (math.nan if where == "gradient" else 1))
+    norm, updated = policy.step(0.1, finite=where == "gradient")
+    assert not updated and math.isnan(norm) == (where == "gradient")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state().items())
+    policy.backward(network.norm.weight.sum())  # nothing is left of the bad gradient
+    assert policy.step(0.1)[1] and not torch.equal(network.norm.weight, before["weight.norm.weight"])
+
+
+def test_signals_are_held_while_weights_change(network):
+    policy, order = Policy(network, Args(), Ranks()), []
+    policy.before_update = lambda: order.append(network.norm.weight.clone())
+    policy.backward(network.norm.weight.sum())
+    policy.step(0.1)
+    assert len(order) == 1 and not torch.equal(order[0], network.norm.weight)
+
+
+def test_the_reference_is_the_initial_model(folder, network):
+    """With LoRA the model without its adapters, else a copy; either way it stays while the policy moves."""
+    score = lambda model: model(torch.tensor([[5, 6, 7]])).log_softmax(-1).sum()  # noqa: E731
+    for rank in (0, 4):
+        model, args = models.load(folder), Args(model=str(folder), kl=0.1, lora=rank, lora_alpha=8.0)
+        if rank:
+            lora.attach(model, rank, 8.0)
+        policy = make_policy(model, args, Ranks())
+        before = policy.reference(score)
+        assert not before.requires_grad and torch.allclose(policy.run(score), before)
+        for _ in range(2):
+            policy.backward(policy.run(score))
+            policy.step(0.1)
+        assert torch.equal(policy.reference(score), before) and not torch.allclose(policy.run(score), before)
+    assert make_policy(models.load(folder), Args(model=str(folder)), Ranks()).initial is None
