@@ -8,19 +8,19 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launch
 import pytest
 import tiny
 import torch
+from launch import close, finish, lines, same, script, start, timeless, wait_for_step
 
 import model as models
 from run import checkpoint, files, lora, results
 from run.args import Args
 
-DATA = tiny.ROOT / "tests" / "data" / "esnli"
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
 STEPS = 6 * KILLS  # so that a run has some left when it is killed for the last time
 
@@ -31,27 +31,15 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, out, **changes):
-    small = {"model": folder, "data": DATA, "task": "esnli", "intervention": "bias", "out": out, "steps": STEPS,
-             "prompts": 4, "samples": 4, "candidates": 96, "max_new_tokens": 10, "lr": 1e-3, "warmup": 0,
-             "decay": "linear", "eval_questions": 5, "fit_questions": 5, "checkpoint_every": 2, "anchor": 0.5,
-             "anchor_questions": 5, "kl": 0.01} | changes  # fmt: skip
-    return [text for name, value in small.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def start(given, ranks=1, script="train.py"):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
-    return subprocess.Popen([sys.executable, *launch, str(script), *map(str, given)], cwd=tiny.ROOT, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def finish(process, timeout=300):
-    out, error = process.communicate(timeout=timeout)
-    return process.returncode, out, error
-
-
-def timeless(path):
-    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in files.read_jsonl(path)]
+    several = {
+        "steps": STEPS,
+        "decay": "linear",
+        "checkpoint_every": 2,
+        "anchor": 0.5,
+        "anchor_questions": 5,
+        "kl": 0.01,
+    }
+    return launch.flags(folder, out, **several | changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +49,6 @@ def whole(folder, tmp_path_factory):
     code, printed, error = finish(start(flags(folder, out)))
     assert code == 0, error
     return out, time.time() - began
-
-
-def same(one, other):
-    for name in ("metrics.jsonl", "explanations.jsonl"):
-        assert timeless(one / name) == timeless(other / name)
-    for name in ("before.json", "after.json", "difference.T1.json"):
-        assert (one / name).read_text() == (other / name).read_text()
-    weights = [(path / "model" / "model.safetensors").read_bytes() for path in (one, other)]
-    assert weights[0] == weights[1]
 
 
 # ---- the files -----------------------------------------------------------------------------------------------
@@ -206,7 +185,7 @@ def test_a_full_disk_for_the_model(folder, disk, rank):
     for pages in range(100):
         filler.write_bytes(bytes(shutil.disk_usage(small).free - pages * 4096))
         try:
-            results.save(args, network, "model")
+            results.save_model(args, network, "model")
             break
         except ValueError as error:
             assert re.fullmatch(f"{small}/model.*cannot be written \\(.*No space left on device.*\\)", str(error))
@@ -245,8 +224,9 @@ def test_random_kills(folder, whole, tmp_path):
         if draw.random() < 0.25:
             time.sleep(draw.uniform(0.2, 0.3 * took))
         else:
-            for _ in range(draw.choice((1, 2))):
-                next((line for line in process.stdout if line.startswith("step ")), None)
+            seen = len(lines(copy / "metrics.jsonl")) + draw.choice((1, 2))
+            while process.poll() is None and len(lines(copy / "metrics.jsonl")) < seen:
+                time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.3))
         process.kill()
         code, _, error = finish(process)
@@ -260,7 +240,7 @@ def test_random_kills(folder, whole, tmp_path):
     assert kills == KILLS if "FAITH_KILLS" in os.environ else kills >= KILLS // 2
     code, printed, error = finish(start(given))
     assert code == 0, error
-    (done,) = re.findall(r"going on after step (\d+)", printed)
+    (done,) = re.findall(r"continuing after step (\d+)", printed)
     assert logged - 3 <= int(done) <= logged  # a checkpoint every two steps, and one line may be torn
     same(out, copy)
 
@@ -270,47 +250,43 @@ def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number):
     """In the middle of a step, and without periodic checkpoints at hand: nothing of the steps done is lost."""
     copy = tmp_path / "o"
     process = start(flags(folder, copy, checkpoint_every=1000))
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            time.sleep(0.02)
-            process.send_signal(number)
-            break
+    wait_for_step(process, copy, 3)
+    time.sleep(0.02)
+    process.send_signal(number)
     code, printed, error = finish(process)
     assert code == 128 + number and not error, error
-    (done,) = re.findall(r"stopped after step (\d+); go on with: torchrun train.py --resume --out ", printed)
+    (done,) = re.findall(r"stopped after step (\d+); continue with: torchrun train.py --resume --out ", printed)
     assert int(done) >= 3 and len(files.read_jsonl(copy / "metrics.jsonl")) == int(done)
     assert checkpoint.newest(copy / "checkpoints").name == f"step-{int(done):08d}"
     code, printed, error = finish(start(["--resume", "--out", copy]))
-    assert code == 0 and f"going on after step {done}, from " in printed, error
+    assert code == 0 and f"continuing after step {done}, from " in printed, error
     same(whole[0], copy)
 
 
 SLOW = """
-import sys, time, train
-groups_of = train.groups_of
-def slow(subject, batch, step, args):
-    if step == 3:
+sample = train.sample
+def slow(subject, prompts, keys, n, args):
+    if n == 3 {rank}:
         print("in step 4", flush=True)
         time.sleep(100)
-    return groups_of(subject, batch, step, args)
-train.groups_of = slow
-sys.exit(train.main())
+    return sample(subject, prompts, keys, n, args)
+train.sample = slow
 """
 
 
 def test_a_signal_does_not_wait_for_the_step(folder, tmp_path):
     """A step that takes long is given up."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), script=tmp_path / "slow.py")
+    slow = script(tmp_path / "slow.py", SLOW.format(rank=""))
+    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), script=slow)
     next(line for line in process.stdout if line.startswith("in step 4"))
     process.terminate()
     code, printed, error = finish(process, timeout=20)
-    assert code == 128 + signal.SIGTERM and "stopped after step 3; go on with" in printed, error
+    assert code == 128 + signal.SIGTERM and "stopped after step 3; continue with" in printed, error
     assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000003"
 
 
 KILLED = """
-import os, signal, sys, checkpoint, train
+from run import checkpoint
 save, saves = checkpoint.dcp.save, []
 def cut_short(tensors, checkpoint_id, no_dist):
     save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
@@ -318,17 +294,15 @@ def cut_short(tensors, checkpoint_id, no_dist):
     if len(saves) == 2:  # all is written but the manifest
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.dcp.save = cut_short
-sys.exit(train.main())
 """
 
 
 def test_a_kill_while_saving(folder, whole, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
     copy = tmp_path / "o"
-    code, _, _ = finish(start(flags(folder, copy), script=tmp_path / "killed.py"))
+    code, _, _ = finish(start(flags(folder, copy), script=script(tmp_path / "killed.py", KILLED)))
     assert code == -signal.SIGKILL and list((copy / "checkpoints").glob("*.part"))
     code, printed, error = finish(start(["--resume", "--out", copy]))
-    assert code == 0 and "going on after step 2, from " in printed, error
+    assert code == 0 and "continuing after step 2, from " in printed, error
     same(whole[0], copy)
 
 
@@ -342,44 +316,37 @@ def test_frozen_labels_and_calibration(folder, tmp_path):
         runs.append(tmp_path / name)
     shutil.rmtree(runs[1] / "checkpoints" / "step-00000006")
     code, printed, error = finish(start(["--resume", "--out", runs[1]]))
-    assert code == 0 and "going on after step 4, from " in printed, error
+    assert code == 0 and "continuing after step 4, from " in printed, error
     assert timeless(runs[0] / "metrics.jsonl") == timeless(runs[1] / "metrics.jsonl")
     assert (runs[0] / "calibration.json").read_text() == (runs[1] / "calibration.json").read_text()
 
 
 HELD = """
-import os, signal, sys, train
-step, steps = train.Optimizer.step, []
+import torch
+update, updates = torch.optim.AdamW.step, []
 def signalled(self, *rest):
-    steps.append(1)
-    if len(steps) == 3:  # in the moment in which weights change
+    updates.append(1)
+    if len(updates) == 3:  # in the moment in which weights change
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, *rest)
-train.Optimizer.step = signalled
-sys.exit(train.main())
+    return update(self, *rest)
+torch.optim.AdamW.step = signalled
 """
 
 
 def test_a_signal_while_weights_change(folder, whole, tmp_path):
     """The step is finished first: weights, optimizer and logs are of the same step."""
-    (tmp_path / "held.py").write_text(HELD)
-    copy = tmp_path / "o"
-    code, printed, error = finish(start(flags(folder, copy, checkpoint_every=1000), script=tmp_path / "held.py"))
-    assert code == 128 + signal.SIGTERM and "stopped after step 3; go on with" in printed, error
+    copy, held = tmp_path / "o", script(tmp_path / "held.py", HELD)
+    code, printed, error = finish(start(flags(folder, copy, checkpoint_every=1000), script=held))
+    assert code == 128 + signal.SIGTERM and "stopped after step 3; continue with" in printed, error
     code, printed, error = finish(start(["--resume", "--out", copy]))
-    assert code == 0 and "going on after step 3, from " in printed, error
+    assert code == 0 and "continuing after step 3, from " in printed, error
     same(whole[0], copy)
-
-
-WAITING = SLOW.replace("if step == 3:", "if step == 3 and os.environ['RANK'] == '1':").replace(
-    "import sys", "import os, sys"
-)
 
 
 def test_a_signal_while_waiting_for_another_rank(folder, tmp_path):
     """Rank 0 is done with its share of step 4, rank 1 is not: it need not be waited for."""
-    (tmp_path / "waiting.py").write_text(WAITING)
-    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), 2, tmp_path / "waiting.py")
+    waiting = script(tmp_path / "waiting.py", SLOW.format(rank="and os.environ['RANK'] == '1'"))
+    process = start(flags(folder, tmp_path / "o", checkpoint_every=1000), 2, waiting)
     next(line for line in process.stdout if "in step 4" in line)
     time.sleep(1)
     process.terminate()
@@ -392,18 +359,14 @@ def test_other_ranks(folder, whole, tmp_path):
     """Begun on two ranks and stopped by SIGTERM to torchrun; ended on one: the same up to rounding."""
     copy = tmp_path / "o"
     process = start(flags(folder, copy), ranks=2)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.terminate()
-            break
+    wait_for_step(process, copy, 3)
+    process.terminate()
     finish(process, timeout=90)
     shutil.copytree(copy, tmp_path / "two")
     for ranks, path in ((1, copy), (2, tmp_path / "two")):
         code, printed, error = finish(start(["--resume", "--out", path], ranks))
-        assert code == 0 and re.search(r"going on after step [345], from ", printed), error
-        for a, b in zip(timeless(whole[0] / "metrics.jsonl"), timeless(path / "metrics.jsonl"), strict=True):
-            assert a.keys() == b.keys()
-            assert all(a[k] == pytest.approx(b[k], abs=1e-5, rel=1e-5) for k in a if a[k] is not None)
+        assert code == 0 and re.search(r"continuing after step [345], from ", printed), error
+        close(whole[0], path, 1e-5)
 
 
 def test_a_truncated_checkpoint_of_a_run(folder, whole, tmp_path):
@@ -415,7 +378,7 @@ def test_a_truncated_checkpoint_of_a_run(folder, whole, tmp_path):
     os.truncate(data, 100)
     code, printed, error = finish(start(["--resume", "--out", copy]))
     assert code == 0 and f"{path} is not whole ({data.name} has 100 bytes of " in printed, error
-    assert f"going on after step {STEPS - 2}, from " in printed
+    assert f"continuing after step {STEPS - 2}, from " in printed
     same(whole[0], copy)
 
 
@@ -433,39 +396,36 @@ def test_no_room_for_a_second_checkpoint(folder, disk, ranks, parallel):
 
 
 FILL = """
-import os, shutil, sys, train
+import shutil
 from pathlib import Path
-groups_of = train.groups_of
-def filling(subject, batch, step, args):
+sample = train.sample
+def filling(subject, prompts, keys, n, args):
     folder = Path(args.out).parent
-    if step == 3 and os.environ.get("RANK", "0") == "0":
+    if n == 3 and os.environ.get("RANK", "0") == "0":
         (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free))
-    return groups_of(subject, batch, step, args)
-train.groups_of = filling
-sys.exit(train.main())
+    return sample(subject, prompts, keys, n, args)
+train.sample = filling
 """
 
 
 @pytest.mark.parametrize("ranks, parallel", [(1, "replicate"), (2, "shard")])
 def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
     """A line that says what to do, and status 2; with room again the run goes on, and ends as if nothing had been."""
-    (tmp_path / "fill.py").write_text(FILL)
     out = disk(5_000_000) / "o"
-    way = f"; once that is mended: torchrun train.py --resume --out {out}"
-    code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, tmp_path / "fill.py"))
+    way = f"; once that is fixed: torchrun train.py --resume --out {out}"
+    code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, script(tmp_path / "fill.py", FILL)))
     full = re.escape(f"cannot be written (No space left on device){way}\n")
-    lines = re.findall(f"train.py: {out}/(?:explanations|metrics).jsonl: {full}", error)  # whichever needs a page first
-    assert (code, [error]) == (2, lines) if ranks == 1 else (code and error.count("train.py: ") == 1 == len(lines))
+    said = re.findall(f"train.py: {out}/(?:explanations|metrics).jsonl: {full}", error)  # whichever needs a page first
+    assert (code, [error]) == (2, said) if ranks == 1 else (code and error.count("train.py: ") == 1 == len(said))
     assert checkpoint.newest(out / "checkpoints").name == "step-00000002"
     code, _, error = finish(start(["--resume", "--out", out, "--parallel", "replicate"]))  # too early
     assert (code, error) == (2, f"train.py: {out}/metrics.jsonl: cannot be written (No space left on device)\n")
     (out.parent / "filler").unlink()
     code, printed, error = finish(start(["--resume", "--out", out], ranks))
-    assert code == 0 and "going on after step 2, from " in printed, error
+    assert code == 0 and "continuing after step 2, from " in printed, error
     if ranks == 1:
         same(whole[0], out)
-    for a, b in zip(timeless(whole[0] / "metrics.jsonl"), timeless(out / "metrics.jsonl"), strict=True):
-        assert all(a[k] == pytest.approx(b[k], abs=1e-4, rel=1e-4) for k in a if a[k] is not None)
+    close(whole[0], out)
     assert not list(out.rglob("*.part*"))
 
 
@@ -496,7 +456,7 @@ def test_more_steps(folder, whole, tmp_path):
     copy = tmp_path / "o"
     shutil.copytree(whole[0], copy)
     code, printed, error = finish(start(["--resume", "--out", copy, "--steps", STEPS + 2, "--lr", "1e-4"]))
-    assert code == 0 and f"going on after step {STEPS}, from " in printed, error
+    assert code == 0 and f"continuing after step {STEPS}, from " in printed, error
     metrics = timeless(copy / "metrics.jsonl")
     assert metrics[:STEPS] == timeless(whole[0] / "metrics.jsonl") and len(metrics) == STEPS + 2
     saved = json.loads((copy / "args.json").read_text())
@@ -511,7 +471,7 @@ def test_what_a_run_was_resumed_with_is_kept(tmp_path):
     """Which flags each of its parts had, also where it went back to an earlier checkpoint; not what changes nothing."""
 
     def resumed(done, **given):
-        results.note(Args(out=str(tmp_path), resume=done is not None, **given), done or 0)
+        results.write_args(Args(out=str(tmp_path), resume=done is not None, **given), done or 0)
         return json.loads((tmp_path / "args.json").read_text()).get("history")
 
     assert resumed(None, lr=1.0) is None

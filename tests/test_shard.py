@@ -14,12 +14,14 @@ import types
 import pytest
 import tiny
 import torch
-from test_checkpoint import finish, flags, start, timeless
+from launch import close, finish, script, start, wait_for_step
+from test_checkpoint import flags
 from test_plan import config as config_of_smollm2
 
 import model as models
 from lab import plan
 from run import checkpoint, files, shard
+from run.args import Args
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +41,6 @@ def whole(folder, tmp_path_factory):
     return out
 
 
-def close(one, other):
-    """The metrics of two runs, up to rounding."""
-    for a, b in zip(timeless(one / "metrics.jsonl"), timeless(other / "metrics.jsonl"), strict=True):
-        numbers = [k for k in a if a[k] is not None]
-        assert not {k: (a[k], b[k]) for k in numbers if a[k] != pytest.approx(b[k], abs=1e-4, rel=1e-4)}
-
-
 def until(process, text):
     """Reads what a run prints up to a line with `text`."""
     return next(line for line in process.stdout if text in line)
@@ -55,11 +50,11 @@ def test_stopped_and_resumed(folder, whole, tmp_path):
     """SIGTERM to torchrun in a step; the parts saved by two ranks are then read by two, three, and by one alone."""
     out = tmp_path / "o"
     process = start(flags(folder, out, parallel="shard", **CHANGES), ranks=2)
-    until(process, "step 3/")
+    wait_for_step(process, out, 3)
     process.terminate()
     printed = process.stdout.read()
     process.wait(90)
-    (done,) = re.findall(r"stopped after step (\d+); go on with", printed)
+    (done,) = re.findall(r"stopped after step (\d+); continue with", printed)
     path = checkpoint.newest(out / "checkpoints")
     assert path.name == f"step-{int(done):08d}" and not list((out / "checkpoints").glob("*.part"))
     assert len(list(path.glob("*.distcp"))) == 2  # each rank wrote its own
@@ -67,7 +62,7 @@ def test_stopped_and_resumed(folder, whole, tmp_path):
         copy = tmp_path / f"{parallel}{ranks}"
         shutil.copytree(out, copy)
         code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", parallel], ranks))
-        assert code == 0 and f"going on after step {done}, from " in printed, error
+        assert code == 0 and f"continuing after step {done}, from " in printed, error
         close(whole, copy)
 
 
@@ -77,33 +72,30 @@ def test_what_one_process_saved_is_cut(folder, whole, tmp_path):
     assert code == 0, error
     shutil.rmtree(copy / "checkpoints" / "step-00000008")
     code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", "shard"], ranks=2))
-    assert code == 0 and "going on after step 6, from " in printed, error
+    assert code == 0 and "continuing after step 6, from " in printed, error
     close(whole, copy)
 
 
 SLOW = """
-import os, sys, time, train
-groups_of = train.groups_of
-def slow(subject, batch, step, args):
-    if step == 2:
+sample = train.sample
+def slow(subject, prompts, keys, n, args):
+    if n == 2:
         os.write(1, f"rank {os.environ['RANK']} {os.getpid()} in step 3\\n".encode())  # whole, beside the other's
         time.sleep(100 if os.environ["RANK"] == "1" else 0)
-    return groups_of(subject, batch, step, args)
-train.groups_of = slow
-sys.exit(train.main())
+    return sample(subject, prompts, keys, n, args)
+train.sample = slow
 """
 
 
 def test_one_rank_is_told_to_stop(folder, tmp_path):
     """Of a step in which it is busy alone, and the other waits: both save the steps done and leave."""
-    (tmp_path / "slow.py").write_text(SLOW)
     given = flags(folder, tmp_path / "o", parallel="shard", **CHANGES)
-    process = start(given, ranks=2, script=tmp_path / "slow.py")
+    process = start(given, ranks=2, script=script(tmp_path / "slow.py", SLOW))
     pid = int(until(process, "rank 1").split()[2])
     time.sleep(1)
     os.kill(pid, signal.SIGTERM)
     began = time.time()
-    assert until(process, "stopped after step 2; go on with")
+    assert until(process, "stopped after step 2; continue with")
     finish(process, timeout=60)
     assert time.time() - began < 60
     assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000002"
@@ -111,7 +103,7 @@ def test_one_rank_is_told_to_stop(folder, tmp_path):
 
 
 FULL = """
-import sys, checkpoint, train
+from run import checkpoint
 save, saves = checkpoint.dcp.save, []
 def full(tensors, checkpoint_id, no_dist):
     saves.append(checkpoint_id)
@@ -119,15 +111,15 @@ def full(tensors, checkpoint_id, no_dist):
         raise OSError(28, "No space left on device")
     save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
 checkpoint.dcp.save = full
-sys.exit(train.main())
 """
 
 
 def test_a_checkpoint_that_cannot_be_written(folder, tmp_path):
     """It is said once, the one before it stays, and the run goes on."""
-    (tmp_path / "full.py").write_text(FULL)
     changes = CHANGES | {"steps": 5, "checkpoint_every": 2, "parallel": "shard"}
-    code, printed, error = finish(start(flags(folder, tmp_path / "o", **changes), 2, tmp_path / "full.py"))
+    code, printed, error = finish(
+        start(flags(folder, tmp_path / "o", **changes), 2, script(tmp_path / "full.py", FULL))
+    )
     assert code == 0, error
     assert printed.count("no checkpoint after step 4: ") == 1 and "No space left on device" in printed
     names = sorted(path.name for path in (tmp_path / "o" / "checkpoints").iterdir())
@@ -135,25 +127,27 @@ def test_a_checkpoint_that_cannot_be_written(folder, tmp_path):
 
 
 def test_choose(folder, monkeypatch):
-    """By hand; else replicated, but for what plan.py cuts among several GPUs."""
-    network, batch = models.load(folder), {"new": 200, "prompts": 64, "samples": 16, "micro": 4, "recompute": True}
-    with monkeypatch.context() as patch:
-        patch.setattr(shard.plan, "plan", None)  # not asked
-        assert shard.choose("auto", network, 8, **batch) == "replicate"  # on a CPU
-        assert shard.choose("shard", network, 2, **batch) == "shard"
-        assert shard.choose("replicate", network, 2, **batch) == "replicate"
-        with pytest.raises(ValueError, match="cuts the model among ranks, and there is one; use torchrun"):
-            shard.choose("shard", network, 1, **batch)
+    """By hand; else replicated, except where the plan shards among several GPUs."""
+    network, batch = models.load(folder), {"max_new_tokens": 200, "prompts": 64, "samples": 16, "recompute": True}
+
+    def choose(network, world, plan=plan.plan, **changes):
+        return shard.choose(Args(**batch | changes), network, world, plan)
+
+    assert choose(network, 8, None) == "replicate"  # on a CPU
+    for parallel in ("shard", "replicate"):
+        assert choose(network, 2, None, parallel=parallel) == parallel
+    with pytest.raises(ValueError, match="needs several ranks, and there is one; use torchrun"):
+        choose(network, 1, parallel="shard")
     # Eight GPUs of 80 GB.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
     eight = plan.read(str(tiny.ROOT / "configs" / "llama-3.1-8b.json"))
     nine = dataclasses.replace(eight, layers=9)  # of its 32: what else is held decides
     for config, changes, kept in (
-        (eight, {}, "shard"), (eight, {"lora": 16, "kl": True}, "replicate"), (nine, {}, "replicate"),
-        (nine, {"kl": True}, "shard"), (nine, {"recompute": False}, "shard"),
+        (eight, {}, "shard"), (eight, {"lora": 16, "kl": 0.1}, "replicate"), (nine, {}, "replicate"),
+        (nine, {"kl": 0.1}, "shard"), (nine, {"recompute": False}, "shard"),
         (nine, {"recompute": False, "micro": 1}, "replicate"), (config_of_smollm2(), {}, "replicate"),
-        (network.config, {"new": 500}, "replicate"),  # hardly a prompt fits beside it
+        (network.config, {"max_new_tokens": 500}, "replicate"),  # hardly a prompt fits beside it
     ):  # fmt: skip
         big = types.SimpleNamespace(config=config, device=torch.device("cuda"))
-        assert shard.choose("auto", big, 8, **batch | changes) == kept, changes
-    assert shard.choose("auto", big, 1, **batch) == "replicate"
+        assert choose(big, 8, **changes) == kept, changes
+    assert choose(big, 1) == "replicate"

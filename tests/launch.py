@@ -1,0 +1,96 @@
+"""Runs of train.py for tests: in this process, or in processes of their own that can be killed."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import tiny
+
+import train
+
+DATA = tiny.ROOT / "tests" / "data" / "esnli"
+SMALL = {"data": DATA, "task": "esnli", "intervention": "bias", "steps": 2, "prompts": 4, "samples": 4,
+         "candidates": 96, "frozen_questions": 40, "max_new_tokens": 10, "lr": 1e-3, "warmup": 0,
+         "eval_questions": 5, "fit_questions": 5}  # fmt: skip
+
+
+def flags(folder, out, **changes):
+    """A command line: {name: value}, where True is a flag alone and None leaves one out."""
+    given = [(f"--{k.replace('_', '-')}", v) for k, v in ({"model": folder, "out": out} | SMALL | changes).items()]
+    return [x for k, v in given for x in ([k] if v is True else [] if v is None else [k, str(v)])]
+
+
+def call(given):
+    """train.main in this process: (exit status, stdout, stderr)."""
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", ["train.py", *map(str, given)])
+        try:
+            code = train.main()
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), error.getvalue()
+
+
+def start(given, ranks=1, script="train.py"):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
+    return subprocess.Popen([sys.executable, *launch, str(script), *map(str, given)], cwd=tiny.ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def finish(process, timeout=300):
+    """(exit status, stdout, stderr); a hang fails the test."""
+    out, error = process.communicate(timeout=timeout)
+    return process.returncode, out, error
+
+
+def script(file, body, imports="os, signal, sys, time"):
+    """A file that changes the product as `body` says and then runs train.main."""
+    file.write_text(f"import {imports}\nimport train\n{body}\nsys.exit(train.main())\n")
+    return file
+
+
+def wait_for_step(process, out, n):
+    """Returns when the run has logged step n (from 1)."""
+    while len(lines(out / "metrics.jsonl")) < n:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def lines(path):
+    """The whole lines of a JSON-lines file, of none if it is not there."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def timeless(path):
+    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in lines(path)]
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    """Two runs are the same to the byte, times aside."""
+    for name in ("metrics.jsonl", "explanations.jsonl"):
+        assert timeless(one / name) == timeless(other / name)
+    for name in ("before.json", "after.json", "difference.T1.json"):
+        assert (one / name).read_text() == (other / name).read_text()
+    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+
+
+def close(one, other, tolerance=1e-4):
+    """The metrics of two runs agree up to rounding."""
+    a_lines, b_lines = (timeless(out / "metrics.jsonl") for out in (one, other))
+    assert len(a_lines) == len(b_lines) > 0
+    for a, b in zip(a_lines, b_lines, strict=True):
+        assert a.keys() == b.keys() and [k for k in a if a[k] is None] == [k for k in b if b[k] is None]
+        numbers = [k for k in a if a[k] is not None]
+        assert not {k: (a[k], b[k]) for k in numbers if a[k] != pytest.approx(b[k], abs=tolerance, rel=tolerance)}
