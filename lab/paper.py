@@ -1,50 +1,52 @@
-"""The paper's experiment as a table: base, RQ1, RQ2-frozen and RQ2-on-policy, at home and elsewhere.
+"""The paper's experiment as a table: base, RQ1, RQ2-frozen and RQ2-on-policy, in-distribution and elsewhere.
 
-A run is a folder of train.py in which cells were measured afterwards; the base is one that holds nothing but cells:
+A run is a folder of train.py in which cells were measured afterwards; the base is a folder with cells only:
 
     RUN/args.json                  objective and labels: the row; task and intervention: what it was trained on
-    RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on questions of another name
-    RUN/cells/WHERE-KIND.fit.jsonl the rows its shortcut is fitted on
-
+    RUN/cells/WHERE-KIND.T1.jsonl  a cell: the rows of one kind of edit on one task, or on questions of another name
+    RUN/cells/WHERE-KIND.fit.jsonl the rows that fit its shortcut baseline
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
-All runs must have been asked the same questions with the same edits, so that they can be compared in pairs: give
-faith.py the same --seed, --limit and --fit for each, and with --calibration the same file. The runs of one row are
-seeds: they differ in that alone. What was measured or trained otherwise is refused.
+All runs must be asked the same questions with the same edits, so that they can be compared in pairs: give faith.py the
+same --seed, --limit, --fit and --calibration file for each. The runs of a row differ in their seed alone; others are
+refused.
 
-A cell has Phi, that of the best shortcut, and the differences to it and to the base, with 95 % intervals by bootstrap
-over groups (report.py); of several seeds the median and [the least, the greatest] of their values. What frozen labels
-reward is Phi with the initial model's I: of that gain, the share that vanishes against the trained model's own I is
+A cell has Phi, the shortcut's Phi, and the differences to it and to the base, with 95 % intervals by bootstrap over
+groups (report.py); of several seeds it has the median and [least, greatest]. Frozen labels reward Phi with the initial
+model's I. The share of that gain that vanishes against the trained model's own I is
 
-    1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined where the interval of that gain holds 0
+    1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined where the interval of the gain holds 0
 
     python faith.py --model RUN/model --task TASK … --temperature 1 --rows RUN/cells/TASK-KIND
-    python report.py BASE RUN [RUN …] [--markdown] [--json FILE] [--figure FILE.png]
+    python -m lab.paper BASE RUN [RUN …] [--markdown] [--json FILE] [--figure FILE.png]
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import report
+from lab import plot
 from run import files
+from run.progress import Parser
 
 KINDS = ("adverb", "bias")
-ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # their order in the table
+ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = (
     "[ ]: 95 % interval by bootstrap; of several seeds the median and [least, greatest]; (1 of 3): measured of one of "
     "the row's three seeds"
 )
-ASKED = ("opening", "max_new_tokens", "seed", "words", "fit")  # of faith.py: what changes a cell of the same questions
+ASKED = ("opening", "max_new_tokens", "seed", "words", "fit")  # flags of faith.py that change a cell
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
-SMOKE = 20  # a run of fewer steps shows that the commands work, no more
+SMOKE = 20  # a run of fewer steps only shows that the commands work
 PARTS = {
     "phi": "Phi-CCT",
-    "shortcut_phi": "Phi of the best shortcut",
-    "phi_less_shortcut": "Phi less the shortcut's",
-    "phi_less_base": "Phi less the base's",
+    "shortcut_phi": "Phi of the best shortcut baseline",
+    "phi_less_shortcut": "Phi minus the shortcut's",
+    "phi_less_base": "Phi minus the base's",
     "detection": "correlation of I and what it says of it when asked outright",
     "accuracy": "accuracy on X",
 }
@@ -76,7 +78,7 @@ def read(folder: str | Path) -> Run:
     for file in sorted((folder / "cells").glob("*.T1.jsonl")):
         where, _, kind = file.name.removesuffix(".T1.jsonl").rpartition("-")
         if not where or kind not in KINDS:
-            raise ValueError(f"{file}: a cell is named by task and intervention, as esnli-bias.T1.jsonl")
+            raise ValueError(f"{file}: name a cell by task and intervention, such as esnli-bias.T1.jsonl")
         cells[where, kind] = file.with_name(f"{where}-{kind}")
     if not cells:
         raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
@@ -96,12 +98,12 @@ def read(folder: str | Path) -> Run:
 
 
 def check_alike(runs: list[Run]) -> None:
-    """ValueError unless the runs of one row differ in their seed, and in what changes no result."""
+    """ValueError unless the runs of one row differ in their seed, and in flags that change no result."""
     for n, run in enumerate(runs):
         for other in (o for o in runs[:n] if (o.row, o.trained) == (run.row, run.trained)):
             for key in sorted((other.args.keys() | run.args.keys()) - FREE):
                 a, b = other.args.get(key), run.args.get(key)
-                if (a or 0) != (b or 0):  # a flag that a run did not know yet is off
+                if (a or 0) != (b or 0):  # a run that is older than a flag has it off
                     raise ValueError(f"{other.folder} and {run.folder} are not seeds of one row, {run.row}: "
                                      f"their --{key.replace('_', '-')} differs, {a!r} and {b!r}")  # fmt: skip
             if other.args.get("seed") == run.args.get("seed"):
@@ -110,8 +112,8 @@ def check_alike(runs: list[Run]) -> None:
 
 
 def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
-    """ValueError where the cell was measured otherwise in one run than in another, as far as they tell."""
-    known = {}
+    """ValueError where two runs measured the cell differently, as far as their files tell."""
+    known: dict[Path, dict] = {}
     for run in runs:
         if (file := Path(f"{run.cells[key]}.json")).exists():
             try:
@@ -119,29 +121,25 @@ def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
                 args = dict(found.get("args") or {})
             except (ValueError, TypeError, AttributeError, OSError) as error:
                 raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
-            how = known[run.folder] = {name: args[name] for name in ASKED if name in args}
-            if "calibration" in args:
-                how["calibration"] = args["calibration"] != "none"
-            if found.get("mean_logp"):
-                how["letters"] = found["mean_logp"]
-    for n, (folder, how) in enumerate(known.items()):
-        for other, was in list(known.items())[:n]:
-            for name in (name for name in how if name in was and how[name] != was[name]):
-                if name == "calibration":
-                    words = "one with --calibration, one without"
-                elif name == "letters":
-                    words = "with other means of the letters; give both the same --calibration FILE"
-                else:
-                    words = f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}"
-                raise ValueError(f"{'-'.join(key)} of {other} and of {folder}: measured unlike, {words}")
+            how = {name: args[name] for name in ASKED if name in args}
+            how |= {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
+            how |= {"letters": found["mean_logp"]} if found.get("mean_logp") else {}
+            for other, was in known.items():
+                for name in (name for name in how if name in was and how[name] != was[name]):
+                    words = {
+                        "calibration": "one with --calibration, one without",
+                        "letters": "with other letter offsets; give both the same --calibration FILE",
+                    }.get(name, f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}")
+                    raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {words}")
+            known[run.folder] = how
 
 
-# ---- figures -------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------
 
 
-def cell(rows: list[dict], fit: list[dict] | None, base: list[dict] | None, seed=0, resamples=2000, source="rows"):
-    """The figures of report.summary, and phi_less_base, paired, where the base's rows are there."""
-    out = report.summary(rows, fit, seed, resamples, source)
+def cell(rows: list[dict], fit: list[dict] | None, base: list[dict] | None, seed=0, resamples=2000):
+    """The figures of report.summary, and the paired phi_less_base where there are rows of the base."""
+    out = report.summary(rows, fit, seed, resamples)
     if base is not None:
 
         def phi(c, w):
@@ -161,13 +159,13 @@ def gain(base: list[dict], rows: list[dict], seed=0, resamples=2000) -> dict[str
         return {"phi_base": was, "phi_initial": initial, "phi_own": own, "gain": initial - was, "vanished": share}
 
     out = report.intervals(figures, a["group"], seed, resamples)
-    if not out["gain"]["low"] > 0:  # a share of nothing; so written, NaN is nothing too
+    if not out["gain"]["low"] > 0:  # NaN too: there is no gain to share
         out["vanished"] = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": resamples}
     return out
 
 
-def together(figures: list[dict]) -> dict | None:
-    """One figure of several seeds: the median, the least and the greatest value; of one, that; None of none."""
+def over_seeds(figures: list[dict]) -> dict | None:
+    """One figure of several seeds: median, least and greatest value. One seed's own figure; None for none."""
     if len(figures) < 2:
         return figures[0] if figures else None
     known = [f["value"] for f in figures if f["value"] == f["value"]]
@@ -176,7 +174,7 @@ def together(figures: list[dict]) -> dict | None:
 
 
 def columns(home: tuple[str, str] | None, runs: list[Run]) -> dict[tuple[str, str], str]:
-    """What the runs trained on `home`, a task and an intervention, are asked: {(where, kind): heading}."""
+    """What runs trained on `home` (task, intervention) are asked: {(where, kind): heading}."""
     if not home:
         return {key: ", ".join(key) for run in runs for key in run.cells}
     task, kind = home
@@ -186,13 +184,14 @@ def columns(home: tuple[str, str] | None, runs: list[Run]) -> dict[tuple[str, st
     return heads | {key: f"cross-intervention: {key[1]}" for key in cross}
 
 
-def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dict[Path, dict]:
-    """{run's folder: figures} of those of the runs that have the cell; ValueError where they were asked unlike."""
-    check_asked(key, of)
-    rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in of}
-    base, out = next((rows[run.folder] for run in of if not run.trained), None), {}
-    for run in of:
-        fit, mine, first = Path(f"{run.cells[key]}.fit.jsonl"), rows[run.folder], of[0].folder
+def measured(key: tuple[str, str], runs: list[Run], seed=0, resamples=2000) -> dict[Path, dict]:
+    """{folder: figures} of the runs that have the cell; ValueError where they were asked differently."""
+    runs = [run for run in runs if key in run.cells]
+    check_asked(key, runs)
+    rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in runs}
+    base, out = next((rows[run.folder] for run in runs if not run.trained), None), {}
+    for run in runs:
+        fit, mine, first = Path(f"{run.cells[key]}.fit.jsonl"), rows[run.folder], runs[0].folder
         kinds = report.columns(mine, f"{run.cells[key]}.T1.jsonl")["kind"]
         if (kinds != key[1]).any():
             raise ValueError(f"{run.cells[key]}.T1.jsonl: its rows are not of {key[1]}")
@@ -211,7 +210,7 @@ def measured(key: tuple[str, str], of: list[Run], seed=0, resamples=2000) -> dic
 
 
 def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
-    """One table for each task and intervention that runs were trained on; of a base alone, one of all its cells."""
+    """One table for each task and intervention that runs were trained on; of a base alone one of all its cells."""
     unique: dict[Path, Path] = {}
     for folder in map(Path, folders):
         unique.setdefault(folder.resolve(), folder)
@@ -225,35 +224,31 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
     out = []
     for home in sorted({run.trained for run in trained}) or [None]:
         those = bases + [run for run in trained if run.trained == home]
-        order = [run.row for run in bases] + [
-            row for row in ROWS if any(run.row == row for run in those if run.trained)
-        ]
-        heads, figures = columns(home, those), {}
-        for key in heads:
-            asked = [run for run in those if key in run.cells]
-            figures[key] = measured(key, asked, seed, resamples)
+        order = [run.row for run in bases]
+        order += [row for row in ROWS if any(run.row == row and run.trained for run in those)]
+        heads = columns(home, those)
+        figures = {heads[key]: measured(key, those, seed, resamples) for key in heads}
         rows = {}
         for row in order:
             mine = [run for run in those if run.row == row]
+            cells = {head: [found[run.folder] for run in mine if run.folder in found]
+                     for head, found in figures.items()}  # fmt: skip
             rows[row] = {
-                "runs": [str(run.folder) for run in mine],
-                "steps": [run.steps for run in mine],
+                "runs": [str(run.folder) for run in mine], "steps": [run.steps for run in mine],
                 "planned": [run.planned for run in mine],
-                "smoke": any(run.trained and run.steps < SMOKE for run in mine),
-                "cells": {heads[key]: [found[run.folder] for run in mine if run.folder in found]
-                          for key, found in figures.items()},
+                "smoke": any(run.trained and run.steps < SMOKE for run in mine), "cells": cells,
             }  # fmt: skip
-        n = {heads[key]: next(iter(found.values()))["n"]["value"] for key, found in figures.items() if found}
+        n = {head: next(iter(found.values()))["n"]["value"] for head, found in figures.items() if found}
         title = f"trained on {home[0]}, {home[1]}" if home else "not trained"
         out.append({"title": title, "n": n, "columns": list(heads.values()), "rows": rows})
     return out
 
 
-# ---- in print ------------------------------------------------------------------------------------------------
+# ---- in print --------------------------------------------------------------------------------------------------
 
 
 def label(row: str, of: dict) -> str:
-    """The row's name, with how many seeds it has, and which were stopped before their last step."""
+    """The row's name, with how many seeds it has, and which stopped before their last step."""
     seeds = len(of["runs"])
     stopped = [steps for steps, planned in zip(of["steps"], of["planned"], strict=True) if steps < planned]
     notes = [f"{seeds} seeds"] * (seeds > 1)
@@ -264,10 +259,10 @@ def label(row: str, of: dict) -> str:
 
 
 def entry(figures: list[dict | None], of: dict) -> str:
-    """A cell of the row: its figure, and of how many of its runs that is, where some have none."""
+    """A cell of the row in print, and how many of its runs have it, where some do not."""
     found = [figure for figure in figures if figure]
     part = f" ({len(found)} of {len(of['runs'])})" * (len(found) < len(of["runs"]))
-    return report.cell(together(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
+    return report.cell(over_seeds(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
 
 
 def text(table: dict, markdown: bool) -> str:
@@ -276,8 +271,8 @@ def text(table: dict, markdown: bool) -> str:
     heads = [f"{head} (n = {table['n'][head]})" if head in table["n"] else head for head in table["columns"]]
     names = {row: label(row, of) for row, of in table["rows"].items()}
     for figure, title in PARTS.items():
-        body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of)
-                               for head in table["columns"])] for row, of in table["rows"].items()]  # fmt: skip
+        body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of) for head in table["columns"])]
+                for row, of in table["rows"].items()]  # fmt: skip
         if any(words != "–" for line in body for words in line[1:]):
             parts += [title, report.grid(["", *heads], body, markdown)]
     home, body = table["columns"][0], []
@@ -285,25 +280,43 @@ def text(table: dict, markdown: bool) -> str:
         gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
         body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
     if body:
-        parts += [
-            "What labels of the initial model reward, in-distribution",
-            report.grid(["", *GAIN.values()], body, markdown),
-        ]
+        title = "What labels of the initial model reward, in-distribution"
+        parts += [title, report.grid(["", *GAIN.values()], body, markdown)]
     return "\n\n".join(parts)
 
 
-def show(folders: list, markdown=False, file: str | None = None, figure: str | None = None) -> None:
-    """Prints the tables of these folders; writes their figures to a JSON file, and a picture of Phi."""
-    made = tables(folders)
-    print("\n\n\n".join(text(table, markdown) for table in made))
-    if file:
-        files.write_json(file, {"tables": made})
-    if figure:
-        from lab import plot  # here, for it imports report.py too
+def draw(made: list[dict], to: Path) -> None:
+    """A picture of Phi by cell."""
+    points = {}
+    for table in made:
+        rows = {label(row, of): of["cells"] for row, of in table["rows"].items()}
+        points[table["title"]] = {
+            head: {row: over_seeds([f["phi"] for f in cells[head]]) for row, cells in rows.items()}
+            for head in table["columns"]
+        }
+    plot.cells(points, to)
 
-        points = {}
-        for table in made:
-            rows = {label(row, of): of["cells"] for row, of in table["rows"].items()}
-            points[table["title"]] = {head: {row: together([f["phi"] for f in cells[head]]) for row, cells in
-                                    rows.items()} for head in table["columns"]}  # fmt: skip
-        plot.cells(points, Path(figure))
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="lab.paper", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="the base and runs of train.py, with measured cells")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--figure", metavar="FILE.png", help="draw Phi by cell")
+    args = parser.parse_args(argv)
+    try:
+        files.check_writable(args.json, args.figure)
+        made = tables(args.folders)
+        print("\n\n\n".join(text(table, args.markdown) for table in made))
+        if args.json:
+            files.write_json(args.json, {"tables": made})
+        if args.figure:
+            draw(made, Path(args.figure))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"lab.paper: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

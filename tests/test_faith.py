@@ -1,10 +1,10 @@
 """faith.py: prompts, decisions against transformers, measured rows, and both commands, on a tiny model."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import faith
 import reward
+import rollout
 import tasks
+from lab import paper, report
 from model import Tokenizer, load
 from rollout import Sampler
+from run import files
 
 ROOT = tiny.ROOT
 DATA = ROOT / "tests" / "data"
@@ -150,23 +153,74 @@ def test_measured_rows(subject, questions):
 
 
 def run(*args):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    """faith.py, lab.report or lab.paper in this process: (exit status, stdout, stderr)."""
+    program, *given = map(str, args)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = {"faith.py": faith.main, "lab.report": report.main, "lab.paper": paper.main}[program](given)
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
-MEASURE = (
-    "faith.py",
-    "--task",
-    "esnli",
-    "--data",
-    DATA / "esnli",
-    "--intervention",
-    "bias",
-    "--limit",
-    "8",
-    "--fit",
-    "8",
-)
+MEASURE = ["faith.py", "--task", "esnli", "--data", DATA / "esnli", "--limit", "8", "--fit", "8"]
+
+
+def measured(folder, prefix, *options):
+    """(test rows, fit rows) of the command at T = 0."""
+    code, _, err = run(*MEASURE, "--model", folder, "--max-new-tokens", "6", "--rows", prefix, *options)
+    assert code == 0, err
+    return files.read_jsonl(f"{prefix}.T0.jsonl"), files.read_jsonl(f"{prefix}.fit.jsonl")
+
+
+def test_words_by_split(folder, tmp_path):
+    """--words says which words are inserted; the shortcut is fitted on training words whatever it says."""
+    train, held = (set(reward.words("bias", held_out)) for held_out in (False, True))
+    for words, allowed in (("train", train), ("held-out", held), ("all", train | held)):
+        rows, fit_rows = measured(folder, tmp_path / words, "--words", words)
+        assert {row["word"] for row in rows} <= allowed and {row["word"] for row in fit_rows} <= train
+
+
+def test_the_opening_is_asked_with(folder, tmp_path, monkeypatch):
+    """--opening begins every explanation prompt of a measurement, and the check of the longest ones counts it."""
+    prompts, generate, check = [], Sampler.generate, Sampler.check
+    monkeypatch.setattr(
+        Sampler, "generate", lambda self, p, *rest, **k: prompts.extend(p) or generate(self, p, *rest, **k)
+    )
+    measured(folder, tmp_path / "plain")
+    plain, opening = prompts[:], Tokenizer(folder).encode("the hypothesis is true")
+    prompts.clear()
+    measured(folder, tmp_path / "opened", "--opening", "the hypothesis is true")
+    assert len(plain) == 8 and prompts == [prompt + opening for prompt in plain]
+    longest = []
+    monkeypatch.setattr(Sampler, "check", lambda self, p, new: longest.append(max(map(len, p))) or check(self, p, new))
+    questions = tasks.load("esnli", DATA / "esnli")
+    for said in ("", "the hypothesis is true"):
+        faith.check_prompts(faith.Subject(Sampler(load(folder)), Tokenizer(folder), opening=said), questions, 8)
+    assert longest[-1] - longest[len(longest) // 2 - 1] == len(opening)
+
+
+def test_what_is_scored_together(subject, questions, monkeypatch):
+    """X and X' are scored in one run of one batch; the null edit asks X again with other neighbours."""
+    cases, passes, scores = faith.draw_cases(questions, "bias", 0), [], rollout.option_scores
+    monkeypatch.setattr(rollout, "option_scores", lambda m, runs, o: passes.append(runs) or scores(m, runs, o))
+    faith.measure(subject, cases, (0.0,), 2, nulls=len(cases))
+
+    def prompt(question):
+        return faith.decision_prompt(subject.tokenizer, question)
+
+    pairs = [[prompt(case.question), prompt(case.edited)] for case in cases]
+    asked, again = ([p for p in passes if all(len(run) == n for run in p)] for n in (2, 1))
+    assert len(asked) + len(again) == len(passes)
+    assert sorted(sum(asked, [])) == sorted(pairs) and sorted(sum(again, [])) == sorted([x] for x, _ in pairs)
+
+    def neighbours(passes, x):
+        """The unedited questions that stand before and after x in its pass."""
+        (row,) = [[None, *(run[0] for run in runs), None] for runs in passes if x in [run[0] for run in runs]]
+        return row[row.index(x) - 1], row[row.index(x) + 1]
+
+    assert all(neighbours(asked, x) != neighbours(again, x) for x, _ in pairs)
 
 
 def test_measure_command(folder, tmp_path):
@@ -181,7 +235,7 @@ def test_measure_command(folder, tmp_path):
     assert len(rows) == 8 and figures["summary"]["T=1"]["n11"]["value"] == sum(
         r["influence"] * r["mention"] for r in rows
     )
-    code, out, err = run("report.py", tmp_path / "rows.T0.jsonl", tmp_path / "rows.T1.jsonl")
+    code, out, err = run("lab.report", tmp_path / "rows.T0.jsonl", tmp_path / "rows.T1.jsonl")
     assert code == 0 and "mention_gap" in out, err
 
 
@@ -191,10 +245,10 @@ def test_a_cell_is_left_whole_and_its_calibration_is_taken_up(folder, tmp_path):
     for cell, letters in ((one, "fit"), (two, f"{one}.calibration.json")):
         cell.parent.mkdir(parents=True)
         options = ("--temperature", "1", "--max-new-tokens", "4", "--rows", cell, "--json", f"{cell}.json")
-        code, _, err = run(*MEASURE, "--model", folder, *options, "--calibration", letters, "--detection")
+        code, out, err = run(*MEASURE, "--model", folder, *options, "--calibration", letters, "--detection")
         assert code == 0, err
-        for what in ("measured", "labelled for the shortcut"):
-            assert err.count(f"{what} 8/8 questions, 0.0 min left \n") == 1
+        for what in ("measured", "labelled for the shortcut baseline"):
+            assert out.count(f"{what}: 8/8 questions, 0.0 min left\n") == 1
     known = json.loads((one.parent / "esnli-bias.calibration.json").read_text())
     for cell in (one, two):  # by which report.py sees that they were asked alike
         assert json.loads(cell.with_suffix(".json").read_text())["mean_logp"] == known["mean_logp"]
@@ -208,7 +262,7 @@ def test_a_cell_is_left_whole_and_its_calibration_is_taken_up(folder, tmp_path):
     assert {r["id"]: r["y"] for r in fit} == {
         q.id: int(y) for q, y in zip(questions, faith.decide(subject, questions).argmax(1), strict=True)
     }
-    code, out, err = run("report.py", one.parent.parent)
+    code, out, err = run("lab.paper", one.parent.parent)
     assert code == 0 and "esnli, bias (n = 8)" in out and "asked outright" in out, err
 
 
@@ -247,7 +301,7 @@ def test_bad_input_is_one_line_and_status_2(folder, change, says):
 
 def test_ask_without_a_place_for_an_adverb(folder):
     code, _, err = run("faith.py", "ask", "--model", folder, "Why?", "--options", "a", "b", "--intervention", "adverb")
-    assert code == 2 and "no grammatical place" in err and err.count("\n") == 1
+    assert code == 2 and "has no place for an adverb" in err and err.count("\n") == 1
 
 
 def test_a_letter_of_two_tokens_is_refused(folder, subject, questions):
@@ -269,4 +323,4 @@ def test_questions_trained_on_are_not_measured(folder, tmp_path):
     record = {"task": "esnli", "data": str((DATA / "esnli").resolve()), "eval_questions": 7}
     (tmp_path / "trained" / "training.json").write_text(json.dumps(record))
     code, out, err = run(*MEASURE, "--model", tmp_path / "trained")
-    assert code == 2 and "all but 7 questions of this data" in err and err.count("\n") == 1 and out == ""
+    assert code == 2 and "trained on all but 7 questions of this data" in err and err.count("\n") == 1 and out == ""
