@@ -1,71 +1,88 @@
-"""What a run needs, before it is started: bytes per GPU, whether they fit, what would, and a step's least seconds.
+"""Plans a run: bytes per GPU, whether they fit, which change makes them fit, and the fewest seconds of a step.
 
-Bytes per weight, in bf16 (fp32, as on a CPU, needs no masters):
+Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
 
-    replicate   weights 2, fp32 masters 4, Adam's moments 8, gradients 4 summed in fp32 + 2 of one backward pass
-    shard       masters 4, moments 8, gradients 4, all over the number of GPUs; a whole copy that samples 2; buffers
-    LoRA        weights 2, frozen, for sampler and trainer alike; 4 + 8 + 4 of the adapters only; no reference
+    replicate   weights 2, fp32 masters 4, Adam's moments 8, fp32 sum of gradients 4, gradients of one pass 2
+    shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy that samples 2
+    LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters
 
-The KL's reference is one more copy. The KV cache stays beside the activations, since CUDA graphs hold it by address.
-memory.py counts all of it on the meta device, and says what it assumes of attention. GB are 1e9 bytes: of a GPU sold
-as 80 GB torch finds some 85 such, and we count on 80, less the headroom.
+The KL's reference is one more copy, except with LoRA. The KV cache stays: CUDA graphs hold its address.
 
-The least seconds are those of the products at the peak rate, or of the bytes read where that takes longer.
+Activations need no formula. The network is built on the meta device, where tensors have shapes and no storage. The code
+that trains runs there, and `Live` counts each new storage until it is freed. All blocks are alike, so the bytes of one
+and of two blocks give those of any number. Attention is one kernel, which keeps q, k, v, its output and a log-sum per
+query: FlashAttention in bf16, the CPU's with the mask as numbers in fp32. GPUs before Ampere have neither; there torch
+keeps all scores (--attention math).
 
-    python plan.py --model configs/llama-3.1-8b.json --gpus 8 --gpu-memory 80 --kl --recompute
+GB are 1e9 bytes. On a GPU sold as 80 GB torch finds about 85 of them; we count on 80, minus the headroom. Seconds are
+those of the matrix products at the peak rate, or of reading the bytes where that takes longer.
+
+    python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute
 """
 
+import contextlib
 import dataclasses
+import inspect
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+import grpo
 import model as models
-from lab import memory
-from run import files
+from chat import locate
+from kernels import over_parts
+from rollout import Sampler, Slots, cache_length
+from run import files, lora
+from run.args import option
 from run.progress import Parser
 
-HEADROOM = 0.05  # of the memory: CUDA context, NCCL, fragments, the sampler's working tensors
-
-
-def option(default, text: str, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a plan depends on, beside the model; the flags."""
+    """What a plan depends on besides the model. Each field is a flag."""
 
-    gpus: int = option(1, "how many")
-    gpu_memory_bytes: float = option(80e9, "of each; as a flag in GB (1e9 bytes)")
-    prompts: int = option(64, "per step, over all GPUs")
-    samples: int = option(16, "per prompt")
-    prompt_tokens: int = option(300, "of a prompt")
-    new: int = option(200, "tokens of a sample; all are taken to be so long")
-    micro: int = option(4, "groups per forward and backward pass")
-    lora: int = option(0, "rank of the adapters; 0: all weights are trained")
+    gpus: int = option(1, "number of GPUs", least=1)
+    gpu_memory_bytes: float = option(80e9, "memory of each GPU; the flag is in GB (1e9 bytes)", above=0)
+    prompts: int = option(64, "prompts per step, over all GPUs", least=2)
+    samples: int = option(16, "samples per prompt", least=2)
+    prompt_tokens: int = option(300, "tokens of a prompt", least=1)
+    new: int = option(200, "tokens of a sample; all samples count as this long", least=1)
+    micro: int = option(4, "groups per forward and backward pass", least=1)
+    lora: int = option(0, "rank of the adapters; 0: all weights are trained", least=0)
     kl: bool = option(False, "with a KL to the initial model")
     anchor: bool = option(False, "with train.py's --anchor: X and X' of half as many questions in one pass")
     recompute: bool = option(False, "activation checkpointing")
     parallel: str = option("auto", "replicate, shard, or whichever fits", ("auto", "replicate", "shard"))
-    dtype: str = option("bf16", "of the weights: bf16 on GPUs, fp32 on a CPU", tuple(memory.DTYPES))
+    dtype: str = option("bf16", "of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
     attention: str = option("fused", "a fused kernel, or math, which keeps all scores", ("fused", "math"))
-    gpu_tflops: float = option(990.0, "dense products, 1e12 operations per second")
-    gpu_bandwidth: float = option(3.35, "of a GPU's memory, TB/s")
-    gpu_link: float = option(0.45, "from a GPU to the others, TB/s")
+    gpu_tflops: float = option(990.0, "dense products of a GPU, 1e12 operations per second", above=0)
+    gpu_bandwidth: float = option(3.35, "of a GPU's memory, TB/s", above=0)
+    gpu_link: float = option(0.45, "from a GPU to the others, TB/s", above=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kind, choices = getattr(self, field.name), type(field.default), field.metadata["choices"]
-            least = {"lora": 0, "samples": 2, "prompts": 2}.get(field.name, 1)
+            value, known = getattr(self, field.name), field.metadata
+            choices, least, above = known["choices"], known["least"], known["above"]
             if choices and value not in choices:
                 raise ValueError(f"{flag(field)} must be one of {', '.join(choices)}, not {value!r}")
-            if (kind is int and not value >= least) or (kind is float and not 0 < value < math.inf):
-                what = "above 0" if kind is float else f"at least {least}"
-                raise ValueError(f"{flag(field)} must be {what}, not {value:g}")
+            if least is not None and not value >= least:
+                raise ValueError(f"{flag(field)} must be at least {least}, not {value}")
+            if above is not None and not above < value < math.inf:  # NaN fails too
+                raise ValueError(f"{flag(field)} must be above {above}, not {value:g}")
         if self.parallel == "shard" and self.gpus == 1:
-            raise ValueError("--parallel shard cuts the model among GPUs, and there is one; raise --gpus or replicate")
+            raise ValueError("--parallel shard needs several GPUs, and there is one; raise --gpus or use replicate")
 
     @property
     def share(self) -> int:
@@ -77,37 +94,197 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + field.name.removesuffix("_bytes").replace("_", "-")
 
 
+# ---- bytes, on the meta device -------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations make, while they live: `now`, and `peak`, the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = WeakIdKeyDictionary(), 0
+
+    @property
+    def now(self) -> int:
+        return sum(self.storages.values())
+
+    def watch(self, values, made: bool) -> None:
+        for storage in (x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)):
+            self.storages.setdefault(storage, storage.nbytes() if made else 0)  # weights and inputs are counted apart
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.watch((args, kwargs), made=False)
+        out = operation(*args, **(kwargs or {}))
+        self.watch(out, made=True)
+        if operation is torch.ops.aten._flash_attention_backward.default:
+            self.peak = max(self.peak, self.now + flash_workspace(*args[1:3], args[6]))
+        return out
+
+    def pack(self, prompts: int, prompt_tokens: int, samples: int, new: int) -> grpo.Packed:
+        """Groups of these sizes on the meta device, counted."""
+        packed = grpo.pack([(range(prompt_tokens), [range(new)] * samples)] * prompts, "meta")
+        self.watch((packed.tokens, packed.positions, packed.sources), made=True)
+        return packed
+
+
+def flash_workspace(q: Tensor, k: Tensor, ends: Tensor) -> int:
+    """Bytes that the backward kernel takes for itself. q (T, H, D), k (S, K, D); ends: of the runs, and a 0.
+
+    These are q's gradient in fp32, with each run rounded up, and where K < H the gradients of k and v per query head.
+    """
+    (T, H, D), (S, K, _), runs = q.shape, k.shape, len(ends) - 1
+    return 4 * (T + 128 * runs) * H * D + 2 * k.itemsize * S * H * D * (H > K)
+
+
+class Fused(TorchFunctionMode):
+    """Keeps fp32 attention one kernel. On the meta device torch would split it into products."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        mask = kwargs["attn_mask"]
+        bias = None if mask is None else torch.where(mask, 0.0, -math.inf).to(args[0].dtype)  # made in each layer
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(*args, is_causal=kwargs["is_causal"], attn_mask=bias)[0]
+
+
+def meta_network(config: models.Config, setup: Setup, **changes) -> models.Transformer:
+    """The network on the meta device, with the setup's adapters. changes: to its config."""
+    with torch.device("meta"):
+        network = models.Transformer(dataclasses.replace(config, **changes), DTYPES[setup.dtype])
+    network.recompute = setup.recompute
+    return lora.attach(network, setup.lora, setup.lora) if setup.lora else network
+
+
+def hidden_bytes(config: models.Config, setup: Setup, sizes: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Bytes of a pass up to the head, besides weights and gradients. sizes: as `Live.pack` takes them.
+
+    Returns what the forward pass keeps for the backward pass, and how much more the backward pass needs at its peak.
+    """
+    kept, peaks, fused = [], [], setup.attention == "fused"
+    for layers in (1, 2):
+        network = meta_network(config, setup, layers=layers, vocab_size=1)
+        embedding = network.embed_tokens.weight.requires_grad_()
+        with Live() as live:
+            packed = live.pack(*sizes)
+            over = over_parts(packed.parts, "meta", flash=fused)
+
+            def attend(*qkv, over=over) -> Tensor:
+                with Fused() if fused else contextlib.nullcontext():
+                    return over(*qkv)
+
+            states = network.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
+            kept.append(live.now)
+            torch.autograd.grad(states, embedding, torch.ones_like(states))  # other weights' gradients count elsewhere
+        peaks.append(live.peak)
+    peak, keep = (one + (config.layers - 1) * (two - one) for one, two in (peaks, kept))
+    return keep, peak - keep
+
+
+def logits_bytes(config: models.Config, setup: Setup, tokens: int) -> int:
+    """Most bytes alive while `tokens` tokens are scored, forward and backward, with the gradient of the head."""
+    network = meta_network(config, setup, layers=0, tied=False)
+    weights = [network.norm.weight.requires_grad_()] + [w for w in [network.lm_head.weight] if w.requires_grad]
+    with Live() as live:
+        torch.autograd.grad(grpo.token_logprobs(network, live.pack(1, 1, 1, tokens), 1.0).sum(), weights)
+    return live.peak
+
+
+def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
+    """Bytes that come and go with a micro-batch. Shards or not, they are the same."""
+    micro = min(setup.micro, setup.share)
+    sizes = [(micro, setup.prompt_tokens, setup.samples, setup.new)]
+    if setup.anchor:  # the two texts of a question are equal up to the edit; we assume it is half way
+        half = setup.prompt_tokens // 2 + 1
+        sizes.append((-(-(setup.prompts // 2) // setup.gpus), half, 2, half))
+    kept, working = max((hidden_bytes(config, setup, some) for some in sizes), key=sum)
+    scored, item = micro * setup.samples * setup.new, DTYPES[setup.dtype].itemsize
+    chunk = inspect.signature(grpo.token_logprobs).parameters["chunk"].default
+    # The head's gradient is summed over chunks. In bf16 the sum is already among the gradients of one pass.
+    head_sums = 0 if setup.lora else (scored > chunk) - (item < 4)
+    logits = logits_bytes(config, setup, min(scored, chunk)) + head_sums * config.vocab_size * config.hidden_size * item
+    return {"activations": kept, "a block's backward": working, "logits chunk": logits}
+
+
+def sampler_slots(config: models.Config, setup: Setup) -> Slots:
+    """The sampler's cache, as it allocates it, on the meta device."""
+    dtype, usual = DTYPES[setup.dtype], inspect.signature(Sampler).parameters
+    rows, lanes = usual["rows"].default, usual["lanes"].default
+    G = min(setup.samples, lanes, rows)
+    P = min(setup.share, rows // G)
+    T = cache_length(setup.prompt_tokens, static=dtype != torch.float32)
+    return Slots(config, P, G, T, setup.new, "meta", dtype)
+
+
+def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[str, int]) -> dict:
+    """{"bytes": per GPU by purpose, "total": at the peak, "parameters", "trained": how many}."""
+    without, with_one = (list(meta_network(config, setup, layers=n).parameters()) for n in (0, 1))
+
+    def sums(size) -> tuple[int, int, int]:
+        """size(weight) summed outside the blocks (root), in one block, and over all."""
+        root, both = (sum(map(size, weights)) for weights in (without, with_one))
+        return root, both - root, root + config.layers * (both - root)
+
+    item, sharded = DTYPES[setup.dtype].itemsize, parallel == "shard"
+    N, copy = setup.gpus if sharded else 1, sums(lambda w: w.nbytes)[2]
+    root, block, parameters = sums(Tensor.numel)
+    root_trained, block_trained, trained = sums(lambda w: w.numel() * w.requires_grad)
+    masters = trained if item < 4 and not setup.lora and not sharded else 0
+    stay = {
+        "weights": 4 * parameters // N if sharded else copy,
+        "masters": 4 * masters,
+        "reference": copy if setup.kl and not setup.lora else 0,
+        "optimizer": 8 * trained // N,
+        "gradients": 4 * trained // N + item * masters,
+        "inference copy": copy if sharded else 0,
+        "KV cache": sampler_slots(config, setup).kv_bytes(),
+    }
+    # The root stays gathered. Of the blocks, the next one is gathered too, and the gradient of one is summed.
+    gather = sharded * (item * (root + root_trained + 2 * block) + (item + 4) * block_trained)
+    # After the micro-batch: the embedding's gradient comes last. Then AdamW on a GPU takes all tensors at once. Where
+    # the head is tied, the head's gradient and the sum are there too. In bf16 one of them is among "gradients".
+    embedding = item * config.vocab_size * config.hidden_size * (root_trained > 0)
+    last = embedding * ((3 if config.tied else 1) - (item < 4)) + sharded * (2 * item + 4) * root_trained
+    end = max(last, 4 * trained // N * (item < 4))
+    kept, working, logits = micro_batch.values()
+    total = sum(stay.values()) + max(kept + max(working, logits) + gather, end)
+    rows = stay | micro_batch | {"gather buffers": gather, "end of the update": end}
+    return {"bytes": rows, "total": total, "parameters": parameters, "trained": trained}
+
+
 # ---- seconds -------------------------------------------------------------------------------------------------
 
 
 def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trained: int) -> dict[str, float]:
-    """The least a step can take, by phase."""
-    item, N, share, cut = memory.DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
-    prompt, new, samples, s = setup.prompt_tokens, setup.new, setup.samples, memory.slots(c, setup)
-    rate, read = setup.gpu_tflops * 1e12, setup.gpu_bandwidth * 1e12
-    head, pair = c.vocab_size * c.hidden_size, 4 * c.layers * c.heads * c.head_dim  # operations of a query and a key
+    """The fewest seconds of a step, by phase."""
+    item, N, share, sharded = DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
+    prompt, new, samples, slots = setup.prompt_tokens, setup.new, setup.samples, sampler_slots(c, setup)
+    rate, bandwidth = setup.gpu_tflops * 1e12, setup.gpu_bandwidth * 1e12
+    head, pair = c.vocab_size * c.hidden_size, 4 * c.layers * c.heads * c.head_dim  # pair: operations of q with k, v
     body = parameters - head * (1 if c.tied else 2)  # two operations per token and weight
     prefill = share * (2 * body * prompt + pair * prompt**2 / 2) / rate
-    rows = min(share * samples, s.P * s.G)
-    token = rows * (2 * (body + head) + pair * (prompt + new / 2)) / rate
-    token = max(token, (item * (body + head) + s.prefix.nbytes + s.own.nbytes / 2) / read)
-    # Forward 1, backward 2 (frozen: 1), recomputed 1, reference 1; a chunk's logits are always computed twice.
+    rows = min(share * samples, slots.P * slots.G)
+    decode_step = rows * (2 * (body + head) + pair * (prompt + new / 2)) / rate
+    reading = (item * (body + head) + slots.prefix.nbytes + slots.own.nbytes / 2) / bandwidth
+    # Passes: forward 1, backward 2 (frozen weights: 1), recomputed 1, reference 1. Logits are always computed twice.
     more, back = setup.recompute + setup.kl, 1 if setup.lora else 2
     update = 2 * body * (prompt + samples * (new - 1)) * (1 + back + more)
     update += 2 * head * samples * new * (2 + back + setup.kl)
     update += pair * (prompt**2 / 2 + samples * new * (prompt + new / 2)) * (3 + more)
-    sent = 8 * trained  # summed and spread
-    if cut:  # gathered forward and backward, gradients summed, in each pass; then whole for the copy, in fp32
+    sent = 8 * trained  # gradients, summed and sent back
+    if sharded:  # per pass: weights gathered twice, gradients summed. Per step: fp32 weights gathered for the copy
         sent = -(-share // setup.micro) * (2 * item * parameters + 4 * trained) + 4 * parameters
     out = {
-        "labels": 4 * prefill,  # of two questions for each one kept, X and X'
+        "labels": 4 * prefill,  # two questions are labelled for each one kept, as X and X'
         "prefill": prefill,
-        "decode": -(-share * samples // rows) * (new - 1) * token,
+        "decode": -(-share * samples // rows) * (new - 1) * max(decode_step, reading),
         "forward, backward": share * update / rate,
         "communication": sent * (N - 1) / N / (setup.gpu_link * 1e12),
-        "optimizer": (28 + item) * trained / (N if cut else 1) / read,
+        "optimizer": (28 + item) * trained / (N if sharded else 1) / bandwidth,
     }
-    return out | {"step": sum(out.values()) - min(out["forward, backward"], out["communication"])}  # at best hidden
+    hidden = min(out["forward, backward"], out["communication"])  # at best they run at the same time
+    return out | {"step": sum(out.values()) - hidden}
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------
@@ -116,34 +293,34 @@ def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trai
 def plan(config: models.Config, **settings) -> dict:
     """What a run of `Setup(**settings)` needs: {"parallel", "bytes", "total", "headroom", "fits", "seconds", …}.
 
-    "auto" replicates where that fits, and otherwise shards if there are several GPUs. With LoRA it never does: the
-    frozen weights are there in whole anyway, for the sampler. ValueError for what no run can have.
+    "auto" replicates where that fits, and otherwise shards if there are several GPUs. With LoRA it never shards: each
+    GPU has the whole frozen weights anyway, to sample. ValueError for what no run can have.
     """
     setup = Setup(**settings)
     if (length := setup.prompt_tokens + setup.new) > config.context:
         raise ValueError(f"--prompt-tokens and --new make {length}, the model's context is {config.context}; lower one")
-    room, common = (1 - HEADROOM) * setup.gpu_memory_bytes, memory.passing(config, setup)
+    usable, micro_batch = (1 - HEADROOM) * setup.gpu_memory_bytes, micro_batch_bytes(config, setup)
     auto = ["replicate", "shard"] if setup.gpus > 1 and not setup.lora else ["replicate"]
     for parallel in auto if setup.parallel == "auto" else [setup.parallel]:
-        made = memory.count(config, setup, parallel, common)
-        if made["total"] <= room:
+        made = count(config, setup, parallel, micro_batch)
+        if made["total"] <= usable:
             break
     spent = seconds(config, setup, parallel, made["parameters"], made["trained"])
     return {"parallel": parallel, **made, "headroom": round(HEADROOM * setup.gpu_memory_bytes),
-            "fits": made["total"] <= room, "seconds": spent}  # fmt: skip
+            "fits": made["total"] <= usable, "seconds": spent}  # fmt: skip
 
 
 def advice(config: models.Config, setup: Setup) -> tuple[str, dict] | None:
-    """What makes the run fit, as flags, the first that does of changes that cost ever more; and the plan with it."""
-    fewer = [setup.micro >> i for i in range(1, setup.micro.bit_length())]
-    tries: list[dict] = [{"recompute": True}, *({"micro": m} for m in fewer)]
-    tries += [{"recompute": True, "micro": m} for m in fewer]
+    """The first change that makes the run fit, as flags, and its plan. Changes that cost less are tried first."""
+    fewer = [{"micro": setup.micro >> i} for i in range(1, setup.micro.bit_length())]
+    changes = [{"recompute": True}, *fewer, *({"recompute": True} | change for change in fewer)]
     if setup.parallel == "replicate" and setup.gpus > 1 and not setup.lora:
-        tries = [{"parallel": "shard"} | change for change in [{}, *tries]]
-    small = {"recompute": True, "micro": 1}
+        changes = [{"parallel": "shard"} | change for change in [{}, *changes]]
     if not setup.lora:
-        tries += [{"lora": 16}, {"lora": 16} | small] + [{"gpus": setup.gpus << i} | small for i in range(1, 8)]
-    for change in tries:
+        smallest = {"recompute": True, "micro": 1}
+        more_gpus = [{"gpus": setup.gpus << i} | smallest for i in range(1, 8)]
+        changes += [{"lora": 16}, {"lora": 16} | smallest, *more_gpus]
+    for change in changes:
         made = plan(config, **dataclasses.asdict(setup) | {"parallel": "auto"} | change)
         if made["fits"]:
             flags = (f"--{key}" if value is True else f"--{key} {value}" for key, value in change.items())
@@ -152,65 +329,60 @@ def advice(config: models.Config, setup: Setup) -> tuple[str, dict] | None:
 
 
 def show(made: dict, setup: Setup) -> str:
-    what = f"LoRA {setup.lora}" if setup.lora else "all weights"
-    lines = [f"{made['parameters'] / 1e9:.3f} billion weights, {made['trained'] / 1e9:.3f} of them trained ({what})"]
-    lines += [f"{setup.gpus} x {setup.gpu_memory_bytes / 1e9:g} GB, {made['parallel']}, {setup.dtype}, "
-              f"{min(setup.micro, setup.share)} groups a pass, {setup.attention} attention\n\nGB per GPU"]  # fmt: skip
-    rows = made["bytes"] | {"total": made["total"], "headroom": made["headroom"]}
-    notes = {
-        "logits chunk": "or the line above, whichever is more",
-        "end of the update": "when the four above are gone",
-        "headroom": f"{HEADROOM:.0%}, kept free",
-    }
-    lines += [f"  {name:18}{value / 1e9:8.2f}  {notes.get(name, '')}".rstrip() for name, value in rows.items()]
     over = made["total"] + made["headroom"] - setup.gpu_memory_bytes
-    lines.append(f"fits, {-over / 1e9:.2f} GB left" if made["fits"] else f"DOES NOT FIT: {over / 1e9:.2f} GB too much")
-    return "\n".join([*lines, "\nseconds, at least", *(f"  {k:18}{v:8.2f}" for k, v in made["seconds"].items())])
+    notes = {"logits chunk": "only the larger of this line and the one above counts",
+             "end of the update": "after the four lines above are freed",
+             "headroom": f"{HEADROOM:.0%}, kept free"}  # fmt: skip
+    rows = made["bytes"] | {"total": made["total"], "headroom": made["headroom"]}
+    return "\n".join([
+        f"{made['parameters'] / 1e9:.3f} billion weights, {made['trained'] / 1e9:.3f} of them trained "
+        f"({f'LoRA {setup.lora}' if setup.lora else 'all weights'})",
+        f"{setup.gpus} x {setup.gpu_memory_bytes / 1e9:g} GB, {made['parallel']}, {setup.dtype}, "
+        f"{min(setup.micro, setup.share)} groups a pass, {setup.attention} attention\n\nGB per GPU",
+        *(f"  {name:18}{value / 1e9:8.2f}  {notes.get(name, '')}".rstrip() for name, value in rows.items()),
+        f"fits, {-over / 1e9:.2f} GB left" if made["fits"] else f"DOES NOT FIT: {over / 1e9:.2f} GB too much",
+        "\nseconds, at least",
+        *(f"  {name:18}{value:8.2f}" for name, value in made["seconds"].items()),
+    ])  # fmt: skip
 
 
 def read(path: str) -> models.Config:
     """The config of a model's folder, of a hub id in the local cache, or in a file."""
     if Path(path).is_file():
-        return models.Config.from_json(models.read_json(Path(path)), None, path)
-    return models.read_config(models.locate(path))
+        return models.Config.from_json(files.read_json(Path(path)), None, path)
+    return models.read_config(locate(path))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="plan.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="lab.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, hub id in the local cache, or a config")
     for field in dataclasses.fields(Setup):
-        extra = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
-        if field.default is False:
-            extra["action"] = "store_true"
-        else:
-            extra |= {"type": type(field.default), "choices": field.metadata["choices"]}
-        parser.add_argument(flag(field), **extra)
+        extra = {"type": type(field.default), "choices": field.metadata["choices"]}
+        extra = {"action": "store_true"} if field.default is False else extra
+        parser.add_argument(flag(field), dest=field.name, default=field.default, help=field.metadata["help"], **extra)
     parser.set_defaults(gpu_memory_bytes=80.0)
     parser.add_argument("--json", help="write the plan to this file")
     args = vars(parser.parse_args(argv))
     path, file = args.pop("model"), args.pop("json")
+    args["gpu_memory_bytes"] *= 1e9
     try:
-        setup, config = Setup(**args | {"gpu_memory_bytes": args["gpu_memory_bytes"] * 1e9}), read(path)
+        setup, config = Setup(**args), read(path)
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file} cannot be written: make the folder {Path(file).parent} first")
         try:
-            made = plan(config, **dataclasses.asdict(setup))
+            made = plan(config, **args)
         except (RuntimeError, TypeError) as error:
             what = str(error).split("\n")[0]
-            raise ValueError(
-                f"{path}: its sizes make no network ({what}); use the config.json of the weights"
-            ) from None
+            raise ValueError(f"{path}: no network has its sizes ({what}); use the config.json of the weights") from None
         print(show(made, setup))
         if not made["fits"]:
             made["advice"], better = advice(config, setup) or ("", made)
-            with_it = f"it fits with {made['advice']}: {better['total'] / 1e9:.2f} GB, {better['parallel']}"
-            print(
-                "\n" + (with_it if made["advice"] else "nothing tried makes it fit; take larger GPUs or fewer tokens")
-            )
+            fits = f"it fits with {made['advice']}: {better['total'] / 1e9:.2f} GB, {better['parallel']}"
+            print("\n" + (fits if made["advice"] else "no change tried makes it fit; use larger GPUs or fewer tokens"))
         if file:
-            files.write_json(file, {"model": path, **dataclasses.asdict(setup), **made})
+            files.write_json(file, {"model": path, **args, **made})
     except (ValueError, OSError) as error:
-        print(f"plan.py: {error}", file=sys.stderr)
+        print(f"lab.plan: {error}", file=sys.stderr)
         return 2
     return 0
 
