@@ -156,6 +156,7 @@ def test_choice():
     ):  # fmt: skip
         made = plan.plan(config(), gpus=gpus, gpu_memory_bytes=needs * memory, parallel=asked, **small)
         assert (made["parallel"], made["fits"]) == (chosen, fits)
+    assert plan.plan(config(), gpus=2, gpu_memory_bytes=1e8, lora=16, **small)["parallel"] == "replicate"
 
 
 def test_sizes_grow():
@@ -184,6 +185,10 @@ def test_advice(capsys):
     flags, made = plan.advice(LLAMA, plan.Setup(gpus=2, parallel="replicate", gpu_memory_bytes=120e9, recompute=True))
     assert flags == "--parallel shard" and made["parallel"] == "shard"
     assert plan.advice(LLAMA, plan.Setup(gpu_memory_bytes=8e9, lora=16)) is None
+    for recompute, cheapest in ((False, "--recompute"), (True, "--micro 2")):
+        room = plan.plan(QWEN3, lora=16, micro=2, recompute=recompute)["total"] / (1 - plan.HEADROOM) * 1.001
+        setup = plan.Setup(lora=16, recompute=recompute, gpu_memory_bytes=room)
+        assert plan.advice(QWEN3, setup)[0] == cheapest
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -202,8 +207,9 @@ def test_operations(rank):
 
 def test_communication():
     assert plan.plan(LLAMA, lora=16)["seconds"]["communication"] == 0
-    few, many = (plan.plan(LLAMA, gpus=n, parallel="shard")["seconds"]["communication"] for n in (2, 16))
-    assert many > few / 8 > 0  # each of 16 GPUs makes an eighth of the passes
+    two, sixteen = (plan.plan(LLAMA, gpus=n, parallel="shard")["seconds"]["communication"] for n in (2, 16))
+    # Bytes per weight: 8 for each of 8 passes, or of one, and 4 for the copy; a GPU has 1 / N of them itself.
+    assert two / sixteen == pytest.approx((8 * 8 + 4) / 2 / ((8 + 4) * 15 / 16))
 
 
 def test_command(tmp_path):
