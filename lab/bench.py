@@ -189,7 +189,7 @@ def rollout(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="bench.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="lab.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("rollout", "train"))
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--prompts", help="a text file, a prompt per line; made up by default")
@@ -225,12 +225,12 @@ def main(argv: list[str] | None = None) -> int:
         {"rollout": rollout, "train": train_step}[args.what](args)
     except ImportError as error:
         print(
-            f"bench.py: --against {args.against} needs it installed ({error}); see tests/requirements.txt",
+            f"lab.bench: --against {args.against} needs it installed ({error}); see tests/requirements.txt",
             file=sys.stderr,
         )
         return 2
     except (ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        print(f"lab.bench: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -211,7 +211,7 @@ def main(argv=None):
             files.write_json(args.json, table)
         print(report.table(table, args.markdown), f"the page is in {args.to}", sep="\n\n")
     except ValueError as error:
-        parser.exit(2, f"page.py: {error}\n")
+        parser.exit(2, f"lab.page: {error}\n")
 
 
 if __name__ == "__main__":

@@ -113,14 +113,14 @@ def after_run(run: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="plot.py", description="The curves of runs of train.py as a picture.")
+    parser = Parser(prog="lab.plot", description="The curves of runs of train.py as a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train.py wrote")
     parser.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the first run)")
     args = parser.parse_args(argv)
     try:
         print(curves(args.runs, args.to or args.runs[0] / "curves.png"))
     except (ImportError, ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
+        print(f"lab.plot: {error}", file=sys.stderr)
         return 2
     return 0
 

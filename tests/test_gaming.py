@@ -1,4 +1,4 @@
-"""gaming.py: denials by hand, spans against reward.mentions, figures against scikit-learn, scipy and a hand table."""
+"""lab.gaming: denials by hand, spans against reward.mentions, figures against scikit-learn, scipy and a hand table."""
 
 import csv
 import random
@@ -391,7 +391,7 @@ def test_overlap_and_repeats_against_scikit_learn():
 
 def test_command():
     def run(*args):
-        line = [sys.executable, str(ROOT / "gaming.py"), *args]
+        line = [sys.executable, "-m", "lab.gaming", *args]
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
         return done.returncode, done.stdout, done.stderr
 
@@ -400,4 +400,4 @@ def test_command():
     assert run("uncle", "The premise.") == (0, "not named\n", "")
     for args in (["two words", "x"], ["uncle"]):
         code, out, err = run(*args)
-        assert code == 2 and out == "" and err.startswith("gaming.py: ") and err.count("\n") == 1
+        assert code == 2 and out == "" and err.startswith("lab.gaming: ") and err.count("\n") == 1

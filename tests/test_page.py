@@ -1,4 +1,4 @@
-"""page.py: what it shows of hostile and ordinary rows, the draw, the file, the command; read by an HTML parser."""
+"""lab.page: what it shows of hostile and ordinary rows, the draw, the file, the command; read by an HTML parser."""
 
 import json
 import subprocess
@@ -143,7 +143,7 @@ def measured(tmp_path):
 
 
 def command(*args):
-    line = [sys.executable, str(ROOT / "page.py"), *map(str, args)]
+    line = [sys.executable, "-m", "lab.page", *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 

@@ -1,4 +1,4 @@
-"""paper.py: hand-made runs against scipy's correlation and a plain bootstrap; what is missing, undefined, wrong."""
+"""lab.paper: hand-made runs against scipy's correlation and a plain bootstrap; what is missing, undefined, wrong."""
 
 import json
 

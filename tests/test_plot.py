@@ -1,4 +1,4 @@
-"""plot.py: what is drawn is what the run recorded; a clear line where it cannot be."""
+"""lab.plot: what is drawn is what the run recorded; a clear line where it cannot be."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def test_command(run, tmp_path):
 def test_it_says_what_is_wrong(run, tmp_path):
     """Without matplotlib, without a run, and with a file that is none."""
     done = command(run, first="sys.modules['matplotlib.figure'] = None")
-    assert done.returncode == 2 and done.stderr == "plot.py: it needs matplotlib: pip install matplotlib\n"
+    assert done.returncode == 2 and done.stderr == "lab.plot: it needs matplotlib: pip install matplotlib\n"
     for broken in (tmp_path / "missing", run):
         (run / "metrics.jsonl").write_text("{}\n")
         done = command(broken)

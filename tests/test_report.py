@@ -574,7 +574,7 @@ def measured(tmp_path):
 
 
 def command(*args):
-    line = [sys.executable, str(ROOT / "report.py"), *map(str, args)]
+    line = [sys.executable, "-m", "lab.report", *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 

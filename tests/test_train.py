@@ -108,6 +108,8 @@ def test_test_questions_are_never_trained_on(done):
     assert not groups & {group_of[id] for id in trained}
     fit = {row["id"] for row in lines(out / "before.fit.jsonl")}
     assert fit and not fit & test
+    words = {row["word"] for row in lines(out / "before.fit.jsonl")}
+    assert words <= set(reward.words("bias", held_out=False))
     for name in ("before.T1", "after.T0", "after.T1"):
         assert [row["id"] for row in lines(out / f"{name}.jsonl")] == [row["id"] for row in measured]
 
