@@ -154,13 +154,13 @@ def test_seeds_give_median_and_extremes(paper_runs, made):
     _, cells = paper_runs
     values = sorted(phi(cells[f"s{seed}"]["esnli", "bias"]) for seed in (1, 2, 3))
     row = made["rows"]["RQ2-on-policy"]["cells"]
-    got = paper.together([figures["phi"] for figures in row["in-distribution"]])
+    got = paper.over_seeds([figures["phi"] for figures in row["in-distribution"]])
     assert [got[key] for key in ("low", "value", "high")] == pytest.approx(values, abs=1e-12)
-    got = paper.together([figures["phi"] for figures in row["OOD: comve"]])
+    got = paper.over_seeds([figures["phi"] for figures in row["OOD: comve"]])
     two = [phi(cells[f"s{seed}"]["comve", "bias"]) for seed in (1, 3)]
     assert (got["value"], got["undefined"]) == (pytest.approx(np.mean(two), abs=1e-12), 1)
     nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": 5}
-    assert report.cell(paper.together([nothing, nothing])) == "undefined" and paper.together([]) is None
+    assert report.cell(paper.over_seeds([nothing, nothing])) == "undefined" and paper.over_seeds([]) is None
 
 
 def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_path):
@@ -168,7 +168,7 @@ def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_pa
     none = {("esnli", "bias"): [row | {"mention": 0} for row in cells["s1"]["esnli", "bias"]]}
     never = write_run(tmp_path / "never", none, labels="frozen")
     got = command(runs["base"], runs["rq1"], never, runs["s1"], "--json", tmp_path / "a.json",
-                  "--figure", tmp_path / "a.png", "--markdown")  # fmt: skip
+                  "--figure", tmp_path / "a.png", "--markdown", of="lab.paper")  # fmt: skip
     assert got.returncode == 0 and got.stderr == "", got.stderr
     blocks = got.stdout.split("\n\n")
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in blocks[2].split("\n")]
@@ -185,7 +185,7 @@ def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_pa
         phi(cells["base"]["esnli", "bias"])
     )
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not list(tmp_path.glob("*.part*"))
-    smoke = command(runs["base"], runs["frozen"]).stdout
+    smoke = command(runs["base"], runs["frozen"], of="lab.paper").stdout
     marked = [line for line in smoke.split("\n") if "(smoke test)" in line]
     assert marked and all(line.startswith("RQ2-frozen") for line in marked)
 
@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(paper_runs, tmp_path):
             home[0], {k: v for k, v in home[1].items() if k != "mention"}]}, seed=4)],
         "give one base": [runs["base"], write_run(tmp_path / "second", {("esnli", "bias"): home})],
         "runs of several models": [runs["s1"], write_run(tmp_path / "model", {("esnli", "bias"): home}, model="other")],
-        "a cell is named by task and intervention": [write_run(tmp_path / "name", {("esnli", "typo"): home})],
+        "name a cell by task and intervention": [write_run(tmp_path / "name", {("esnli", "typo"): home})],
         "args.json: not of a run of train.py": [write_run(tmp_path / "args", {("esnli", "bias"): home}, labels="x")],
         "fit.jsonl: no rows to fit": [write_run(tmp_path / "fit", {("esnli", "bias"): home}, seed=4)],
         "cannot be read|not a folder|no measured cells": [runs["s1"], tmp_path / "nowhere"],
@@ -240,11 +240,11 @@ def test_bad_input_is_one_line(paper_runs, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             paper.tables(folders, resamples=20)
         assert "\n" not in str(error.value)
-    got = command(tmp_path / "empty")
+    got = command(tmp_path / "empty", of="lab.paper")
     assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1
-    got = command(runs["base"], "--figure", tmp_path / "no" / "a.png")
+    got = command(runs["base"], "--figure", tmp_path / "no" / "a.png", of="lab.paper")
     assert got.returncode == 2 and got.stderr.count("\n") == 1
-    got = command(tmp_path / "nowhere")
+    got = command(tmp_path / "nowhere", of="lab.paper")
     assert got.returncode == 2 and got.stderr.count("\n") == 1
 
 
@@ -324,7 +324,7 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
         other = write_run(tmp_path / key, home, asked=asked | {key: value}, seed=7)
         with pytest.raises(ValueError, match=message) as error:
             paper.tables([base, runs["s1"], other], resamples=20)
-        assert f"esnli-bias of {base} and of {other}: measured unlike, " in str(error.value)
+        assert f"esnli-bias of {base} and of {other}: measured differently, " in str(error.value)
     letters = [write_run(tmp_path / f"c{n}", home, asked=asked | {"calibration": f"{n}.json", "model": f"{n}"}, seed=n)
                for n in (8, 9)]  # fmt: skip
     (table,) = paper.tables([*letters, runs["s1"]], resamples=20)
@@ -333,7 +333,7 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
         files.write_json(
             folder / "cells" / "esnli-bias.json", {"args": asked | {"calibration": also}, "mean_logp": means}
         )
-    with pytest.raises(ValueError, match="with other means of the letters; give both the same --calibration FILE"):
+    with pytest.raises(ValueError, match="with other letter offsets; give both the same --calibration FILE"):
         paper.tables(letters, resamples=20)
     (letters[0] / "cells" / "esnli-bias.json").write_text("[1]")
     with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):

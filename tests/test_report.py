@@ -573,8 +573,8 @@ def measured(tmp_path):
     return paths
 
 
-def command(*args):
-    line = [sys.executable, "-m", "lab.report", *map(str, args)]
+def command(*args, of="lab.report"):
+    line = [sys.executable, "-m", of, *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
@@ -582,10 +582,8 @@ def test_command_prints_both_and_their_difference(measured, tmp_path):
     out = tmp_path / "out.json"
     got = command(measured["before"], measured["after"], "--fit", measured["fit"], "--json", out)
     assert got.returncode == 0 and got.stderr == ""
-    first, second = got.stdout.split("\n\n")
-    assert first.split("\n")[0].split() == ["figure", "before", "after"]
-    assert any(line.split()[0] == "phi_less_shortcut" for line in first.split("\n"))
-    assert second.split("\n")[0].split() == ["figure", "difference"]
+    assert got.stdout.split("\n")[0].split() == ["figure", "before", "after", "difference"]
+    assert any(line.split()[:1] == ["phi_less_shortcut"] for line in got.stdout.split("\n"))
     figures = json.loads(out.read_text())
     assert figures["after"]["phi"]["value"] == pytest.approx(1.0)
     expected = figures["after"]["phi"]["value"] - figures["before"]["phi"]["value"]
@@ -619,12 +617,34 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
     assert "No such file" in command(good, tmp_path / "none").stderr
 
 
-def test_options_that_would_do_nothing_are_refused(measured, tmp_path):
+def test_every_figure_of_a_run(measured, tmp_path):
+    before, after = (files.read_jsonl(measured[name]) for name in ("before", "after"))
+    for name, rows in (("before", before), ("after", after)):
+        files.write_json(tmp_path / f"{name}.json", {f"T={t}": report.summary(rows, resamples=50) for t in (0, 1)})
+    files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
+    got = command(tmp_path, "--json", tmp_path / "out.json")
+    assert got.returncode == 0 and got.stderr == ""
+    greedy, sampled = got.stdout.split("\n\n")
+    assert greedy.startswith("T=0\n") and greedy.split("\n")[1].split() == ["figure", "before", "after"]
+    assert sampled.split("\n")[1].split() == ["figure", "before", "after", "difference"] and "\ncct " in sampled
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["T=1"]["after"] == json.loads((tmp_path / "after.json").read_text())["T=1"]
+
+
+def test_the_overview_has_eight_rows(measured):
+    before, after = (report.summary(files.read_jsonl(measured[name]), resamples=50) for name in ("before", "after"))
+    lines = report.overview({"before": before, "after": after}).split("\n")
+    assert len(lines) == 2 + len(report.OVERVIEW) == 10
+    phi = next(line for line in lines if line.startswith("Phi-CCT "))
+    assert report.cell(before["phi"]) in phi and report.cell(after["phi"]) in phi
+    assert report.overview({"after": after}, markdown=True).startswith("| 95 % intervals")
+
+
+def test_paths_that_are_neither(measured, tmp_path):
     for given, message in (
-        ((measured["before"], measured["after"], "--figure", tmp_path / "x.png"), "--figure draws folders"),
-        ((tmp_path, "--fit", measured["fit"]), "--fit is for two files"),
-        ((tmp_path, measured["after"], "--fit", measured["fit"]), "--fit is for two files"),
+        ((tmp_path, "--fit", measured["fit"]), "--fit goes with rows"),
+        ((measured["before"], measured["after"], measured["after"]), "give the rows before and the rows after"),
+        ((tmp_path,), "holds no before.json or after.json"),
     ):
         got = command(*given)
         assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1 and message in got.stderr
-    assert not (tmp_path / "x.png").exists()
