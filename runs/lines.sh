@@ -33,14 +33,14 @@ build() {  # FOLDER flags: a data set of frozen labels
     local to=$1
     shift
     grep -qs '"complete": true' "$to/manifest.json" ||
-        echo "mkdir -p $(dirname "$to"); ${each}python faith.py build --out $to $* >> $to.log 2>&1"
+        echo "mkdir -p $(dirname "$to"); ${each}python -m lab.build --out $to $* >> $to.log 2>&1"
 }
 
 current() {  # FILE RUN: it is there, and not older than the run's model
     [ -f "$1" ] && [ ! "$1" -ot "$2/model" ]
 }
 
-measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a cell of report.py's table
+measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a cell of the table of lab.paper
     local to=$1
     shift
     current "$to.json" "$(dirname "$(dirname "$to")")" ||
@@ -49,7 +49,7 @@ measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a c
 
 game() {  # BASE RUN CELL: signs of gaming, in RUN/gaming.json and .txt, and a page of explanations to be read
     current "$2/gaming.json" "$2" ||
-        echo "python page.py $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $2/gaming.html --json $2/gaming.json > $2/gaming.txt"
+        echo "python -m lab.page $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $2/gaming.html --json $2/gaming.json > $2/gaming.txt"
 }
 
 go() {  # JOBS: runs the lines it reads, so many side by side, each told its place by SLOT; one that fails ends it all
@@ -62,5 +62,5 @@ tell() {  # OUT RUN …: the table of these folders, printed, in OUT.md, OUT.jso
     local to=$1 picture=
     shift
     python -c 'import matplotlib' 2> /dev/null && picture="--figure $to.png"
-    echo "python report.py $* --markdown --json $to.json $picture | tee $to.md" | go 1
+    echo "python -m lab.paper $* --markdown --json $to.json $picture | tee $to.md" | go 1
 }

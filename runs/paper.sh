@@ -2,12 +2,12 @@
 # The paper's experiment at its size, on 8 GPUs of 80 GB: Llama-3.1-8B-Instruct and Qwen3-8B, trained on e-SNLI and on
 # Social IQa, with adverbs and with bias phrases; base, RQ1, RQ2-frozen, RQ2-on-policy; the other tasks, the other
 # intervention; then a table for each model.                       NOT YET RUN ON A GPU.
-#     bash runs/paper.sh DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/ (DATA.md)
+#     bash runs/paper.sh DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/ (docs/data.md)
 # DRY=1 prints the commands and runs nothing. What is done is not done again, a run that was cut off goes on. All
 # hyperparameters are ours, for the paper names none; SEEDS, GPUS and MODELS may be given in the environment.
 #
 # GPU-hours at least: 31. That is a lower bound, of products at the peak rate (990 TFLOP/s) and bytes at 3.35 TB/s; take
-# several times as much. `python plan.py --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute` gives 4.2 s a
+# several times as much. `python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute` gives 4.2 s a
 # step of RQ2, qwen3-8b.json 4.3 s: 8 runs of each model x 200 steps x 8 GPUs = 15 + 15. RQ1 is prefills only, 0.1 a run;
 # a data set of 6,000 at 9 % flips 0.1, a cell of 1,000 questions some seconds of decoding, by the same count.
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What RESULTS.md says of the toy, all but the paper's experiment (toy_paper.sh), under five seeds drawn from the hash of
+# What docs/results.md says of the toy, all but the paper's experiment (toy_paper.sh), under five seeds drawn from the hash of
 # the commit that fixed its settings.
 #     bash runs/toy.sh COMMIT OUT_DIR && python runs/toy_tables.py OUT_DIR
-# JOBS (2) runs go side by side, a thread each. Seen on two cores: see LOG.md. What is done is not done again,
+# JOBS (2) runs go side by side, a thread each. Seen on two cores: see docs/log.md. What is done is not done again,
 # what was cut off goes on. DRY=1 prints the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"

@@ -22,6 +22,7 @@ from lab import build
 from model import Tokenizer, load
 from rollout import Sampler
 from run import files
+from run.args import parse
 from run.ranks import Ranks
 
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
@@ -185,7 +186,8 @@ def test_what_is_labelled_is_not_labelled_again(folder, done, tmp_path, monkeypa
 
 
 SLOW = """
-import sys, time, build, faith
+import sys, time, faith
+from lab import build
 build.BLOCK, plain = 4, faith.decision_rows
 faith.decision_rows = lambda *given: time.sleep(0.03) or plain(*given)
 sys.exit(build.main(sys.argv[1:]))
@@ -224,7 +226,7 @@ def test_random_kills(folder, tmp_path):
 
 def refused(capsys, given, words):
     code, (_, error) = build.main(given), capsys.readouterr()
-    assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("faith.py build: "), error
+    assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("lab.build: "), error
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_a_model_that_flips_too_rarely(folder, tmp_path, capsys, monkeypatch):
     rows, manifest = read(tmp_path / "few")
     moved = round(manifest["labelled"]["rows"] * manifest["labelled"]["influence_rate"])
     assert 0 < 2 * moved == len(rows["train"]) < 600 and sum(row["influence"] for row in rows["train"]) == moved
-    told = f"{2 * moved} of 600 rows, for the model flips too rarely: {moved} of {manifest['labelled']['rows']} edits"
+    told = f"{2 * moved} of 600 rows, since the model flips too rarely: {moved} of {manifest['labelled']['rows']} edits"
     assert manifest["short"].startswith(told) and told in capsys.readouterr().out
     for constant in (0, 1):
         monkeypatch.setattr(reward, "influence", lambda y, y_edited, constant=constant: constant)
@@ -349,8 +351,8 @@ def test_calibrated_labels(folder, tmp_path, trains):
     offsets = json.loads((tmp_path / "o" / "calibration.json").read_text())["mean_logp"]
     assert json.loads((tmp_path / "set" / "manifest.json").read_text())["mean_logp"] == offsets
     row = read(tmp_path / "set")[0]["train"][0]
-    args = train.parse(training(folder, tmp_path / "n", tmp_path / "set", **given))
-    subject, _, _, stream = train.prepare(args, Ranks())
+    args = parse(training(folder, tmp_path / "n", tmp_path / "set", **given), {}, {})
+    subject, _, _, stream = train.prepare(args, Ranks(), build.read_dataset)
     subject.offsets = np.array(offsets)
     assert faith.decision_rows(subject, [stream.frozen[0][0]])[0]["p"] == pytest.approx(row["p"], abs=1e-5)
     code, error = trains(training(folder, tmp_path / "n", tmp_path / "set"))
@@ -366,7 +368,7 @@ def test_calibrated_labels(folder, tmp_path, trains):
         ("calibrate", "its calibration_questions is 0, this run's 300"), ("data", "its data_sha256 is"),
         ("leak", "line 1: not a training question"), ("text", "is another question there"),
         ("cut", "has 39 lines"),
-        ("half", "not whole"), ("unedited", "is not edited"), ("unlabelled", "not whole"),
+        ("half", "incomplete"), ("unedited", "is not edited"), ("unlabelled", "incomplete"),
         ("no splits", "has 40 lines"),
     ],
 )  # fmt: skip
@@ -412,7 +414,7 @@ def test_another_data_set_is_refused(done, folder, tmp_path, trains, what, words
 
 
 def test_the_command(done, folder):
-    """faith.py hands over to it."""
-    ran = subprocess.run([sys.executable, "faith.py", "build", *flags(folder, done)], cwd=tiny.ROOT,
+    """As a user runs it."""
+    ran = subprocess.run([sys.executable, "-m", "lab.build", *flags(folder, done)], cwd=tiny.ROOT,
                          capture_output=True, text=True)  # fmt: skip
     assert ran.returncode == 0 and "train  40 rows" in ran.stdout and "50.0% moved" in ran.stdout, ran.stderr

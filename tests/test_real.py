@@ -32,7 +32,7 @@ def test_smollm2_from_question_to_trained_model(smollm2, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "step 1/1" in done.stdout and "mention_gap" in done.stdout
+    assert "step 1/1" in done.stdout and "Phi-CCT minus the shortcut" in done.stdout
     (step,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert step["prompts"] % 2 == 0 and 2 <= step["prompts"] <= 4 and 0 <= step["reward"] <= 1
     assert step["sampler_gap_max"] is None or step["sampler_gap_max"] < 1e-3

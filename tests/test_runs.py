@@ -13,17 +13,21 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import command
 import pytest
 import tiny
 
-import report
+import faith
+import toy
 from lab import build, paper
 from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
 COMMIT = "38896818640a9671c6ff1259ac2cd0573f08b558"  # what runs/toy.sh was run with
+
+
+def parse(words):
+    return flags.parse(words, {}, toy.SETTINGS)
 
 
 def lines(script, out, **environment):
@@ -36,8 +40,16 @@ def lines(script, out, **environment):
     for line in done.stdout.splitlines():
         words = shlex.split(line.split("; ")[-1].split(" | ")[0])
         words = words[: next((n for n, word in enumerate(words) if word.startswith(">")), len(words))]
-        (at,) = [n for n, word in enumerate(words) if word.endswith(".py")]
-        assert set(words[:at]) <= {"python", "torchrun", "--nproc-per-node", "2", "8", "CUDA_VISIBLE_DEVICES=$SLOT"}
+        (at,) = [n for n, word in enumerate(words) if word.endswith(".py") or word.startswith("lab.")]
+        assert set(words[:at]) <= {
+            "python",
+            "torchrun",
+            "--nproc-per-node",
+            "2",
+            "8",
+            "-m",
+            "CUDA_VISIBLE_DEVICES=$SLOT",
+        }
         yield words[at], words[at + 1 :]
 
 
@@ -45,29 +57,31 @@ def lines(script, out, **environment):
 def planned(request, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
     runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
-    monkeypatch.setattr(command, "check_arguments", lambda args: None)
-    monkeypatch.setattr(command, "run_measure", lambda args: seen.append(args))
+    monkeypatch.setattr(faith, "check_arguments", lambda args: None)
+    monkeypatch.setattr(faith, "run_measure", lambda args: seen.append(args))
     monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
-    monkeypatch.setattr(paper, "show", lambda folders, *rest: seen.append(folders))
-    monkeypatch.setattr(report.os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(paper, "tables", lambda folders: seen.append(folders) or [])
+    monkeypatch.setattr(paper.files, "check_writable", lambda *_: None)
+    monkeypatch.setattr(paper, "draw", lambda *_: None)
+    monkeypatch.setattr(paper.files, "write_json", lambda *_: None)
     for program, words in lines(request.param, tmp_path):
         seen = []
         if program == "train.py":
-            args = flags.parse(words)  # ends the test where a flag is wrong
+            args = parse(words)  # ends the test where a flag is wrong
             flags.check(args)
             runs[args.out] = args
             continue
-        if program == "page.py":  # of each run at home, beside the base's
+        if program == "lab.page":  # of each run at home, beside the base's
             before, after, *rest = words
             folder = after.split("/cells/")[0]
             assert rest == ["--to", f"{folder}/gaming.html", "--json", f"{folder}/gaming.json"] and folder not in games
             games[folder] = before
             continue
-        assert {"faith.py": command.main, "report.py": report.main}[program](words) in (0, None)
+        assert {"faith.py": faith.main, "lab.paper": paper.main, "lab.build": build.main}[program](words) == 0
         (args,) = seen
-        if program == "report.py":
+        if program == "lab.paper":
             tables.append(args)
-        elif words[0] == "build":
+        elif program == "lab.build":
             sets[args.out] = args
         else:
             folder, name = args.rows.split("/cells/")
@@ -157,8 +171,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     again = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
     gone = [command for command in every if command not in again]
     assert [(program, words[words.index("--out") + 1] if "--out" in words else words[words.index("--rows") + 1])
-            for program, words in gone if program != "page.py"] == [
-        ("faith.py", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
+            for program, words in gone if program != "lab.page"] == [
+        ("lab.build", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
         ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
     assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
 
@@ -203,7 +217,7 @@ def test_runs_of_the_toy(tmp_path):
     runs, cells = [], []
     for program, words in lines("toy.sh", tmp_path):
         if program == "train.py":
-            runs.append(flags.parse(words))
+            runs.append(parse(words))
             flags.check(runs[-1])
         else:
             cells.append(dict(zip(words[::2], words[1::2], strict=True)))
