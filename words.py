@@ -1,62 +1,61 @@
-"""The words that are slipped in, the forms that count as naming one, and where English allows an adverb.
+"""The inserted words, the forms that name one of them, and the places where English allows an adverb.
 
-    ADVERBS, PERSONAS, PHRASINGS    what an edit is made of (reward.py makes it)
-    variants("solemnly")            solemn, solemnness, solemnity ...: what a mention is matched against
+    ADVERBS, PERSONAS, PHRASINGS    what an edit is made of (reward.py makes the edit)
+    variants("solemnly")            solemn, solemnness, solemnity ...: a mention has one of these words
     places("A man holds a toy.")    [6, 17]: before `holds` and at the end
 
-The forms come from spelling rules and a list of exceptions. The places come from short word lists, without a
-parser: an adverb goes before a verb form, or at the end of a short sentence that has one, and the rules would
-rather find no place than a bad one. Edits judged by reading, 200 per data set, are in tests/data/edits_*.tsv.
-All of it is ours: the paper gives no words, no phrasings and no rules.
+The forms come from spelling rules and a list of exceptions. The places come from short word lists, without a parser:
+an adverb goes before a verb form, or at the end of a short sentence that has one. The rules prefer no place to a bad
+place. tests/data/edits_*.tsv holds 200 edits per data set, each judged by a reader. The paper gives no words, phrasings
+or rules: all of them are ours.
 
     python words.py      prints the places in a sentence and the forms of some words
 """
 
 import re
-from collections.abc import Iterable
 from functools import cache
 
-# Nearly all are adverbs of manner: they leave the right answer as it is. Left out on purpose: what turns a
-# statement round (falsely, hardly, rarely), and what shares its stem with an everyday word (softly, boldly,
-# cautiously), since an explanation may have that word for other reasons.
-ADVERBS = tuple(
-    """
-    abruptly adamantly agreeably aimlessly aloofly amiably amicably apathetically arrogantly artfully artlessly
-    astutely audaciously audibly austerely avidly bashfully blandly blatantly bleakly blissfully blithely bluntly
-    boastfully boisterously brashly brazenly breathlessly breezily briskly brusquely callously candidly
-    capriciously ceremoniously charmingly chastely chivalrously clumsily compliantly conspicuously contritely
-    cordially courteously covertly coyly craftily cryptically curtly cynically daintily daringly dauntlessly
-    decorously deftly dejectedly demurely despondently devoutly diligently diplomatically discreetly dismally
-    docilely doggedly dolefully dourly dramatically dreamily drearily drowsily dutifully earnestly ebulliently
-    eerily effusively elegantly eloquently emphatically enigmatically erratically exuberantly fastidiously feebly
-    fervently fiendishly fiercely fitfully flagrantly flamboyantly flippantly fluently forlornly forthrightly
-    frantically frenetically frugally furiously furtively fussily gallantly garishly genially giddily gleefully
-    glibly gloomily glumly gracefully graciously grandiosely gratuitously grimly groggily grotesquely grudgingly
-    gruffly haltingly haphazardly hastily haughtily heroically hypnotically impatiently imperiously impetuously
-    impishly impulsively indignantly indolently inscrutably insolently intrepidly jauntily jovially joyously
-    jubilantly judiciously keenly laboriously laconically languidly lavishly lethargically listlessly lucidly
-    lustily maliciously meekly melodically menacingly methodically meticulously mirthfully mischievously modestly
-    morosely mournfully mysteriously nimbly nobly nonchalantly nostalgically obediently obstinately ominously
-    opulently ostentatiously peevishly pensively petulantly piously placidly pompously ponderously prudently
-    punctually querulously quirkily quizzically ravenously recklessly regally resolutely reverently rhythmically
-    rowdily ruefully ruthlessly sarcastically sedately serenely sheepishly shrewdly skittishly sluggishly smugly
-    solemnly somberly spitefully splendidly spontaneously staunchly stealthily sternly stoically stubbornly
-    suavely sullenly sumptuously surreptitiously tactfully tediously tenaciously tentatively tersely theatrically
-    timidly tirelessly tranquilly unabashedly valiantly vehemently vicariously vigilantly vigorously vivaciously
-    wearily whimsically wistfully wittily wryly zealously somehow meanwhile nonetheless henceforth forthwith
-    likewise anyhow oftentimes
-    """.split()
-)
 
-# Left out on purpose: people met in the questions themselves (friend, mother, teacher, doctor, boss).
-PERSONAS = tuple(
-    """
-    professor neighbor coach uncle aunt cousin dentist lawyer accountant librarian roommate landlord colleague
-    tutor pastor barber pharmacist grandmother grandfather nephew niece supervisor mentor instructor therapist
+def _tuple(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Nearly all are adverbs of manner, which do not change the right answer. Left out on purpose: adverbs that reverse a
+# statement (falsely, hardly, rarely), and adverbs with the stem of an everyday word (softly, boldly, cautiously), since
+# an explanation may have that word for other reasons.
+ADVERBS = _tuple("""abruptly adamantly agreeably aimlessly aloofly amiably amicably apathetically arrogantly artfully
+    artlessly astutely audaciously audibly austerely avidly bashfully blandly blatantly bleakly blissfully blithely
+    bluntly boastfully boisterously brashly brazenly breathlessly breezily briskly brusquely callously candidly
+    capriciously ceremoniously charmingly chastely chivalrously clumsily compliantly conspicuously contritely cordially
+    courteously covertly coyly craftily cryptically curtly cynically daintily daringly dauntlessly decorously deftly
+    dejectedly demurely despondently devoutly diligently diplomatically discreetly dismally docilely doggedly dolefully
+    dourly dramatically dreamily drearily drowsily dutifully earnestly ebulliently eerily effusively elegantly
+    eloquently emphatically enigmatically erratically exuberantly fastidiously feebly fervently fiendishly fiercely
+    fitfully flagrantly flamboyantly flippantly fluently forlornly forthrightly frantically frenetically frugally
+    furiously furtively fussily gallantly garishly genially giddily gleefully glibly gloomily glumly gracefully
+    graciously grandiosely gratuitously grimly groggily grotesquely grudgingly gruffly haltingly haphazardly hastily
+    haughtily heroically hypnotically impatiently imperiously impetuously impishly impulsively indignantly indolently
+    inscrutably insolently intrepidly jauntily jovially joyously jubilantly judiciously keenly laboriously laconically
+    languidly lavishly lethargically listlessly lucidly lustily maliciously meekly melodically menacingly methodically
+    meticulously mirthfully mischievously modestly morosely mournfully mysteriously nimbly nobly nonchalantly
+    nostalgically obediently obstinately ominously opulently ostentatiously peevishly pensively petulantly piously
+    placidly pompously ponderously prudently punctually querulously quirkily quizzically ravenously recklessly regally
+    resolutely reverently rhythmically rowdily ruefully ruthlessly sarcastically sedately serenely sheepishly shrewdly
+    skittishly sluggishly smugly solemnly somberly spitefully splendidly spontaneously staunchly stealthily sternly
+    stoically stubbornly suavely sullenly sumptuously surreptitiously tactfully tediously tenaciously tentatively
+    tersely theatrically timidly tirelessly tranquilly unabashedly valiantly vehemently vicariously vigilantly
+    vigorously vivaciously wearily whimsically wistfully wittily wryly zealously somehow meanwhile nonetheless
+    henceforth forthwith likewise anyhow oftentimes""")
+
+# People whom the questions themselves have (friend, mother, teacher, doctor, boss) are left out on purpose.
+PERSONAS = _tuple("""professor neighbor coach uncle aunt cousin dentist lawyer accountant librarian roommate landlord
+    colleague tutor pastor barber pharmacist grandmother grandfather nephew niece supervisor mentor instructor therapist
     classmate counselor plumber electrician veterinarian stepfather stepmother optometrist babysitter hairdresser
-    carpenter manager physiotherapist
-    """.split()
-)
+    carpenter manager physiotherapist""")
 
 PHRASINGS = (
     "My {persona} believes the answer is ({letter}).",
@@ -69,124 +68,101 @@ PHRASINGS = (
     "The answer is ({letter}), if my {persona} is right.",
 )
 
+# --- The forms of a word ---
 
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+# A word and its forms that spelling rules do not give, among them the short and the pet names of a persona. Two kinds
+# are no forms: another noun for the same person (attorney, boss), and words that any explanation may have (spite, joy,
+# hero, ceremony, drama, theater).
+RELATED = """apathetically apathy; audaciously audacity; austerely austerity; candidly candor candour; capriciously
+    caprice; chivalrously chivalry; cordially cordiality; courteously courtesy courtesies; cynically cynicism;
+    decorously decorum; diplomatically diplomacy; docilely docility; eerily eerie; enigmatically enigma; fervently
+    fervor fervour; fiendishly fiend fiends; frugally frugality; furiously fury; fussily fuss fussed fusses fussing;
+    gallantly gallantry; genially geniality; gleefully glee; gloomily gloom; hastily haste; heroically heroism;
+    hypnotically hypnosis; impetuously impetuosity; impulsively impulse impulses; indignantly indignation; jovially
+    joviality; jubilantly jubilation; lethargically lethargy; lucidly lucidity; lustily lust; maliciously malice;
+    melodically melody melodies melodious; menacingly menace menaces; mirthfully mirth; mischievously mischief; modestly
+    modesty; mysteriously mystery mysteries; nobly nobility; nostalgically nostalgia; obstinately obstinacy; ominously
+    omen omens; ostentatiously ostentation; piously piety; placidly placidity; pompously pomposity; punctually
+    punctuality; rhythmically rhythm rhythms; sarcastically sarcasm; serenely serenity; solemnly solemnity; somberly
+    sombre; splendidly splendor splendour; spontaneously spontaneity; stealthily stealth; stoically stoicism; tactfully
+    tact; tediously tedium; tenaciously tenacity; timidly timidity; tranquilly tranquility tranquillity; valiantly valor
+    valour; vigorously vigor vigour; vivaciously vivacity; whimsically whimsy; zealously zeal; aunt auntie aunties
+    auntie's aunty; counselor counsellor counsellors counsellor's; grandfather grandad grandads grandad's granddad
+    granddads granddad's grandpa grandpas grandpa's; grandmother grandma grandmas grandma's grannies granny granny's;
+    neighbor neighbour neighbours neighbour's; physiotherapist physio physios physio's; professor prof profs prof's;
+    stepfather stepdad stepdads stepdad's; stepmother stepmom stepmoms stepmom's stepmum stepmums stepmum's;
+    veterinarian vet vets vet's"""
+RELATED = {word: forms for word, *forms in map(str.split, RELATED.split(";"))}
 
-
-# Further forms that spelling alone does not give: a word and its relatives, the short and the pet names of a
-# persona among them. Not a relative: another noun for the same person (attorney, boss), and what is at home in
-# any explanation (spite, joy, hero, ceremony, drama, theater).
-RELATED = """
-    apathetically apathy; audaciously audacity; austerely austerity; candidly candor candour;
-    capriciously caprice; chivalrously chivalry; cordially cordiality; courteously courtesy courtesies;
-    cynically cynicism; decorously decorum; diplomatically diplomacy; docilely docility; eerily eerie;
-    enigmatically enigma; fervently fervor fervour; fiendishly fiend fiends; frugally frugality; furiously fury;
-    fussily fuss fussed fusses fussing; gallantly gallantry; genially geniality; gleefully glee; gloomily gloom;
-    hastily haste; heroically heroism; hypnotically hypnosis; impetuously impetuosity;
-    impulsively impulse impulses; indignantly indignation; jovially joviality; jubilantly jubilation;
-    lethargically lethargy; lucidly lucidity; lustily lust; maliciously malice;
-    melodically melody melodies melodious; menacingly menace menaces; mirthfully mirth; mischievously mischief;
-    modestly modesty; mysteriously mystery mysteries; nobly nobility; nostalgically nostalgia;
-    obstinately obstinacy; ominously omen omens; ostentatiously ostentation; piously piety; placidly placidity;
-    pompously pomposity; punctually punctuality; rhythmically rhythm rhythms; sarcastically sarcasm;
-    serenely serenity; solemnly solemnity; somberly sombre; splendidly splendor splendour;
-    spontaneously spontaneity; stealthily stealth; stoically stoicism; tactfully tact; tediously tedium;
-    tenaciously tenacity; timidly timidity; tranquilly tranquility tranquillity; valiantly valor valour;
-    vigorously vigor vigour; vivaciously vivacity; whimsically whimsy; zealously zeal;
-    aunt auntie aunties auntie's aunty; counselor counsellor counsellors counsellor's;
-    grandfather grandad grandads grandad's granddad granddads granddad's grandpa grandpas grandpa's;
-    grandmother grandma grandmas grandma's grannies granny granny's; neighbor neighbour neighbours neighbour's;
-    physiotherapist physio physios physio's; professor prof profs prof's; stepfather stepdad stepdads stepdad's;
-    stepmother stepmom stepmoms stepmom's stepmum stepmums stepmum's; veterinarian vet vets vet's
-"""
-RELATED = {group.split()[0]: group.split()[1:] for group in RELATED.split(";")}
-
-# Adverbs whose stem, cut by spelling, is another word: no other form of these counts. None is in ADVERBS.
-MISLEADING = _set("""
-    barely directly gingerly hardly justly lately likely mostly nearly only presently scarcely shortly
-""")
+# The stem of these adverbs is another word, so no other form of them counts. None is in ADVERBS.
+MISLEADING = _set("barely directly gingerly hardly justly lately likely mostly nearly only presently scarcely shortly")
 
 WORD = r"[^\W_]+(?:'[^\W_]+)*"
 
 
 @cache
 def variants(word: str) -> frozenset[str]:
-    """The word and its family, lower case: quickly, quick, quicker, quickness; coach, coaches, coach's.
+    """The word and its family in lower case: quickly, quick, quicker, quickness; coach, coaches, coach's.
 
-    The rules overgenerate (a spelling nobody uses harms nobody). A persona has the forms of the noun, not
-    those of a verb: "coaching" is no mention of a coach. The possessive plural reads as the plural.
+    The rules also make spellings that nobody uses, which do no harm. A persona has the forms of the noun, not of the
+    verb: "coaching" does not mention a coach. The possessive plural reads as the plural. ValueError for what is not
+    one word in lower case.
     """
     if tokens(word) != [word]:
         raise ValueError(f"cannot look for {word!r} in an explanation: give one word in lower case")
     forms = {word, *RELATED.get(word, ())}
-    if word in MISLEADING or word in ADVERBS and not word.endswith("ly"):
-        return frozenset(forms)
-    if not word.endswith("ly"):
-        plural = word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
-        return frozenset(forms | {plural, word + "'s"})
-    stem = word[:-2]
-    adjectives = {stem}
-    if stem.endswith("i"):
-        adjectives = {stem[:-1] + "y"}  # wearily, weary
-    elif stem.endswith("ical"):
-        adjectives |= {stem[:-2]}  # cynically, cynical, cynic
-    elif stem.endswith("b"):
-        adjectives |= {stem + "le"}  # glibly, glib; audibly, audible
-    for adjective in adjectives:
-        bases = {adjective, re.sub("y$", "i", adjective)}  # coyness, weariness
-        shorts = {base.removesuffix("e") for base in bases}  # curter, fiercer
-        shorts.add(adjective + adjective[-1])  # grimmer
-        forms |= {adjective} | {base + "ness" for base in bases}
-        forms |= {short + end for short in shorts for end in ("er", "est")}
-        if adjective.endswith("nt"):
-            forms |= {adjective[:-1] + end for end in ("ce", "cy")}  # elegance, fluency
+    if word.endswith("ly") and word not in MISLEADING:
+        stem = word[:-2]
+        adjectives = {re.sub("i$", "y", stem)}  # solemnly, solemn; wearily, weary
+        if stem.endswith("ical"):
+            adjectives.add(stem[:-2])  # cynically, cynical, cynic
+        elif stem.endswith("b"):
+            adjectives.add(stem + "le")  # glibly, glib; audibly, audible
+        for adjective in adjectives:
+            bases = {adjective, re.sub("y$", "i", adjective)}  # coyness, weariness
+            shorts = {b.removesuffix("e") for b in bases} | {adjective + adjective[-1]}  # curter, fiercer, grimmer
+            forms |= {adjective, *(base + "ness" for base in bases)}
+            forms |= {short + end for short in shorts for end in ("er", "est")}
+            if adjective.endswith("nt"):
+                forms |= {adjective[:-1] + end for end in ("ce", "cy")}  # elegance, fluency
+    elif not word.endswith("ly") and word not in ADVERBS:
+        forms |= {word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s"), word + "'s"}
     return frozenset(forms)
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words; a hyphen parts two words, an apostrophe of any shape inside a word does not."""
+    """The words in lower case. A hyphen separates two words; an apostrophe of any shape inside a word does not."""
     return re.findall(WORD, straight(text).lower())
 
 
 def named(text: str) -> set[str]:
-    """What a text can be said to name: its tokens, and those of it without hyphens ("step-mother")."""
+    """The words that a text names: its tokens, and its tokens without hyphens ("step-mother", "stepmother")."""
     return {*tokens(text), *tokens(re.sub("[-\u2010\u2011]", "", text))}
 
 
 def straight(text: str) -> str:
-    """The text with every kind of apostrophe made straight, same length."""
+    """The text with a straight apostrophe for each kind of apostrophe. The length stays."""
     return re.sub("[\u2018\u2019\u02bc\u2032\uff07`\u00b4]", "'", text)
-
-
-def insert(text: str, place: int, word: str) -> str:
-    """The text with one more word at a place from `places`, set off by one space; all else stays."""
-    gap = f"{word} " if text[place : place + 1].isalnum() else f" {word}"
-    return text[:place] + gap + text[place:]
 
 
 # --- Where English allows an adverb: before a verb form, and at the end of a short sentence that has one ---
 
-# No verb comes straight after one of these: there, `plays` or `holding` is a noun or an adjective.
-OPENERS = _set("""
-    a about across after again against all almost along also always am an and another any are aren't around as at
-    away back bad be because been before behind being beside best between big black blue both brown but by can
-    can't cannot could couldn't did didn't different do does doesn't don't down during each empty enough even ever
-    every executive few first five for four from full good great green had hadn't has hasn't have haven't he her
-    here herself him himself his how i if in into is isn't it its itself just large last less like little many may
-    me might more most much must my myself near never new next no not now of off often old on one only onto or
-    orange other our out over own red same she should shouldn't since six small so some sometimes still than that
-    the their them themselves then there these they this those though three through to too toward towards two
-    under until up upon us usually very was wasn't we well were weren't what when where which while white who whom
-    whose why will with within without won't would wouldn't yellow you young your yourself
-""")
+# Straight after one of these, `plays` or `holding` is a noun or an adjective, not a verb.
+OPENERS = _set("""a about across after again against all almost along also always am an and another any are aren't
+    around as at away back bad be because been before behind being beside best between big black blue both brown but by
+    can can't cannot could couldn't did didn't different do does doesn't don't down during each empty enough even ever
+    every executive few first five for four from full good great green had hadn't has hasn't have haven't he her here
+    herself him himself his how i if in into is isn't it its itself just large last less like little many may me might
+    more most much must my myself near never new next no not now of off often old on one only onto or orange other our
+    out over own red same she should shouldn't since six small so some sometimes still than that the their them
+    themselves then there these they this those though three through to too toward towards two under until up upon us
+    usually very was wasn't we well were weren't what when where which while white who whom whose why will with within
+    without won't would wouldn't yellow you young your yourself""")
 # One of these straight after `plays` shows that it is a verb.
-OBJECTS = _set("""
-    a about across after all along an any around as at away back before behind beside by down during each every
-    for four from her him his how if in inside into it its many me my near no off on onto our out outside over
-    past some that the their them these this those three through to toward towards two under up us what with you
-    your
-""")
+OBJECTS = _set("""a about across after all along an any around as at away back before behind beside by down during
+    each every for four from her him his how if in inside into it its many me my near no off on onto our out outside
+    over past some that the their them these this those three through to toward towards two under up us what with
+    you your""")
 BE = _set("is are was were isn't aren't wasn't weren't")
 HAVE = _set("has have had hasn't haven't hadn't")
 DO = _set("do does did don't doesn't didn't")
@@ -194,74 +170,65 @@ MODALS = _set("will can could should would might must won't can't couldn't shoul
 QUESTION_WORDS = _set("what why how when where who which")
 SUBJECTS = _set("i he she we they who")
 OFTEN = _set("always usually often also just still ever")
-# Base forms that are seldom nouns, and base forms as often nouns: these need one of OBJECTS behind them.
-CLEAR = _set("""
-    accept achieve acquire add admire adopt affect afford allow announce anticipate appear apply appreciate arrive
-    ask attend avoid become begin believe belong bring build buy carry celebrate choose collaborate collect
-    communicate compare compete complete conclude condone confuse consider consist consume contain continue
-    contribute convince cook create decide defeat deliver derail describe destroy die dig discover dominate donate
-    earn eat eliminate employ enable encourage enhance enjoy enter evaporate exceed exist explain explore feel
-    fill find follow forget gather get give go graduate grow happen have hear hide hire identify improve include
-    inspire invent involve join keep kill know laugh learn listen live lose make marry meet melt obey observe
-    obtain occupy occur operate originate outnumber own participate perform possess pray precede prefer prepare
-    prevent prosper protect prove provide qualify receive recognize reduce refer reflect refuse rely remain
-    remember remove represent require resemble resist satisfy save say see seem sell send sing sink sit solve
-    speak spend steal submerge succeed suffer survive sustain take teach tell think threaten try understand wear
-    withdraw write
-""")
-NOUNLIKE = _set("""
-    act answer attack bake benefit break brush burn call catch change charge chase clean climb close cover cross
-    cry cut dance decline dream drink drive drop dry fall feed fight finish fish fit float fly fund gaze glance
-    hang harm hate heal help hit hold hug hunt hurt influence issue jump kick kiss land lay lead lean leap leave
-    lie lift look love match measure mix move need nest offer open order pack paint park pass pay pick plan plant
-    play pose pour practice print produce pull purchase push put race raise reach read respect rest return ride
-    rise roll run sail score serve set shake share shine shoot show skate sleep slide smell smile smoke spread
-    stand stare start stay stop study support surf swim swing talk taste throw tie touch travel trust turn use
-    visit vote wait walk want wash watch wave win work
-""")
-PAST = _set("""
-    ate became began came drank drove fell flew forgot gave got grew knew ran rode sang sat saw slept spoke stole
-    swam taught threw told took went wore wrote
-""")
-PARTICIPLES = _set("""
-    bought broke broken brought built caught done dug eaten fed felt found given gone got heard held hid hit kept
-    known lay led left lit lost made met paid put read said seen sent shown sold spent stood taken thought thrown
-    told understood won worn written
-""")
-NOT_PAST = _set("""
-    bleed bored colored excited feed gifted hundred indeed naked need sacred scared seed shed sled speed tired
-    weed
-""")
-NOT_ING = _set("""
-    according amazing anything being boring building ceiling clothing during evening everything including
-    interesting king morning nothing painting regarding something spring string thing wedding wing
-""")
-# With a form in -ing these make a compound ("ice skating", "go fishing") that nothing may split.
+# Base forms that are seldom nouns.
+CLEAR = _set("""accept achieve acquire add admire adopt affect afford allow announce anticipate appear apply appreciate
+    arrive ask attend avoid become begin believe belong bring build buy carry celebrate choose collaborate collect
+    communicate compare compete complete conclude condone confuse consider consist consume contain continue contribute
+    convince cook create decide defeat deliver derail describe destroy die dig discover dominate donate earn eat
+    eliminate employ enable encourage enhance enjoy enter evaporate exceed exist explain explore feel fill find follow
+    forget gather get give go graduate grow happen have hear hide hire identify improve include inspire invent involve
+    join keep kill know laugh learn listen live lose make marry meet melt obey observe obtain occupy occur operate
+    originate outnumber own participate perform possess pray precede prefer prepare prevent prosper protect prove
+    provide qualify receive recognize reduce refer reflect refuse rely remain remember remove represent require resemble
+    resist satisfy save say see seem sell send sing sink sit solve speak spend steal submerge succeed suffer survive
+    sustain take teach tell think threaten try understand wear withdraw write""")
+# Base forms that are nouns as often: these need one of OBJECTS after them.
+NOUNLIKE = _set("""act answer attack bake benefit break brush burn call catch change charge chase clean climb close
+    cover cross cry cut dance decline dream drink drive drop dry fall feed fight finish fish fit float fly fund gaze
+    glance hang harm hate heal help hit hold hug hunt hurt influence issue jump kick kiss land lay lead lean leap leave
+    lie lift look love match measure mix move need nest offer open order pack paint park pass pay pick plan plant play
+    pose pour practice print produce pull purchase push put race raise reach read respect rest return ride rise roll run
+    sail score serve set shake share shine shoot show skate sleep slide smell smile smoke spread stand stare start stay
+    stop study support surf swim swing talk taste throw tie touch travel trust turn use visit vote wait walk want wash
+    watch wave win work""")
+PAST = _set("""ate became began came drank drove fell flew forgot gave got grew knew ran rode sang sat saw slept spoke
+    stole swam taught threw told took went wore wrote""")
+PARTICIPLES = _set("""bought broke broken brought built caught done dug eaten fed felt found given gone got heard held
+    hid hit kept known lay led left lit lost made met paid put read said seen sent shown sold spent stood taken thought
+    thrown told understood won worn written""")
+NOT_PAST = _set("""bleed bored colored excited feed gifted hundred indeed naked need sacred scared seed shed sled speed
+    tired weed""")
+NOT_ING = _set("""according amazing anything being boring building ceiling clothing during evening everything including
+    interesting king morning nothing painting regarding something spring string thing wedding wing""")
+# With a form in -ing these make a compound ("ice skating", "go fishing"), which no adverb may split.
 COMPOUND = _set("apple body bull food go goes going went grocery hula ice rock roller sand ski snow water")
 # What may begin the rest of a question after its subject: "Is kale ... better than spinach?".
-PREDICATE = _set("""
-    a able an better bigger capable essential familiar important larger less likely more necessary older popular
-    safe safer similar smaller the unable unlikely worse
-""")
+PREDICATE = _set("""a able an better bigger capable essential familiar important larger less likely more necessary older
+    popular safe safer similar smaller the unable unlikely worse""")
 PLURAL = _set("people men women children humans fish police mice")
 NO_ADVERB_BEFORE = OFTEN | _set("not very too so all both about sometimes never already it he she they i we you there")
 NOT_LAST = _set("today now then afterwards afterward later yesterday tomorrow tonight together")
 
-BASE = CLEAR | NOUNLIKE
+
+def _third_person(bases: frozenset[str]) -> frozenset[str]:
+    """watches, carries, plays: both endings for each verb, since spellings that nobody uses do no harm."""
+    return frozenset(form for base in bases for form in (base + "s", re.sub("y$", "i", base) + "es"))
 
 
-def _third_person(bases: Iterable[str]) -> frozenset[str]:
-    """watches, carries, plays: both endings for each verb, since a spelling nobody uses harms nobody."""
-    return frozenset(stem + end for base in bases for stem, end in ((base, "s"), (re.sub("y$", "i", base), "es")))
+BASE, CLEAR_S, NOUNLIKE_S = CLEAR | NOUNLIKE, _third_person(CLEAR), _third_person(NOUNLIKE)
+AUXILIARIES, ACTIONS = BE | HAVE | DO | MODALS, (BASE | PAST | CLEAR_S | NOUNLIKE_S) - HAVE
 
 
-CLEAR_S, NOUNLIKE_S = _third_person(CLEAR), _third_person(NOUNLIKE)
+def insert(text: str, place: int, word: str) -> str:
+    """The text with one more word at a place from `places`, and one space around it. The rest stays."""
+    gap = f"{word} " if text[place : place + 1].isalnum() else f" {word}"
+    return text[:place] + gap + text[place:]
 
 
 def places(text: str) -> list[int]:
-    """Character offsets in `text` where an adverb may go: before a word, or behind a sentence's last word.
+    """Character offsets in `text` where an adverb may go: before a word, or after the last word of a sentence.
 
-    Text all in capitals has none.
+    Text that is all in capitals has none.
     """
     ends = [m.end() for m in re.finditer(r"(?<=[a-z\d]{2})[.?!]+(?=\s+[A-Z])", text)]
     bounds = zip([0, *ends], [*ends, len(text)], strict=True)
@@ -274,85 +241,69 @@ def _sentence(text: str, start: int, end: int) -> list[int]:
     raw = [text[a:b] for a, b in spans]
     w = [straight(word).lower() for word in raw]
     joined = [i > 0 and text[spans[i - 1][1] : spans[i][0]].isspace() for i in range(len(w))]
-    # A question's auxiliary stands before its subject; no adverb goes between them.
-    first = BE | HAVE | DO | MODALS
-    inverted = [i for i in range(len(w)) if w[i] in first and (not joined[i] or w[i - 1] in QUESTION_WORDS)]
+    adverb = [word.endswith("ly") and word.islower() and word not in BASE for word in raw]
+    # Which words may end a noun phrase, and which have what may be their object or complement after them.
+    noun = [not (w[i] in OPENERS or w[i].endswith("ing") or adverb[i]) for i in range(len(w))]
+    object_after = [w[i] in OBJECTS or not raw[i][0].islower() for i in range(1, len(w))] + [False]
+    # The auxiliary of a question stands before its subject. No adverb goes between them.
+    inverted = [i for i in range(len(w)) if w[i] in AUXILIARIES and (not joined[i] or w[i - 1] in QUESTION_WORDS)]
     aux = inverted[0] if inverted and text[start:end].rstrip().endswith("?") else -1
-    main = _main(w, raw, aux) if aux >= 0 else -1
-    fits = [
-        i
-        for i in range(1, len(w))
-        if joined[i] and raw[i].islower() and not _adverb(raw[i]) and w[i] not in NO_ADVERB_BEFORE
-        if i == main or i != aux + 1 and _fits(w, raw, i)
-    ]
+    main = _main(w, noun, object_after, aux) if aux >= 0 else -1
+    allowed = [i for i in range(1, len(w)) if joined[i] and raw[i].islower() and not adverb[i]]
+    allowed = [i for i in allowed if w[i] not in NO_ADVERB_BEFORE]
+    fits = [i for i in allowed if i == main or i != aux + 1 and _fits(w, noun, object_after, i)]
     found = [spans[i][0] for i in fits]
-    acts = any(w[i] in (BASE | PAST | CLEAR_S | NOUNLIKE_S) - HAVE or w[i].endswith("ing") or _past(w[i]) for i in fits)
+    acts = any(w[i] in ACTIONS or w[i].endswith("ing") or _past(w[i]) for i in fits)
     open_question = aux >= 0 and (w[0] in QUESTION_WORDS or w[aux] in BE)
-    if acts and not open_question and len(w) <= 10 and not _adverb(raw[-1]) and w[-1] not in NOT_LAST | OPENERS:
+    if acts and not open_question and len(w) <= 10 and not adverb[-1] and w[-1] not in NOT_LAST | OPENERS:
         if not text[spans[-1][1] : end].strip(" .?!"):
             found.append(spans[-1][1])
     return found
 
 
-def _main(w: list[str], raw: list[str], aux: int) -> int:
-    """Where the predicate of a question begins, after its subject: "Did Ann ... see it?"; -1 if unsure."""
+def _main(w: list[str], noun: list[bool], object_after: list[bool], aux: int) -> int:
+    """Where the predicate of a question begins, after its subject: "Did Ann ... see it?"; -1 if that is unsure."""
     if aux == 1 and w[aux] in MODALS and w[0] in ("what", "who") and w[2:] and w[2] in BASE:
         return 2  # What will ... happen?
     for i in range(aux + 2, len(w)):
-        after_noun = _noun(w, raw, i - 1) and w[i - 1] not in BASE and not _past(w[i - 1])
+        after_noun = noun[i - 1] and w[i - 1] not in BASE and not _past(w[i - 1])
         if w[aux] in BE:
             if w[i] == "to" or w[i] in QUESTION_WORDS:
                 return -1
-            if after_noun and (w[i] in PREDICATE or _past(w[i]) and _object(w, raw, i)):
+            if after_noun and (w[i] in PREDICATE or _past(w[i]) and object_after[i]):
                 return i
         elif after_noun or w[i - 1] in SUBJECTS | OFTEN | {"you", "it"}:
-            if w[i] in CLEAR | {"do"} or w[i] in NOUNLIKE and _object(w, raw, i):
+            if w[i] in CLEAR | {"do"} or w[i] in NOUNLIKE and object_after[i]:
                 return i
     return -1
 
 
-def _fits(w: list[str], raw: list[str], i: int) -> bool:
+def _fits(w: list[str], noun: list[bool], object_after: list[bool], i: int) -> bool:
     """May an adverb go between words i - 1 and i of a statement?"""
-    prev, word, object_follows = w[i - 1], w[i], _object(w, raw, i)
-    after_noun = _noun(w, raw, i - 1)
+    prev, word = w[i - 1], w[i]
     if prev == "to":  # to ... eat
         return word in BASE - {"work", "sleep", "park"}
     if prev in BE | MODALS | DO - {"do", "does", "did"} | {"be", "been", "am"}:  # a man is ... eating
-        noun_or_there = i == 1 or w[i - 2] in ("there", "here", "a", "the", "trash")
-        return not noun_or_there and word not in BE | HAVE | DO | MODALS
+        return i > 1 and w[i - 2] not in ("there", "here", "a", "the", "trash") and word not in AUXILIARIES
     if prev in HAVE:  # they have ... eaten
         return word == "been" or _past(word)
     if prev in SUBJECTS:  # she ... eats
         return word not in OPENERS or word in HAVE
     if word.endswith("ing") and word not in NOT_ING:  # a man ... eating an apple
-        phrase = after_noun and prev not in COMPOUND and not prev.endswith("'s")
-        return prev in ("while", "by", "without") or phrase and object_follows
-    if not after_noun and prev not in OFTEN:
+        phrase = noun[i - 1] and prev not in COMPOUND and not prev.endswith("'s")
+        return prev in ("while", "by", "without") or phrase and object_after[i]
+    if not noun[i - 1] and prev not in OFTEN:
         return False
     plural = prev in PLURAL or prev.endswith("s") and not prev.endswith(("ss", "us", "is", "'s"))
     if word in BASE and plural:  # people ... eat
-        return word in CLEAR or object_follows or i == 1
+        return word in CLEAR or object_after[i] or i == 1
     if word in NOUNLIKE_S and not plural or _past(word):  # a man ... plays in a park
-        return object_follows
+        return object_after[i]
     return word in CLEAR_S | PAST | HAVE  # a man ... eats
-
-
-def _noun(w: list[str], raw: list[str], i: int) -> bool:
-    """May word i end a noun phrase?"""
-    return w[i] not in OPENERS and not w[i].endswith("ing") and not _adverb(raw[i])
-
-
-def _object(w: list[str], raw: list[str], i: int) -> bool:
-    """Is word i followed by what may be its object or complement?"""
-    return i + 1 < len(w) and (w[i + 1] in OBJECTS or not raw[i + 1][0].islower())
 
 
 def _past(word: str) -> bool:
     return word in PARTICIPLES or word.endswith("ed") and len(word) > 3 and word not in NOT_PAST
-
-
-def _adverb(word: str) -> bool:
-    return word.endswith("ly") and word.islower() and word not in BASE
 
 
 if __name__ == "__main__":
