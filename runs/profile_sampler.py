@@ -1,9 +1,9 @@
-"""Where a decode step's time goes, before and after: the plain sampler (tests/plain.py) and rollout.py's.
+"""Where a decode step's time goes, in the plain sampler (tests/plain.py) and in rollout.py's.
 
     python runs/profile_sampler.py MODEL [PROMPTS [SAMPLES [TOKENS]]]
 
-Each sampler draws 2 and then TOKENS tokens with none ending a turn; by operation, the difference of the profiler's own
-times is what the steps between took. The prompts are bench.py's.
+Each sampler draws 2 tokens and then TOKENS tokens, and nothing ends a turn. The difference of the profiler's times, by
+operation, is what the steps between took. The prompts are lab/bench.py's.
 """
 
 import sys
@@ -16,13 +16,13 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import plain  # noqa: E402
 
 import model as models  # noqa: E402
-import report  # noqa: E402
 import rollout  # noqa: E402
-from lab.rates import introduce, make_prompts  # noqa: E402
+from lab.bench import introduce, make_prompts  # noqa: E402
+from run.progress import Parser  # noqa: E402
 
 
 def times(sampler, prompts, samples: int, new: int) -> dict[str, float]:
-    """Milliseconds by operation, each without those it calls."""
+    """Milliseconds by operation, each without the operations that it calls."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         sampler.generate(prompts, samples, new)
     return {event.key: event.self_cpu_time_total / 1e3 for event in recorded.key_averages()}
@@ -44,7 +44,7 @@ def show(folder: str, count: int, samples: int, new: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = report.Parser(prog="profile_sampler.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="profile_sampler.py", description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory, or hub id in the local cache")
     for name, usual, what in (("prompts", 16, "made-up prompts"), ("samples", 8, "of each"), ("tokens", 26, "of each")):
         parser.add_argument(name, metavar=name.upper(), nargs="?", type=int, default=usual, help=what)

@@ -1,4 +1,4 @@
-"""bench.py: prompts as asked for, operations as PyTorch's own counter has them, figures that hang together."""
+"""lab.bench: prompts as asked for, operations as PyTorch's own counter has them, consistent figures."""
 
 import json
 import resource
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import model as models
-from lab import bench, bench_train, rates
+from lab import bench
 from rollout import Sampler
 from run import lora
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("length", [40, 128])
 def test_prompts(folder, length):
-    prompts = rates.make_prompts(models.Tokenizer(folder), 8, length)
+    prompts = bench.make_prompts(models.Tokenizer(folder), 8, length)
     lengths = [len(p) for p in prompts]
     assert 0.8 * length <= min(lengths) < 0.9 * length and 1.1 * length < max(lengths) <= 1.2 * length
     assert len({tuple(p) for p in prompts}) == 8
@@ -35,9 +35,9 @@ def test_prompts(folder, length):
 def test_operations(folder):
     """Products of prefill and decode, against PyTorch's count of the same forward passes."""
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
-    prompts = rates.make_prompts(tokenizer, 3, 40)
+    prompts = bench.make_prompts(tokenizer, 3, 40)
     answers = Sampler(network).generate(prompts, 4, 10)
-    bound = bench.limit(network, prompts, answers, 128)
+    bound = bench.rollout_limit(network, prompts, answers, 128)
     fed = sum(len(c.tokens) - 1 for group in answers for c in group)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.hidden(torch.zeros(1, sum(map(len, prompts)), dtype=torch.int64))
@@ -68,8 +68,8 @@ def test_against_transformers(folder, tmp_path, monkeypatch):
     """Both draw; forced, both draw all tokens, and the tokens counted are those up to the end of a turn."""
     pytest.importorskip("transformers")
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
-    theirs = bench.Theirs(folder, [tiny.END, tiny.STOP], network)
-    prompts = rates.make_prompts(tokenizer, 3, 40)
+    theirs = bench.Transformers(folder, [tiny.END, tiny.STOP], network)
+    prompts = bench.make_prompts(tokenizer, 3, 40)
     assert theirs.generate(prompts, 4, 10, forced=True) == 120
     counts = {theirs.generate(prompts, 4, 10, forced=False) for _ in range(5)}
     assert 12 <= min(counts) < max(counts) <= 120
@@ -95,16 +95,14 @@ def test_drawn_weights(folder, tmp_path, capsys, monkeypatch):
     assert bench.main([str(x) for x in ["rollout", *given, "--against", "transformers", "--json", file]]) == 0
     figures = json.loads(file.read_text())
     assert figures["tokens"] > 30 and figures["ratio"] > 0
-    network = rates.random_network(str(bare), torch.device("cpu"))
+    network = bench.random_network(str(bare), torch.device("cpu"))
     assert all(w.isfinite().all() for w in network.parameters()) and network.embed_tokens.weight.std() > 0.01
     assert torch.equal(network.frequencies, models.load(folder).frequencies)
     given += ["--micro", 1, "--lora", 2, "--recompute", "--json", file]
     trained = []
     with monkeypatch.context() as patch:
-        optimizer = bench_train.train.Optimizer
-        patch.setattr(
-            bench_train.train, "Optimizer", lambda network, *rest: trained.append(network) or optimizer(network, *rest)
-        )
+        policy = bench.Policy
+        patch.setattr(bench, "Policy", lambda network, *rest: trained.append(network) or policy(network, *rest))
         assert bench.main([str(x) for x in ["train", *given]]) == 0
     assert len(lora.adapters(trained[0])) == 8 and trained[0].recompute  # four layers of each block
     assert list(json.loads(file.read_text())["phases"]) == ["labels", "rollout", "forward", "backward", "optimizer"]
@@ -133,9 +131,9 @@ def test_mistakes(folder, capsys, changes, words):
 def test_operations_of_a_step(folder):
     """Forward and backward of packed groups, against PyTorch's count of the products in them."""
     network, tokenizer = models.load(folder), models.Tokenizer(folder)
-    prompts = rates.make_prompts(tokenizer, 2, 40)
+    prompts = bench.make_prompts(tokenizer, 2, 40)
     groups = list(zip(prompts, Sampler(network).generate(prompts, 3, 10), strict=True))
-    bound = bench_train.step_limit(network.config, groups, torch.device("cpu"), torch.float32)
+    bound = bench.step_limit(network.config, groups, torch.device("cpu"), torch.float32)
     packed = grpo.pack([(p, [c.tokens for c in group]) for p, group in groups])
     assert (bound["tokens_in"], bound["tokens_scored"]) == (packed.tokens.numel(), len(packed.targets))
     with FlopCounterMode(display=False) as counter:
@@ -148,7 +146,7 @@ def test_operations_of_a_step(folder):
     with FlopCounterMode(display=False) as counter:
         network.head(network.hidden(packed.tokens)[0, packed.sources]).sum().backward()
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    bound = bench_train.step_limit(network.config, groups, torch.device("cpu"), torch.float32, True, True)
+    bound = bench.step_limit(network.config, groups, torch.device("cpu"), torch.float32, True, True)
     assert bound["tflop"] * 1e12 == pytest.approx(products, rel=0.25)  # the adapters' own are not counted
 
 
@@ -157,8 +155,8 @@ def test_train_command(folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
     ballast = torch.ones(500_000_000)  # 2 GB that are this process's
-    order, alone, load = [], bench_train.alone, models.load
-    monkeypatch.setattr(bench_train, "alone", lambda *given: order.append("theirs") or alone(*given))
+    order, alone, load = [], bench.alone, models.load
+    monkeypatch.setattr(bench, "alone", lambda *given: order.append("theirs") or alone(*given))
     monkeypatch.setattr(models, "load", lambda *given: order.append("ours") or load(*given))
     flags = ["train", "--model", folder, "--count", 4, "--samples", 4, "--new", 12, "--length", 40, "--micro", 2,
              "--repeats", 2, "--against", "trl", "--json", tmp_path / "figures.json"]  # fmt: skip
@@ -172,10 +170,10 @@ def test_train_command(folder, tmp_path, capsys, monkeypatch):
     assert len(figures["ours"]) == len(figures["generating"]) == len(figures["fed"]) == 2
     for pair, run in zip(figures["generating"], figures["ours"], strict=True):
         assert pair["ours_s"] == pytest.approx(sum(run.values())) and pair["labels_s"] == run["labels"] > 0
-        rates = pair["theirs_s"] / pair["theirs_tokens"], pair["ours_s"] / pair["ours_tokens"]
-        assert pair["ratio"] == pytest.approx(rates[0] / rates[1])
+        per_token = pair["theirs_s"] / pair["theirs_tokens"], pair["ours_s"] / pair["ours_tokens"]
+        assert pair["ratio"] == pytest.approx(per_token[0] / per_token[1])
         without = (pair["ours_s"] - pair["labels_s"]) / pair["ours_tokens"]
-        assert pair["ratio_without_labels"] == pytest.approx(rates[0] / without)
+        assert pair["ratio_without_labels"] == pytest.approx(per_token[0] / without)
     for pair in figures["fed"]:
         assert pair["ratio"] == pytest.approx(pair["theirs_s"] / pair["ours_s"])
     for key, what in (("generating_ratio", "per new token, our labels included"),
@@ -190,10 +188,11 @@ def test_train_command(folder, tmp_path, capsys, monkeypatch):
 
 
 PEAK = """
-import torch, rates
-before = rates.peak_memory(torch.device("cpu"))
+import torch
+from lab import bench
+before = bench.peak_memory(torch.device("cpu"))
 torch.ones(50_000_000).sum()
-print(before, rates.peak_memory(torch.device("cpu")))
+print(before, bench.peak_memory(torch.device("cpu")))
 """
 
 
@@ -207,24 +206,24 @@ def test_peak_memory():
 
 def test_peak_memory_without_vmhwm(monkeypatch):
     """Some kernels' /proc has no such line."""
-    monkeypatch.setattr(rates.Path, "read_text", lambda self: "Name:\tpython\nVmRSS:\t   12 kB\n")
+    monkeypatch.setattr(bench.Path, "read_text", lambda self: "Name:\tpython\nVmRSS:\t   12 kB\n")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but for macOS's bytes
-    peak = rates.peak_memory(torch.device("cpu"))
+    peak = bench.peak_memory(torch.device("cpu"))
     assert peak == pytest.approx(most * (1 if sys.platform == "darwin" else 1024) / 1e9) and 0.05 < peak < 50
 
 
 def test_a_process_that_dies():
     """As one that is killed for memory: a line says what to change."""
-    with pytest.raises(ValueError, match="TRL's process died, perhaps for want of memory; lower --micro"):
-        bench_train.alone(signal.raise_signal, signal.SIGKILL)
+    with pytest.raises(ValueError, match="TRL's process died, perhaps because memory ran out; lower --micro"):
+        bench.alone(signal.raise_signal, signal.SIGKILL)
 
 
 def test_what_trl_is_fed(folder, tmp_path):
     """TRL trains on our tokens, all of them, each with its prompt; by itself it samples as many as it should."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    prompts = rates.make_prompts(models.Tokenizer(folder), 2, 40)
-    theirs = bench_train.Trl(folder, prompts, 4, 12, 1, str(tmp_path))
+    prompts = bench.make_prompts(models.Tokenizer(folder), 2, 40)
+    theirs = bench.Trl(folder, prompts, 4, 12, 1, str(tmp_path))
     seen, loss = [], theirs.trainer.compute_loss
 
     def spied(model, inputs, *rest, **more):
