@@ -4,9 +4,9 @@ Llama 3 / 3.1 / 3.2 (SmolLM2 is one) and Qwen 2 / 2.5 / 3 (dense) are the same n
 
     x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
 
-up to five switches, which config.json sets and `Config` holds: the RoPE scaling, RMSNorm on each head's q and k
-(Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that need not be hidden / heads.
-Whatever else a config asks for is refused, never ignored.
+except for five switches, which config.json sets and `Config` holds: the RoPE scaling, RMSNorm on each head's q and k
+(Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that may differ from hidden / heads.
+A config that asks for anything else is refused.
 
 Axes: B batch, T time, H heads, K key/value heads, D head dim, V vocabulary, E hidden size, M inner size of the MLP.
 Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models), Qwen3 2505.09388. Tensors
@@ -58,93 +58,75 @@ class Config:
     raw: dict  # config.json as read; `save` writes it back
 
     @property
-    def part_rows(self) -> dict[str, int]:
-        """Output rows of each part of the two fused layers (Attention.qkv_proj, MLP.gate_up_proj)."""
+    def fused(self) -> dict[str, dict[str, int]]:
+        """The two fused layers: their parts in order, each with its number of output rows."""
         q, kv, M = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
-        return {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": M, "up_proj": M}
+        return {"qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv}, "gate_up_proj": {"gate_proj": M, "up_proj": M}}
 
     @classmethod
     def from_json(cls, raw: dict, generation: dict | None = None, where: str = "config.json") -> "Config":
         """From config.json and generation_config.json, parsed. ValueError for what is not implemented here."""
-
-        def refuse(what: str):
-            raise ValueError(f"{where}: {what}")
-
-        family = raw.get("model_type")
-        if family not in ("llama", "qwen2", "qwen3"):
-            refuse(f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model")
+        family, heads = raw.get("model_type"), raw.get("num_attention_heads")
+        kv_heads = raw.get("num_key_value_heads") or heads
         names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
                  "layers": "num_hidden_layers", "heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
                  "context": "max_position_embeddings"}  # fmt: skip
-        if wrong := [k for k in names.values() if not isinstance(raw.get(k), int | float) or not raw[k] > 0]:
-            refuse(f"needs a number above 0 for {', '.join(wrong)}; use the config.json of the weights")
+        wrong = [k for k in names.values() if not isinstance(raw.get(k), int | float) or not raw[k] > 0]
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
         rope = raw.get("rope_parameters")
-        if rope is None:
-            scaling = raw.get("rope_scaling") or {}
-            rope = scaling | {"rope_theta": raw.get("rope_theta")} if isinstance(scaling, dict) else scaling
-        if not isinstance(rope, dict) or rope.get("rope_theta") is None:
-            refuse("has no rope_theta, in rope_parameters or by itself; use the config.json of the weights")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            refuse(f"rope_type {rope_type!r} is not implemented; use a model with 'default' or 'llama3'")
+        if rope is None and isinstance(scaling := raw.get("rope_scaling") or {}, dict):
+            rope = scaling | {"rope_theta": raw.get("rope_theta")}
+        rope = rope if isinstance(rope, dict) else {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        keys = keys if rope_type == "llama3" else ()
-        if lacking := [k for k in keys if rope.get(k) is None]:
-            refuse(f"the llama3 rope scaling lacks {', '.join(lacking)}; use the config.json of the weights")
+        keys = keys if kind == "llama3" else ()
+        missing = [k for k in keys if rope.get(k) is None]
         end = (generation or {}).get("eos_token_id")
         end = raw.get("eos_token_id") if end is None else end
         end = tuple(end) if isinstance(end, list) else () if end is None else (end,)
-        for there, what in (
-            (not all(isinstance(i, int) for i in end), f"eos_token_id {end}"),
-            (raw.get("use_sliding_window"), "use_sliding_window (attention to the last tokens only)"),
-            ("sliding_attention" in (raw.get("layer_types") or ()), "sliding_attention (in layer_types)"),
-            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
-            ((rope | raw).get("partial_rotary_factor") not in (None, 1), "partial_rotary_factor"),
-            (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
-            (raw.get("quantization_config"), "quantization_config"),
-        ):
-            if there:
-                refuse(f"{what} is not implemented; use a model without it")
-        heads = raw["num_attention_heads"]
-        kv_heads = raw.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; fetch it again")
+        without, right = "is not implemented; use a model without it", "use the config.json of the weights"
+        for found, problem in (
+            (family not in ("llama", "qwen2", "qwen3"),
+             f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model"),
+            (wrong, f"needs a number above 0 for {', '.join(wrong)}; {right}"),
+            (rope.get("rope_theta") is None, f"has no rope_theta, in rope_parameters or by itself; {right}"),
+            (kind not in ("default", "llama3"),
+             f"rope_type {kind!r} is not implemented; use a model with 'default' or 'llama3'"),
+            (missing, f"the llama3 rope scaling lacks {', '.join(missing)}; {right}"),
+            (not all(isinstance(i, int) for i in end), f"eos_token_id {end} {without}"),
+            (raw.get("use_sliding_window"), f"use_sliding_window (attention to the last tokens only) {without}"),
+            ("sliding_attention" in (raw.get("layer_types") or ()), f"sliding_attention (in layer_types) {without}"),
+            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r} {without}"),
+            ((rope | raw).get("partial_rotary_factor") not in (None, 1), f"partial_rotary_factor {without}"),
+            (raw.get("attention_bias") or raw.get("mlp_bias"), f"attention_bias or mlp_bias {without}"),
+            (raw.get("quantization_config"), f"quantization_config {without}"),
+            (not wrong and heads % kv_heads,
+             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; fetch it again"),
+        ):  # fmt: skip
+            if found:
+                raise ValueError(f"{where}: {problem}")
         return cls(
-            **{ours: raw[theirs] for ours, theirs in names.items()},
-            family=family,
-            kv_heads=kv_heads,
-            # A field of its own: Qwen3-4B has hidden 2560, 32 heads, head_dim 128.
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            rope_theta=float(rope["rope_theta"]),
-            rope_scaling={k: float(rope[k]) for k in keys} or None,
-            end_of_turn=end,
-            raw=raw,
-        )
+            **{ours: raw[theirs] for ours, theirs in names.items()}, family=family, kv_heads=kv_heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,  # Qwen3-4B: 128, with hidden 2560, 32 heads
+            tied=bool(raw.get("tie_word_embeddings", False)), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            rope_theta=float(rope["rope_theta"]), rope_scaling={k: float(rope[k]) for k in keys} or None,
+            end_of_turn=end, raw=raw,
+        )  # fmt: skip
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis; fp32 inside, cast back *before* the weight, as Hugging Face does."""
-
-    def __init__(self, size: int, eps: float, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) · weight over the last axis. fp32 inside, cast back *before* the weight, as Hugging Face does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angular frequencies (D/2,) in radians per token, fp32. Llama-3.1's scaling slows down the slow ones."""
+    """Angular frequencies (D/2,) in radians per token, fp32. Llama-3.1's scaling lowers the low ones."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponent)
-    if config.rope_scaling is None:
+    frequencies, s = 1.0 / (config.rope_theta**exponent), config.rope_scaling
+    if s is None:
         return frequencies
-    s = config.rope_scaling
     turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the original context
     # 0 below low_freq_factor turns: the frequency is divided by the factor. 1 above high_freq_factor: it stays.
     smooth = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
@@ -171,7 +153,7 @@ def plain_attention(mask: Tensor | None = None):
 
 
 class Attention(nn.Module):
-    """q, k and v are one matrix, with their rows in that order: one product instead of three. Files hold the parts."""
+    """q, k and v are one matrix, with their rows in this order: one product instead of three. Files hold the parts."""
 
     def __init__(self, config: Config, layer: int, dtype=None):
         super().__init__()
@@ -180,8 +162,7 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(E, (H + 2 * K) * D, bias=config.qkv_bias, dtype=dtype)
         self.o_proj = nn.Linear(H * D, E, bias=False, dtype=dtype)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.norm_eps, dtype)
-            self.k_norm = RMSNorm(D, config.norm_eps, dtype)
+            self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps, dtype=dtype) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         B, T, _ = x.shape
@@ -212,9 +193,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int, dtype=None):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.self_attn = Attention(config, layer, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype)
 
     def forward(self, x, *args) -> Tensor:
@@ -223,7 +204,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network. Parameters have Hugging Face's names without "model.", except the fused ones (`named_tensors`)."""
+    """The network. Parameters have Hugging Face's names without "model.", except fused ones: see `named_tensors`."""
 
     def __init__(self, config: Config, dtype: torch.dtype | None = None):
         super().__init__()
@@ -232,7 +213,7 @@ class Transformer(nn.Module):
         self.source: Path | None = None  # the directory that `load` read; `save` copies the tokenizer from it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         # No file holds this buffer. It must stay fp32: never cast the whole module.
@@ -249,15 +230,14 @@ class Transformer(nn.Module):
     def named_tensors(self, of=lambda parameter: parameter) -> dict[str, Tensor]:
         """{Hugging Face's name without "model.": tensor}; parts of fused parameters are views of them.
 
-        of: what to take of each parameter, by default the parameter itself; its .grad, for instance.
+        of: what to take of each parameter, such as its .grad; by default the parameter itself.
         """
-        tensors, rows = {}, self.config.part_rows
-        fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        tensors = {}
         for name, parameter in self.named_parameters():
-            whole = name.split(".")[-2]
-            if parts := fused.get(whole):
-                pieces = of(parameter).split([rows[part] for part in parts])
-                tensors |= {name.replace(whole, part): piece for part, piece in zip(parts, pieces, strict=True)}
+            layer = name.split(".")[-2]
+            if rows := self.config.fused.get(layer):
+                pieces = of(parameter).split(list(rows.values()))
+                tensors |= {name.replace(layer, part): piece for part, piece in zip(rows, pieces, strict=True)}
             else:
                 tensors[name] = of(parameter)
         return tensors
@@ -265,21 +245,18 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
         """Final normalised states (B, T, E) of tokens (B, T) int64.
 
-        positions (B, T): of each token in its text, 0.. by default. mask (B, 1, T, T) bool: True
-        where a query may see a key; causal by default. attend: instead of a mask, see `plain_attention`.
+        positions (B, T): of each token in its text, 0, 1, … by default. mask (B, 1, T, T) bool: True where a query may
+        see a key, causal by default. attend: in place of the mask, see `plain_attention`.
         """
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
-        cos, sin = angles.cos(), angles.sin()
-        attend = attend or plain_attention(mask)
+        args = angles.cos(), angles.sin(), attend or plain_attention(mask)
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, attend)
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
         return self.norm(x)
 
     def head(self, states: Tensor) -> Tensor:
@@ -306,7 +283,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map; fetch it again")
         files = [folder / name for name in sorted(set(shards.values()))]
     if absent := [f.name for f in files if not f.is_file()]:
-        pickles = any(folder.glob("*.bin")) and "; .bin files are pickles and are not read, convert them" or ""
+        pickles = "; .bin files are pickles and are not read, convert them" if any(folder.glob("*.bin")) else ""
         raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
     return files
 
@@ -325,38 +302,35 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
     A PEFT adapter gives the base that it names, with the adapter beside it. dtype: by default fp32 on CPU, bf16
-    elsewhere. Every tensor of the model is loaded exactly once and every tensor in the files is used. ValueError,
-    naming the tensor, otherwise.
+    elsewhere. ValueError names the tensor that the files lack, hold twice, or hold without a place in the model.
     """
     folder = locate(path)
     if (folder / "adapter_config.json").exists():
         base, rank, alpha, targets = lora.read_config(folder)
         if (locate(base) / "adapter_config.json").exists():
-            raise ValueError(
-                f"{folder}: its base {base} is an adapter too; merge that into its own base first, with PEFT"
-            )
+            raise ValueError(f"{folder}: its base {base} is an adapter too; merge that with PEFT into its own base")
         model = lora.attach(load(base, device, dtype), rank, alpha, targets)
         lora.read_tensors(model, folder)
         return model
     model = empty(folder, device, dtype)
-    places, seen = model.named_tensors(lambda parameter: parameter.data), set()
-    files = weight_files(folder)
-    tied = {"lm_head.weight": torch.empty_like(places["embed_tokens.weight"])} if model.config.tied else {}
-    for file in files:
+    places, seen, head = model.named_tensors(lambda parameter: parameter.data), set(), {}
+    embedding = places["embed_tokens.weight"]
+    if model.config.tied:
+        head = {"lm_head.weight": torch.empty_like(embedding)}  # old files hold it too
+    for file in weight_files(folder):
         try:
             with safetensors.safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                    short = name.removeprefix("model.")
                     if name.endswith("rotary_emb.inv_freq"):
                         continue  # old files hold it; we compute it
-                    short = name.removeprefix("model.")
                     if short in seen:
                         raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
-                    if (place := (places | tied).get(short)) is None:
-                        what = f"holds {short}, for which config.json has no place"
-                        raise ValueError(f"{folder} {what}; fetch both again")
-                    if (found := shard.get_slice(name).get_shape()) != list(place.shape):
-                        what = f"{short} has shape {tuple(found)}, config.json says {tuple(place.shape)}"
-                        raise ValueError(f"{folder}: {what}; fetch both again")
+                    if (place := places.get(short, head.get(short))) is None:
+                        raise ValueError(f"{folder} holds {short}, config.json has no such tensor; fetch both again")
+                    found, wanted = tuple(shard.get_slice(name).get_shape()), tuple(place.shape)
+                    if found != wanted:
+                        raise ValueError(f"{folder}: {short} is {found}, config.json says {wanted}; fetch both again")
                     place.copy_(shard.get_tensor(name))
                     seen.add(short)
         except (OSError, safetensors.SafetensorError) as error:
@@ -364,7 +338,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     if missing := [name for name in places if name not in seen]:
         shape = tuple(places[missing[0]].shape)
         raise ValueError(f"{folder} lacks the tensor {missing[0]} {shape}; fetch the weights again")
-    if "lm_head.weight" in seen and tied and not torch.equal(tied["lm_head.weight"], places["embed_tokens.weight"]):
+    if head.keys() & seen and not torch.equal(head["lm_head.weight"], embedding):
         raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     model.source = folder
     return model
@@ -388,44 +362,43 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: float = 5e9, also=()) -> None:
     """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
 
-    Of a model with adapters it writes a PEFT adapter with the tokenizer. `path` must not exist or be empty; it gets its
-    name only when complete. also: (name, text) of further files in it.
+    A model with adapters is written as a PEFT adapter with the tokenizer. `path` must be new or an empty folder; it
+    gets its name only when it is complete. also: (name, text) of further files in it.
     """
+    if lora.adapters(model):
+        tensors = {"adapter_model.safetensors": lora.peft_tensors(model)}
+        values = {"adapter_config.json": lora.peft_config(model)}
+    else:
+        tensors, values = whole_model(model, shard_bytes)
     with whole_folder(path) as partial:
-        if lora.adapters(model):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in lora.peft_tensors(model).items()}
-            write_tensors(tensors, partial / "adapter_model.safetensors")
-            texts = {"adapter_config.json": json.dumps(lora.peft_config(model), indent=2) + "\n"}
-        else:
-            texts = save_weights(model, partial, shard_bytes)
-        for name in COMPANIONS:
-            if model.source and name not in texts and (model.source / name).exists():
+        for name, shard in tensors.items():
+            write_tensors({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, partial / name)
+        for name, value in values.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        for name in COMPANIONS:  # the source's generation_config.json goes before ours: it says more
+            if model.source and (model.source / name).exists():
                 shutil.copyfile(model.source / name, partial / name)
-        for name, text in [*texts.items(), ("README.md", card or "A model saved by faith's model.save.\n"), *also]:
+        for name, text in [("README.md", card or "A model saved by faith's model.save.\n"), *also]:
             (partial / name).write_text(text)
 
 
-def save_weights(model: Transformer, folder: Path, shard_bytes: float) -> dict[str, str]:
-    """Writes the safetensors files; returns the JSON files that belong to them, {name: text}."""
+def whole_model(model: Transformer, shard_bytes: float) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+    """What files to write: {safetensors file: its tensors}, {JSON file: its value}."""
     shards, size = [{}], 0
     for name, tensor in model.named_tensors(torch.Tensor.detach).items():
-        tensor = tensor.cpu().contiguous()
         if size and size + tensor.nbytes > shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][name if name == "lm_head.weight" else "model." + name] = tensor
         size += tensor.nbytes
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(names) > 1 else ["model.safetensors"]
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(shard, folder / file)
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
     config, generation = dict(model.config.raw), {"eos_token_id": list(model.config.end_of_turn)}
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
     values = {"config.json": config, "generation_config.json": generation}
-    if len(names) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        values["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": where}
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}, values
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    where = {name: file for file, shard in files.items() for name in shard}
+    return files, values | {"model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": where}}
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
     y = W x + (alpha / r) · B A x,   A (r, in) random, B (out, r) zero at first, both fp32
 
 An update changes a few per cent of the numbers or fewer, and the sampler and the trainer share the frozen weights.
-Adding the update to bf16 weights and subtracting it again would drift. The reference model of a KL is the same model
-`without` its adapters.
+They are not merged, because adding the update to bf16 weights and subtracting it again would drift. The reference
+model of a KL is the same model `without` its adapters.
 
-q, k and v are one matrix here (model.py), and so are gate and up; in files each has its own A and B, as PEFT writes
+q, k and v are one matrix here (model.py), and so are gate and up. In files each has its own A and B, as PEFT writes
 them. model.load and model.save read and write PEFT adapters with the functions below.
 """
 
 import contextlib
 import math
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -20,17 +21,14 @@ from torch import Tensor, nn
 
 from run import files
 
-# The fused layers of a block and their parts, in the order of their rows.
-LAYERS = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj": ("o_proj",),
-          "mlp.gate_up_proj": ("gate_proj", "up_proj"), "mlp.down_proj": ("down_proj",)}  # fmt: skip
-TARGETS = tuple(part for parts in LAYERS.values() for part in parts)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRA(nn.Module):
     """A frozen linear layer and the updates of some of its parts."""
 
     def __init__(self, base: nn.Linear, rows: dict[str, int], targets, rank: int, scale: float):
-        """rows: the output rows of each part, in order; the parts in `targets` get an update, scaled by `scale`."""
+        """rows: the number of output rows of each part, in order. The parts in `targets` get an update, times scale."""
         super().__init__()
         self.base, self.rows, self.scale, self.on = base.requires_grad_(False), rows, scale, True
         kind = dict(dtype=torch.float32, device=base.weight.device)
@@ -50,22 +48,20 @@ class LoRA(nn.Module):
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
-    """Freezes a Transformer and puts adapters beside the `targets` of each block, in place; they change nothing yet."""
-    if unknown := set(targets) - set(TARGETS):
-        raise ValueError(f"no layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}")
-    generator, sizes = torch.Generator().manual_seed(seed), network.config.part_rows
-    network.requires_grad_(False)
+    """Freezes a Transformer and puts adapters beside the `targets` of each block, in place. They change nothing yet."""
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}")
+    generator, network = torch.Generator().manual_seed(seed), network.requires_grad_(False)
     for block in network.layers:
-        for path, parts in LAYERS.items():
-            if some := [part for part in parts if part in targets]:
-                parent, name = path.split(".")
-                base = getattr(getattr(block, parent), name)
-                rows = {part: sizes.get(part, base.out_features) for part in parts}
+        attention, mlp = block.self_attn, block.mlp
+        for parent, name in ((attention, "qkv_proj"), (attention, "o_proj"), (mlp, "gate_up_proj"), (mlp, "down_proj")):
+            base = getattr(parent, name)
+            rows = network.config.fused.get(name, {name: base.out_features})
+            if some := [part for part in rows if part in targets]:
                 adapter = LoRA(base, rows, some, rank, alpha / rank)
                 for a in adapter.A.values():  # as PEFT draws them: uniform within 1 / √in
-                    drawn = torch.rand(a.shape, generator=generator) * 2 - 1
-                    a.data.copy_(drawn / math.sqrt(base.in_features))
-                setattr(getattr(block, parent), name, adapter)
+                    a.data.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(base.in_features))
+                setattr(parent, name, adapter)
     return network
 
 
@@ -75,14 +71,13 @@ def adapters(network: nn.Module) -> list[LoRA]:
 
 @contextlib.contextmanager
 def without(network: nn.Module):
-    """The network without its adapters, for a while."""
-    some = adapters(network)
-    for adapter in some:
-        adapter.on = False
+    """Turns the adapters of a network off inside a `with`."""
     try:
+        for adapter in adapters(network):
+            adapter.on = False
         yield
     finally:
-        for adapter in some:
+        for adapter in adapters(network):
             adapter.on = True
 
 
@@ -91,15 +86,9 @@ def without(network: nn.Module):
 
 def peft_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under PEFT's names."""
-    tensors = {}
-    for i, block in enumerate(network.layers):
-        for path in LAYERS:
-            parent, name = path.split(".")
-            layer = getattr(getattr(block, parent), name)
-            for letter, parts in (("A", layer.A), ("B", layer.B)) if isinstance(layer, LoRA) else ():
-                for part, tensor in parts.items():
-                    tensors[f"base_model.model.model.layers.{i}.{parent}.{part}.lora_{letter}.weight"] = tensor.data
-    return tensors
+    pattern = re.compile(r"(.+)\.\w+\.([AB])\.(\w+)")  # layers.0.mlp.gate_up_proj.A.up_proj
+    found = ((pattern.fullmatch(name), weight.data) for name, weight in network.named_parameters())
+    return {f"base_model.model.model.{m[1]}.{m[3]}.lora_{m[2]}.weight": weight for m, weight in found if m}
 
 
 def peft_config(network: nn.Module) -> dict:
@@ -122,20 +111,17 @@ def read_config(folder: Path) -> tuple[str, int, float, list[str]]:
     refused = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "rank_pattern",
                "alpha_pattern", "layers_to_transform", "layer_replication", "target_parameters",
                "alora_invocation_tokens", "lora_bias")  # fmt: skip
-    for key, values in (allowed | dict.fromkeys(refused, ())).items():
-        if settings.get(key) and settings[key] not in values:
+    for key, known in (allowed | dict.fromkeys(refused, ())).items():
+        if settings.get(key) and settings[key] not in known:
             raise ValueError(f"{file} asks for {key} {settings[key]!r}, which is not implemented; merge it with PEFT")
-    base, rank, alpha, targets = (
-        settings.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-    )
-    for key, good in (
-        ("base_model_name_or_path", isinstance(base, str) and bool(base)),
-        ("r", isinstance(rank, int) and rank >= 1),
-        ("lora_alpha", isinstance(alpha, int | float) and 0 < alpha < math.inf),
-        ("target_modules", isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets)),
-    ):
+    keys = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+    base, rank, alpha, targets = values = [settings.get(key) for key in keys]
+    right = (isinstance(base, str) and base, isinstance(rank, int) and rank >= 1,
+             isinstance(alpha, int | float) and 0 < alpha < math.inf,
+             isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets))  # fmt: skip
+    for key, value, good in zip(keys, values, right, strict=True):
         if not good:
-            raise ValueError(f"{file}: {key} cannot be {settings.get(key)!r}; correct it, or fetch the adapter again")
+            raise ValueError(f"{file}: {key} cannot be {value!r}; correct it, or fetch the adapter again")
     return base, rank, alpha, targets
 
 
@@ -150,8 +136,7 @@ def read_tensors(network: nn.Module, folder: Path) -> None:
         verb = "holds" if odd[0] in found else "lacks"
         raise ValueError(f"{folder}: adapter_model.safetensors {verb} {odd[0]}, unlike its config; fetch both again")
     for name, place in places.items():
-        if found[name].shape != place.shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {tuple(found[name].shape)}, not {tuple(place.shape)}; fetch both again"
-            )
+        shape, wanted = tuple(found[name].shape), tuple(place.shape)
+        if shape != wanted:
+            raise ValueError(f"{folder}: {name} has shape {shape}, not {wanted}; fetch both again")
         place.copy_(found[name])

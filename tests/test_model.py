@@ -176,7 +176,7 @@ def test_norm_casts_before_the_weight():
     """In bf16 the order of cast and weight shows; it must be transformers' to the bit."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    ours, theirs = models.RMSNorm(64, 1e-5, torch.bfloat16), LlamaRMSNorm(64, 1e-5).bfloat16()
+    ours, theirs = models.RMSNorm(64, 1e-5, dtype=torch.bfloat16), LlamaRMSNorm(64, 1e-5).bfloat16()
     generator = torch.Generator().manual_seed(0)
     weight = (1 + 0.3 * torch.randn(64, generator=generator)).bfloat16()
     x = (20 * torch.randn(50, 64, generator=generator)).bfloat16()
