@@ -1,16 +1,13 @@
-"""lab.plot: what is drawn is what the run recorded; a clear line where it cannot be."""
+"""lab.plot: it draws what the run recorded, names the curves evenly, and says in one line what is wrong."""
 
+import itertools
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lab import plot
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -26,10 +23,20 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
 def test_smooth():
-    """By hand: the mean of the last three, what is missing left out."""
+    """By hand: the mean of the last three, without the missing ones."""
     values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, np.nan, np.nan])
-    assert plot.smooth(values, 3)[:6].tolist() == [1, 2, 2, 4, 5, 5] and np.isnan(plot.smooth(values, 3)[6])
+    assert np.array_equal(plot.smooth(values, 3), [1, 2, 2, 4, 5, 5, np.nan], equal_nan=True)
 
 
 def test_what_is_read(run):
@@ -39,41 +46,55 @@ def test_what_is_read(run):
     assert {at: s["phi"]["value"] for at, s in tested.items()} == {0: None, 40: 0.8}
 
 
-def test_the_picture(run, monkeypatch):
+def test_the_picture(run, figures):
     """The lines of the figure are the smoothed metrics; two runs are drawn over each other."""
-    figures = []
-    from matplotlib.figure import Figure
-
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     file = plot.curves([run, run], run / "curves.png")
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not list(run.glob("*.part*"))
-    lines = [line for panel in figures[0].axes for line in panel.get_lines()]
-    smoothed = [plot.smooth(plot.read(run)[0][key], 2) for key in plot.NAMES]
-    drawn = [line.get_ydata() for line in lines if len(line.get_ydata()) == 40]
-    assert len(drawn) == 8
-    for wanted in smoothed:
-        assert sum(np.array_equal(wanted, line, equal_nan=True) for line in drawn) == 2
-    assert {text.get_text() for panel in figures[0].axes for text in panel.get_legend().get_texts()} > set(
-        plot.NAMES.values()
-    )
+    lines = [line.get_ydata() for panel in figures[0].axes for line in panel.get_lines()]
+    drawn = [line for line in lines if len(line) == 40]
+    assert len(drawn) == 8 and sum(np.array_equal(line, [np.nan, 0.8], equal_nan=True) for line in lines) == 2
+    for values in plot.read(run)[0].values():
+        assert sum(np.array_equal(plot.smooth(values, 2), line, equal_nan=True) for line in drawn) == 2
 
 
-def command(*arguments, first="pass"):
-    code = f"import sys; {first}; import plot; sys.exit(plot.main({[str(a) for a in arguments]!r}))"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(("measured", "names"), [(True, 5), (False, 4)])
+def test_the_names_of_the_curves_are_evenly_spaced_and_do_not_overlap(run, figures, measured, names):
+    """In pixels: the names stand at one height, with equal gaps that hold the next mark, and cover no panel or edge."""
+    for file in () if measured else run.glob("*.json"):
+        file.unlink()
+    plot.curves([run], run / "curves.png")
+    (figure,) = figures
+    figure.draw_without_rendering()  # places everything at the figure's own resolution
+    legends = [panel.get_legend() for panel in figure.axes]
+    texts = [text for legend in legends for text in legend.get_texts()]
+    assert len(texts) == names and {text.get_text() for text in texts} >= set(plot.NAMES.values())
+    rows = [[text.get_window_extent() for text in legend.get_texts()] for legend in legends]
+    gaps = [right.x0 - left.x1 for row in rows for left, right in itertools.pairwise(row)]
+    assert gaps == pytest.approx([gaps[0]] * (names - 2), abs=1) and gaps[0] > 40  # a mark is 31 wide with its pad
+    assert [box.y0 for row in rows for box in row] == pytest.approx([rows[0][0].y0] * names, abs=1)
+    boxes = [part.get_window_extent() for part in (*figure.axes, *legends)]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
 
 
-def test_command(run, tmp_path):
-    done = command(run, "--to", tmp_path / "a.png")
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "a.png") and (tmp_path / "a.png").exists()
+def test_command(run, capsys):
+    assert plot.main([str(run), "--to", str(run / "a.png")]) == 0 and (run / "a.png").exists()
+    assert capsys.readouterr().out == f"{run / 'a.png'}\n"
+    plot.after_run(run)
+    assert capsys.readouterr().out == f"its curves: {run / 'curves.png'}\n" and (run / "curves.png").exists()
 
 
-def test_it_says_what_is_wrong(run, tmp_path):
-    """Without matplotlib, without a run, and with a file that is none."""
-    done = command(run, first="sys.modules['matplotlib.figure'] = None")
-    assert done.returncode == 2 and done.stderr == "lab.plot: it needs matplotlib: pip install matplotlib\n"
-    for broken in (tmp_path / "missing", run):
-        (run / "metrics.jsonl").write_text("{}\n")
-        done = command(broken)
-        assert done.returncode == 2 and "metrics.jsonl" in done.stderr and done.stderr.count("\n") == 1
+def test_it_says_what_is_wrong(run, monkeypatch, capsys):
+    """Without a run, with a file that is none, and without matplotlib."""
+    broken = run / "broken"
+    broken.mkdir()
+    (broken / "metrics.jsonl").write_text("{}\n")
+    for folder in (run / "missing", broken):
+        assert plot.main([str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lab.plot: ") and "metrics.jsonl" in error and error.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot.main([str(run)]) == 2
+    assert capsys.readouterr().err == "lab.plot: it needs matplotlib: pip install matplotlib\n"
+    plot.after_run(run)
+    assert capsys.readouterr().out.startswith("its curves are not drawn: it needs matplotlib")
