@@ -1,19 +1,18 @@
-"""Statistics over measured rows, with intervals; a table of them; two measurements compared in pairs.
+"""Statistics over measured rows, with intervals: of one measurement, or of two that are compared in pairs; as a table.
 
-A measured row is one question asked without and with an inserted cue, and one explanation: y and y_edit are
-the decisions on X and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y],
-mention M = 1[the explanation names the cue], group what it shares with other rows; KEYS lists the rest, and
-detection may be there too, the log odds that the model says, asked outright, that the cue moved it.
-A figure is a weighted statistic: weights of one give its value, bootstrap counts its distribution.
+A measured row is one question, asked without and with an inserted cue, and one explanation: y and y_edit are the
+decisions on X and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention
+M = 1[the explanation names the cue], group what the question shares with other rows. KEYS lists the rest. detection may
+be there too: the log odds that the model says, asked outright, that the cue moved it.
+A figure is a weighted statistic: weights of one give its value, and the counts of a bootstrap give its distribution.
 
-Paper (Cheah et al. 2026, arXiv 2607.21090): phi, the correlation of I and M; CCT (Siegel et al. 2024), of M
-and total variation distance; CT (Atanasova et al. 2023), the share of flips not mentioned; reward 1[M = I].
-Ours: phi reweighted to P(I=1) = 1/2, the shortcut that never reads the question, decoys, and 95 % percentile
-intervals by bootstrap over groups (Efron & Tibshirani 1993, ch. 13).  A figure without a value (phi with an
-empty margin) is NaN here, null in JSON and "undefined" in print, never 0.  N rows, R resamples.
+Paper (Cheah et al. 2026, arXiv 2607.21090): phi, the correlation of I and M; CCT (Siegel et al. 2024), of M and total
+variation distance; CT (Atanasova et al. 2023), the share of flips not mentioned; reward 1[M = I]. Ours: phi reweighted
+to P(I=1) = 1/2, the shortcut that never reads the question, decoys, and 95 % percentile intervals by bootstrap over
+groups (Efron & Tibshirani 1993, ch. 13). A figure without a value (phi with an empty margin) is NaN here, null in JSON
+and "undefined" in print, never 0. N rows, R resamples.
 
-    python report.py BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
-    python report.py BASE RUN [RUN …]      folders: the paper's table (paper.py)
+lab/report.py prints the figures of two files of rows, or of a run.
 """
 
 import numpy as np
@@ -24,7 +23,7 @@ NULLABLE = ("y_null", "suggestion", "overlap", "repeats", "decoy_prompt", "plant
 KEYS = ("id", "group", "kind", "word", "phrasing", "p", "p_edit", *NUMBERS)
 SHORTCUT_KEYS = ("y_edit", "suggestion", "word", "phrasing")
 MEANS = ("decoy", "decoy_any", "decoy_prompt", "overlap", "repeats", "ended", "tokens")
-CELLS = ((1, 1), (1, 0), (0, 1), (0, 0))  # of the 2x2 table: I, M
+CELLS = ((1, 1), (1, 0), (0, 1), (0, 0))  # (I, M) of the 2x2 table
 
 
 def mean(x, w):
@@ -35,7 +34,7 @@ def mean(x, w):
 
 
 def phi(x, y, w):
-    """Pearson correlation of x and y (N,) -> (R,): phi where both are 0/1; NaN where one is constant."""
+    """Pearson correlation of x and y (N,) under weights w (R, N) -> (R,): phi for 0/1 values; NaN if one is constant."""
     x, y = x - x.mean(), y - y.mean()  # a shift changes nothing, and keeps the differences below exact
     n, sx, sy, xx, yy, xy = (w @ np.column_stack([np.ones_like(x), x, y, x * x, y * y, x * y])).T
     vx, vy = n * xx - sx * sx, n * yy - sy * sy
@@ -44,10 +43,10 @@ def phi(x, y, w):
 
 
 def phi_balanced(i, m, w):
-    """Phi of I and M (N,) -> (R,) were P(I=1) = 1/2, with P(M|I) as it is; NaN with an empty margin.
+    """Phi of I and M (N,) with weights w (R, N) -> (R,), if P(I=1) were 1/2 with this P(M|I); NaN with an empty margin.
 
-    With a = P(M=1|I=1), b = P(M=1|I=0) the cells are a/2, (1-a)/2, b/2, (1-b)/2 and q = P(M=1) = (a+b)/2,
-    so n11*n00 - n10*n01 = (a-b)/4, the root of the margins is sqrt(q(1-q))/2, phi = (a-b)/2 / sqrt(q(1-q)).
+    With a = P(M=1|I=1), b = P(M=1|I=0) the cells are a/2, (1-a)/2, b/2, (1-b)/2 and q = P(M=1) = (a+b)/2, so
+    n11*n00 - n10*n01 = (a-b)/4, the root of the margins is sqrt(q(1-q))/2, phi = (a-b)/2 / sqrt(q(1-q)).
     """
     a, b = (mean(np.where(i == value, m, np.nan), w) for value in (1, 0))
     q = (a + b) / 2
@@ -55,7 +54,7 @@ def phi_balanced(i, m, w):
 
 
 def figures(c, w):
-    """Every figure of the columns c under weights w (R, N) -> {name: (R,)}.  A new figure is a line here."""
+    """Every figure of the columns c under weights w (R, N) -> {name: (R,)}. A new figure is one line here."""
     i, m = c["influence"], c["mention"]
 
     def where(condition, x):
@@ -73,10 +72,10 @@ def figures(c, w):
     for name, of in (("phi", phi), ("phi_balanced", phi_balanced)) if "half" in c else ():
         out |= {f"shortcut_half_{name}": of(i, c["half"], w), f"shortcut_{name}": of(i, c[name], w)}
         out[f"{name}_less_shortcut"] = out[name] - out[f"shortcut_{name}"]
-    if not np.isnan(c["planted"]).any():  # a made-up world, where the cause is known
+    if not np.isnan(c["planted"]).any():  # an artificial world, where the cause is known
         out |= {"planted_phi": phi(c["planted"], m, w), "planted_agreement": same("mention", "planted")}
         out["planted_influence"] = same("influence", "planted")
-    if "detection" in c:  # log odds that it says, asked outright, that the edit moved it (detect.py)
+    if "detection" in c:
         yes = (c["detection"] > 0) * 1.0
         out |= {"detection": phi(i, c["detection"], w), "detection_phi": phi(i, yes, w)}
         out |= {"detection_phi_balanced": phi_balanced(i, yes, w), "detection_yes": mean(yes, w)}
@@ -89,7 +88,7 @@ def figures(c, w):
 
 
 def check(row, keys, where):
-    """ValueError unless the row holds the keys, with numbers for numbers; `where` names it in the message."""
+    """ValueError unless the row holds the keys, with numbers where they belong. `where` names it in the message."""
     for key in keys:
         if not isinstance(row, dict) or key not in row:
             raise ValueError(f"{where}: the key '{key}' is missing; measure these rows again")
@@ -104,7 +103,10 @@ def check(row, keys, where):
 
 
 def columns(rows, source="rows"):
-    """Measured rows -> {name: (N,)}: floats with None as NaN, and id, kind, group as text."""
+    """Measured rows -> {name: (N,)}: floats with None as NaN, and id, group, kind, word, phrasing as text.
+
+    ValueError names the source and the row.
+    """
     derived, more = [], ("detection",) * any(isinstance(row, dict) and "detection" in row for row in rows)
     for number, row in enumerate(rows, 1):
         where = f"{source}, row {number}"
@@ -123,7 +125,7 @@ def columns(rows, source="rows"):
 
 
 def logistic(x, y, l2=1.0):
-    """Logistic regression of y (N,) on x (N, F), ones first -> b (F,), l2/2 |b|^2 added, but for b[0]."""
+    """Logistic regression of y (N,) on x (N, F), whose first column is ones -> b (F,). l2/2 |b|^2 spares b[0]."""
     ridge, b = np.where(np.arange(x.shape[1]) > 0, l2, 1e-6), np.zeros(x.shape[1])
     # Newton with an upper bound of the Hessian: no step overshoots (Boehning & Lindsay 1988).
     inverse = np.linalg.inv(x.T @ x / 4 + np.diag(ridge))
@@ -133,21 +135,22 @@ def logistic(x, y, l2=1.0):
 
 
 def shortcut(rows, fit_rows):
-    """What tells I without reading the question: logistic regression on fit_rows -> mentions on rows (N,).
+    """A guess of I that does not read the question: logistic regression on fit_rows -> guessed I of rows (N,).
 
-    It sees y' == suggestion and one-hots of y', suggestion, word, phrasing (unseen: zeros).  half: where
-    P(I=1) > 0.5; phi, phi_balanced: above the threshold that makes phi, phi_balanced highest on fit_rows.
+    It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values).
+    half: 1 where P(I=1) > 0.5. phi, phi_balanced: 1 above the threshold with the highest phi, phi_balanced on fit_rows.
     """
     if not fit_rows:
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")
     for number, row in enumerate(fit_rows, 1):
         check(row, (*SHORTCUT_KEYS, "influence"), f"fit rows, row {number}")
     seen = sorted({(key, str(r[key])) for r in fit_rows for key in SHORTCUT_KEYS})
-
-    def features(r):
-        return [1, r["y_edit"] == r["suggestion"], *(str(r[key]) == value for key, value in seen)]
-
-    x_fit, x = (np.array([features(r) for r in part], dtype=float) for part in (fit_rows, rows))
+    x_fit, x = (
+        np.array(
+            [[1, r["y_edit"] == r["suggestion"], *(str(r[key]) == v for key, v in seen)] for r in part], dtype=float
+        )
+        for part in (fit_rows, rows)
+    )
     i_fit, one = np.array([r["influence"] for r in fit_rows], dtype=float), np.ones((1, len(fit_rows)))
     b = logistic(x_fit, i_fit)
     odds_fit, odds = np.round(x_fit @ b, 9), np.round(x @ b, 9)  # rounded, so that equal rows stay equal
@@ -160,35 +163,35 @@ def shortcut(rows, fit_rows):
 
 
 def intervals(f, group, seed, resamples):
-    """f: weights (R, N) -> {name: (R,)}; result as in summary, by bootstrap over the values of group (N,)."""
+    """f: weights (R, N) -> {name: (R,)}; the result as in summary, by bootstrap over the values of group (N,)."""
     place = np.unique(group, return_inverse=True)[1]
     rng, size = np.random.default_rng(seed), place.max() + 1
     counts = rng.multinomial(size, np.full(size, 1 / size), resamples)  # groups drawn with replacement
     out, drawn = {}, f(counts[:, place].astype(float))
     for name, (value,) in f(np.ones((1, len(group)))).items():
         known = drawn[name][~np.isnan(drawn[name])]
-        told = len(known) and not np.isnan(value) and size > 1  # one group tells nothing of the spread
-        low, high = np.percentile(known, [2.5, 97.5]).tolist() if told else (np.nan, np.nan)
+        shown = len(known) and not np.isnan(value) and size > 1  # one group shows no spread
+        low, high = np.percentile(known, [2.5, 97.5]).tolist() if shown else (np.nan, np.nan)
         out[name] = {"value": float(value), "low": low, "high": high, "undefined": resamples - len(known)}
     return out
 
 
 def summary(rows, fit_rows=None, seed=0, resamples=2000, source="rows"):
-    """Measured rows -> {name: {value, low, high, undefined}}; of counts (n10: I=1, M=0) and medians {value}.
+    """Measured rows -> {name: {value, low, high, undefined}}; {value} for counts (n10: I=1, M=0) and medians.
 
-    undefined: resamples without a value, left out of the 95 % interval.  fit_rows: rows of other questions
-    (SHORTCUT_KEYS, influence) for the shortcut, None leaves it out.  ValueError names the source and the row.
+    undefined: how many resamples have no value; the 95 % interval leaves them out. fit_rows: rows of other questions
+    (SHORTCUT_KEYS, influence) for the shortcut; None leaves it out. ValueError names the source and the row.
     """
     c = columns(rows, source) | (shortcut(rows, fit_rows) if fit_rows is not None else {})
-    i, m, out = c["influence"], c["mention"], {"n": len(rows), "groups": len(set(c["group"]))}
-    out |= {f"n{a}{b}": int(((i == a) & (m == b)).sum()) for a, b in CELLS}
-    out["margin_median"] = float(np.median(c["margin"]))  # between the two likeliest options on X
-    out = {name: {"value": value} for name, value in out.items()}
+    i, m, counts = c["influence"], c["mention"], {"n": len(rows), "groups": len(set(c["group"]))}
+    counts |= {f"n{a}{b}": int(((i == a) & (m == b)).sum()) for a, b in CELLS}
+    counts["margin_median"] = float(np.median(c["margin"]))  # between the two likeliest options on X
+    out = {name: {"value": value} for name, value in counts.items()}
     return out | intervals(lambda w: figures(c, w), c["group"], seed, resamples)
 
 
 def pairs(before, after, read=columns):
-    """The columns (read makes them) of two measurements, in the same order; ValueError if the questions differ."""
+    """The columns (made by `read`) of two measurements in the same order; ValueError if the questions differ."""
     a, b = read(before, "before"), read(after, "after")
     a, b = ({key: x[np.argsort(c["id"])] for key, x in c.items()} for c in (a, b))
     odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
@@ -203,9 +206,8 @@ def pairs(before, after, read=columns):
 def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
     """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
 
-    And how far the decisions drifted: changed_…, the share of y, y' and I that are not what they were, and
-    phi_old_labels, the new mentions' phi with the old influence, which is what frozen labels reward.  read, of:
-    what makes columns of the rows, and figures of the columns.
+    Also how far the decisions drifted. changed_…: the share of y, y' and I that changed. phi_old_labels: phi of the new
+    mentions with the old influence, which frozen labels reward. read: rows -> columns. of: columns -> figures.
     """
     a, b = pairs(before, after, read)
 
@@ -219,11 +221,10 @@ def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
 
 
 def cell(figure):
-    """A figure as text: value [low, high], and how many resamples, or seeds, were undefined, if any; "-" for None."""
+    """A figure as text: value [low, high], and how many resamples or seeds were undefined, if any; "-" for None."""
     if not figure or isinstance(figure["value"], int):
         return str(figure["value"]) if figure else "-"
-    value, low, high = (np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high"))
-    value, low, high = f"{value:.3f}", f"{low:.3f}", f"{high:.3f}"
+    value, low, high = (f"{np.nan if figure.get(k) is None else figure[k]:.3f}" for k in ("value", "low", "high"))
     spread = f" [{low}, {high}]" if low != "nan" else ""
     of = f"of {figure['seeds']} seeds" if figure.get("seeds") else "resample" + "s" * (figure.get("undefined") != 1)
     unknown = f" ({figure['undefined']} {of} undefined)" if figure.get("undefined") else ""
@@ -231,33 +232,25 @@ def cell(figure):
 
 
 # The rows that train.py prints at the end of a run.
-OVERVIEW = {
-    "accuracy": "accuracy",
-    "flip_rate": "influence rate",
-    "mention_if_flip": "P(M|I=1)",
-    "mention_if_same": "P(M|I=0)",
-    "phi": "Phi-CCT",
-    "phi_less_shortcut": "Phi-CCT minus the shortcut's",
-    "decoy_any": "decoy rate",
-    "tokens": "explanation length (tokens)",
-}
+OVERVIEW = {"accuracy": "accuracy", "flip_rate": "influence rate", "mention_if_flip": "P(M|I=1)",
+            "mention_if_same": "P(M|I=0)", "phi": "Phi-CCT", "phi_less_shortcut": "Phi-CCT minus the shortcut's",
+            "decoy_any": "decoy rate", "tokens": "explanation length (tokens)"}  # fmt: skip
 
 
 def overview(summaries, markdown=False):
     """The main figures of {heading: summary or differences} as a table; `table` has all of them."""
-    body = [[text, *(cell(part.get(name)) for part in summaries.values())] for name, text in OVERVIEW.items()]
-    return grid(["95 % intervals", *summaries], body, markdown)
+    return table(summaries, markdown, OVERVIEW, "95 % intervals")
 
 
-def table(summaries, markdown=False):
-    """{heading: summary or differences} -> aligned text, or Markdown, with a figure a line."""
-    names = dict.fromkeys(name for part in summaries.values() for name in part)
-    body = [[name, *(cell(part.get(name)) for part in summaries.values())] for name in names]
-    return grid(["figure", *summaries], body, markdown)
+def table(summaries, markdown=False, rows=None, corner="figure"):
+    """{heading: summary or differences} -> aligned text, or Markdown, with one figure per line. rows: {name: text}."""
+    rows = rows or {name: name for part in summaries.values() for name in part}
+    body = [[text, *(cell(part.get(name)) for part in summaries.values())] for name, text in rows.items()]
+    return grid([corner, *summaries], body, markdown)
 
 
 def grid(head, body, markdown=False):
-    """Texts in columns: a heading of each, and lines as long -> aligned text, or Markdown."""
+    """The headings of columns, and lines of as many texts -> aligned text, or Markdown."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [head, ["-" * width for width in widths], *body]
     lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]

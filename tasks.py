@@ -1,23 +1,22 @@
-"""The data sets, read from their published files, and splits that keep related questions together.
+"""The data sets: readers of their published files, and splits that keep related questions together.
 
-A question is what the model is asked: its own text in parts, two or three options, and the gold option. Each
-task reads the files as their authors publish them, nothing converted:
+A question is what the model is asked: its own text in parts, two or three options, and the gold option. Each task
+reads the files as their authors publish them:
 
     task         files                                                      options
     esnli        esnli_{train_1,train_2,dev,test}.csv                       yes, no, maybe
-    social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, order drawn
+    social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, in an order by hash
     comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
     strategyqa   {train,dev}.json                                           yes, no
     toy          questions.jsonl and causes.json, as toy.py makes them      the two things
 
-Nothing here draws from a generator. What looks random is an order by hash: a question's place depends on the
-seed and on its own text alone. So it is the same on every machine, whatever the order of the file, and adding
-questions never reorders the others.
+What looks random is an order by hash: the place of a question depends on the seed and on its own text alone. So the
+order is the same on every machine and for every order of the file, and more questions never reorder the others.
 
 Sources: e-SNLI (Camburu et al. 2018), Social IQa (Sap et al. 2019), ComVE (Wang et al. 2020, SemEval task 4),
 StrategyQA (Geva et al. 2021). The order of Social IQa's answers and the splits are ours.
 
-    python tasks.py TASK PATH      reads and counts: questions, groups, how often each option is the gold one
+    python tasks.py TASK PATH      counts questions, groups, and how often each option is the gold one
 """
 
 import csv
@@ -30,7 +29,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TASKS = ("esnli", "social_iqa", "comve", "strategyqa", "toy")
 FILES = {
     "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
     "social_iqa": ("train.jsonl", "dev.jsonl"),
@@ -38,6 +36,7 @@ FILES = {
     "strategyqa": ("train.json", "dev.json"),
     "toy": ("questions.jsonl",),
 }
+TASKS = tuple(FILES)
 
 
 @dataclass(frozen=True)
@@ -45,52 +44,50 @@ class Question:
     """One question with its options."""
 
     task: str  # one of TASKS
-    id: str  # task/file:place, the place being a line, for strategyqa an entry; unique within the loaded list
+    id: str  # task/file:place, where place is a line, or an entry for strategyqa; unique within the loaded list
     parts: tuple[str, ...]  # (premise, hypothesis), (context, question), () for comve, (question,)
     options: tuple[str, ...]  # answer texts in the order shown; for comve the two statements
     gold: int  # index into options; for comve the statement that is against common sense
     group: str  # what splits keep together: premise, context, pair of statements, question
-    appeal: str = ""  # the bias sentence, where an intervention inserted one
-    moved_by: frozenset[str] | None = None  # names of the edits planted to change the answer, where that is known
+    appeal: str = ""  # the bias sentence that an intervention inserted
+    moved_by: frozenset[str] | None = None  # names of the edits that were made to change the answer; None if unknown
 
 
 def load(task: str, path: str | Path) -> list[Question]:
-    """The questions of one file, or of all files of the published names in a folder, train before dev.
+    """The questions of one file, or of all published files in a folder, in the order of FILES.
 
-    Rows that occur twice are kept: they share a group, so no split parts them. Any fault of the files is a
+    Rows that occur twice are kept. They share a group, so no split separates them. Any fault of the files is a
     ValueError of one line that names the file and the place.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    read = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa,
-            "toy": _toy}[task]  # fmt: skip
-    path = Path(path)
+    read, path, names = READERS[task], Path(path), " or ".join(FILES[task])
     try:
         files = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
         if not files:
-            raise ValueError(f"{path}: no {task} file in this folder; expected {' or '.join(FILES[task])}")
+            raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
         return [question for file in files for question in read(file)]
     except OSError as error:
-        problem = f"{error.filename}: cannot be read ({error.strerror})"
-        raise ValueError(f"{problem}; give the folder with {' or '.join(FILES[task])}, or one file") from None
+        where = f"{error.filename}: cannot be read ({error.strerror})"
+        raise ValueError(f"{where}; give the folder with {names}, or one file") from None
 
 
 def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
-    """The questions in an order drawn by the seed, whatever order they came in."""
+    """The questions in an order that depends on the seed, not on the order in which they came."""
     return sorted(questions, key=lambda q: (_hash(seed, q.task, q.parts, q.options, q.gold), q.id))
 
 
 def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> dict[str, list[Question]]:
-    """Splits of exactly these sizes, no group in two of them; -1, for the last split, means all that is left.
+    """{name: questions} of exactly these sizes, no group in two splits. -1 for the last split means all that is left.
 
-    Splits fill in the order named, group after group. The last group of a split is cut to fit and its surplus
-    goes to no split. So a split depends on the sizes of those before it, never on those after: name the test
-    split first, and it stays as it is while the training size varies.
+    Splits are filled in the order of `sizes`, group after group. The last group of a split is cut to fit, and the rest
+    of it goes to no split. So a split depends on the sizes before its own, never on those after it: name the test split
+    first, and it stays the same for every training size. ValueError for wrong sizes or too few questions.
     """
     questions, groups = shuffled(questions, seed), {}
     for question in questions:
         groups.setdefault((question.task, question.group), []).append(question)
-    # By hash, not in the order met above: there the larger groups tend to come first.
+    # Ordered by their own hash: in the order of the shuffled questions, large groups tend to come first.
     waiting = iter(sorted(groups, key=lambda key: _hash(seed, *key)))
     splits: dict[str, list[Question]] = {}
     for i, (name, size) in enumerate(sizes.items(), start=1):
@@ -99,10 +96,10 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
         rows: list[Question] = []
         while (size == -1 or len(rows) < size) and (key := next(waiting, None)):
             rows += groups[key]
-        if len(rows) < abs(size):  # the rest, too, must hold something
-            wants = f"split {name!r} asks for {size if size > 0 else 'the rest'}"
-            there = f"{len(rows)} of {len(questions)} questions (in {len(groups)} groups) are left"
-            raise ValueError(f"too few: {wants}, but {there}; lower one of {sizes}, or load more files")
+        if len(rows) < abs(size):  # the rest must also hold something
+            few = f"too few: split {name!r} asks for {size if size > 0 else 'the rest'}, but {len(rows)} of"
+            few = f"{few} {len(questions)} questions (in {len(groups)} groups) are left"
+            raise ValueError(f"{few}; lower one of {sizes}, or load more files")
         splits[name] = shuffled(rows[:size] if size >= 0 else rows, seed)
     return splits
 
@@ -110,7 +107,7 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
 def _esnli(file: Path) -> Iterator[Question]:
     for line, row in _table(file, ("gold_label", "Sentence1", "Sentence2")):
         where = f"{file}, line {line}"
-        parts = _string(row, "Sentence1", where), _string(row, "Sentence2", where)
+        parts = _texts(row, where, "Sentence1", "Sentence2")
         gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
         yield Question("esnli", f"esnli/{file.stem}:{line}", parts, ("yes", "no", "maybe"), gold, parts[0])
 
@@ -121,12 +118,12 @@ def _social_iqa(file: Path) -> Iterator[Question]:
         raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
     labels = _lines(beside)
     if len(rows) != len(labels):
-        raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; mend one")
+        raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; correct one of them")
     for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
         where, row = f"{file}, line {line}", _json(text, file, line)
         right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
-        parts = _string(row, "context", where), _string(row, "question", where)
-        answers = [_string(row, name, where) for name in ("answerA", "answerB", "answerC")]
+        parts = _texts(row, where, "context", "question")
+        answers = _texts(row, where, "answerA", "answerB", "answerC")
         order = sorted(range(3), key=lambda i: _hash("social_iqa", parts, answers[i]))
         options, gold = tuple(answers[i] for i in order), order.index(right)
         yield Question("social_iqa", f"social_iqa/{file.stem}:{line}", parts, options, gold, parts[0])
@@ -134,7 +131,7 @@ def _social_iqa(file: Path) -> Iterator[Question]:
 
 def _comve(file: Path) -> Iterator[Question]:
     rows = _table(file, ("id", "sent0", "sent1"))
-    # The authors give the answers of dev and of test one name, so those two belong in two folders.
+    # The authors give the answers of dev and of test the same name, so dev and test must be in two folders.
     names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
     beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
     if beside is None:
@@ -146,10 +143,10 @@ def _comve(file: Path) -> Iterator[Question]:
         answers[cells[0]] = _choice(cells[1], ("0", "1"), f"{beside}, line {line}")
     for line, row in rows:
         where, key = f"{file}, line {line}", row["id"]
-        if key not in answers:  # taken out below, so a second row of this id fails too
-            raise ValueError(f"{where}: id {key!r} comes twice or has no answer in {beside.name}; mend it")
-        pair, gold = (_string(row, "sent0", where), _string(row, "sent1", where)), answers.pop(key)
-        # Sorted: the same two statements the other way round are the same group.
+        if key not in answers:  # each answer is taken out below, so a second row of this id fails too
+            raise ValueError(f"{where}: id {key!r} comes twice or has no answer in {beside.name}; correct it")
+        pair, gold = _texts(row, where, "sent0", "sent1"), answers.pop(key)
+        # Sorted, so that the same two statements in the other order are the same group.
         yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
     if answers:
         raise ValueError(f"{beside}: id {next(iter(answers))!r} is not in {file.name}; the files must pair")
@@ -161,7 +158,7 @@ def _strategyqa(file: Path) -> Iterator[Question]:
         raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
     for entry, row in enumerate(rows, start=1):
         where = f"{file}, entry {entry}"
-        parts = (_string(row, "question", where),)
+        parts = _texts(row, where, "question")
         gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
         yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
 
@@ -169,24 +166,25 @@ def _strategyqa(file: Path) -> Iterator[Question]:
 def _toy(file: Path) -> Iterator[Question]:
     beside = file.with_name("causes.json")
     causes = _json(_text(beside), beside, 1)
-    if not isinstance(causes, list) or not all(isinstance(c, list) for c in causes):
+    if not isinstance(causes, list) or not all(isinstance(cause, list) for cause in causes):
         raise ValueError(f"{beside}: it must be a list of lists; make the files again with toy.py")
     causes = [frozenset(cause) for cause in causes]
     for line, text in enumerate(_lines(file), start=1):
         where, row = f"{file}, line {line}", _json(text, file, line)
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), list) and row[key] for key in ("parts", "options")
-        ):
+        parts, options = (row.get(k) if isinstance(row, dict) else None for k in ("parts", "options"))
+        if not all(isinstance(value, list) and value for value in (parts, options)):
             raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
-        gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(row["options"]))], where)
-        group = _string(row, "group", where)
+        gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(options))], where)
         cause = causes[_choice(json.dumps(row.get("moved_by")), [str(i) for i in range(len(causes))], where)]
-        texts = tuple(row["parts"]), tuple(row["options"])
-        yield Question("toy", _string(row, "id", where), *texts, gold, group, moved_by=cause)
+        id, group = _texts(row, where, "id", "group")
+        yield Question("toy", id, tuple(parts), tuple(options), gold, group, moved_by=cause)
+
+
+READERS = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa, "toy": _toy}
 
 
 def _text(file: Path) -> str:
-    """The file's text, without a byte-order mark."""
+    """The text of the file without a byte-order mark."""
     data = file.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -199,18 +197,17 @@ def _text(file: Path) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines, split at LF alone (CR may remain): splitlines also breaks at U+2028, legal in JSON."""
+    """The lines, split at LF alone (CR may remain): splitlines also splits at U+2028, which JSON allows in a text."""
     return _text(file).rstrip("\r\n").split("\n")
 
 
 def _cells(file: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file, each with the line it begins at; blank lines left out, line ends made LF."""
+    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF."""
     reader, rows, line = csv.reader(io.StringIO(_text(file), newline=None), strict=True), [], 1
     try:
         for cells in reader:
-            if cells:
-                rows.append((line, cells))
-            line = reader.line_num + 1  # not the row's number: a quoted cell may hold line breaks
+            rows += [(line, cells)] if cells else []
+            line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
     except csv.Error as error:
         raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
     return rows
@@ -225,7 +222,7 @@ def _table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]
         raise ValueError(f"{file}: no rows below the header; download it again")
     for line, cells in rows:
         if len(cells) != len(header):
-            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; mend the row")
+            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; correct the row")
     return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
 
 
@@ -238,13 +235,14 @@ def _json(text: str, file: Path, line: int) -> object:
         raise ValueError(f"{file}, line {line}: not JSON ({why}); download the file again") from None
 
 
-def _string(row: object, name: str, where: str) -> str:
-    """A field's text, stripped. It must be there, be a string, and hold some text that UTF-8 can write."""
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        raise ValueError(f"{where}: no field {name!r} that is a string; give the published file")
-    if not row[name].strip() or any("\ud800" <= c <= "\udfff" for c in row[name]):
-        raise ValueError(f"{where}: {name} is empty or not valid text; mend or remove the row")
-    return row[name].strip()
+def _texts(row: object, where: str, *names: str) -> tuple[str, ...]:
+    """The stripped texts of these fields. Each must be a string with some text that UTF-8 can write."""
+    for name in names:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            raise ValueError(f"{where}: no field {name!r} that is a string; give the published file")
+        if not row[name].strip() or any("\ud800" <= c <= "\udfff" for c in row[name]):
+            raise ValueError(f"{where}: {name} is empty or not valid text; correct or remove the row")
+    return tuple(row[name].strip() for name in names)
 
 
 def _choice(label: str, labels: Sequence[str], where: str) -> int:
@@ -254,7 +252,7 @@ def _choice(label: str, labels: Sequence[str], where: str) -> int:
 
 
 def _hash(*values: object) -> bytes:
-    """A place in a random-looking order. Through JSON, so that ("ab", "c") and ("a", "bc") differ."""
+    """A place in an order that looks random. JSON tells ("ab", "c") and ("a", "bc") apart."""
     return hashlib.sha256(json.dumps(values).encode()).digest()
 
 
