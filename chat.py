@@ -1,7 +1,7 @@
 """A model's folder, its tokenizer, and its chat turns rendered by hand.
 
-Whatever a model is asked goes through `Tokenizer.render`, which must give what the model's own chat template gives,
-and `Tokenizer.encode`. model.py offers all of this too, as model.Tokenizer.
+Every prompt goes through `Tokenizer.render`, which gives what the model's own chat template gives, and then through
+`Tokenizer.encode`.
 """
 
 import os
@@ -19,18 +19,18 @@ def locate(path: str | Path) -> Path:
         return Path(path)
     home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-    repo = hub / ("models--" + str(path).replace("/", "--"))
+    repo = hub / f"models--{str(path).replace('/', '--')}"
     ref = repo / "refs" / "main"
     if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
         return snapshot
-    raise ValueError(f"no model at {path}: no such directory, nor a hub id in {hub}; hf download {path} fetches one")
+    raise ValueError(f"no model at {path}: no such directory, no such hub id in {hub}; hf download {path} fetches it")
 
 
 class Tokenizer:
     """tokenizer.json through the `tokenizers` library, and the model's chat turns rendered by hand.
 
-    The chat format is recognised from the model's own template: Llama-3 headers, or ChatML with the
-    template's own default system prompt and, for Qwen3, the empty think block of the non-thinking form.
+    The model's own template says the chat format: Llama-3 headers, or ChatML with the template's own default system
+    prompt and, for Qwen3, the empty think block of the non-thinking form. ValueError for any other format.
     """
 
     def __init__(self, path: str | Path):
@@ -39,41 +39,39 @@ class Tokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from None
-        self.tokenizer.no_truncation()  # the file may carry the habits of some training run
+        self.tokenizer.no_truncation()  # the file may carry the settings of some training run
         self.tokenizer.no_padding()
-        settings_file = folder / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.exists() else {}
+        files = folder / "tokenizer_config.json", folder / "config.json"
+        settings, config = (read_json(file) if file.exists() else {} for file in files)
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         template = (template or "").replace("\\n", "\n")  # in a template's strings a line end may be written \n
         self.chat = "llama3" if "<|start_header_id|>" in template else "chatml"
+        bos = (settings.get("bos_token") or "") if self.chat == "llama3" else ""
+        self.bos = bos["content"] if isinstance(bos, dict) else bos
+        # Qwen3's template closes an empty think block when thinking is off. Its 2507 models have none.
+        self.think = self.chat == "chatml" and "enable_thinking" in template
+        # Qwen2.5 and SmolLM2 use a system prompt of their own when none is given. It is plain text in the template;
+        # where the caller's is written, a quote and a plus (or braces) follow instead.
+        system = re.search(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
+        self.default_system = system.group(1) if system else None
+        # Llama-3.1's full template always writes a system turn with dates (see `render`).
+        today = (re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"])[0]
+        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
+        self.dates = dates if "Cutting Knowledge Date" in template else ""
+        size, highest = config.get("vocab_size"), max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.end_of_turn = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
         if self.chat == "chatml" and "<|im_start|>" not in template:
             raise ValueError(f"{folder} has no Llama-3 or ChatML chat template; use an instruct model")
         if "<|im_start|>assistant\n<think>" in template:
             raise ValueError(f"{folder} always thinks before it answers, which is not implemented; use another model")
-        bos = settings.get("bos_token") or ""
-        self.bos = bos["content"] if isinstance(bos, dict) else bos
         if self.chat == "llama3" and not self.bos:
-            raise ValueError(f"{settings_file} names no bos_token, which a Llama-3 chat begins with; fetch it again")
-        # Qwen3's template closes an empty think block when thinking is off; its 2507 models have none.
-        self.think = "enable_thinking" in template
-        # Qwen2.5 and SmolLM2 speak a system prompt of their own when given none. It stands in the template as
-        # plain text; where a caller's own is written, a quote and a plus (or braces) follow instead.
-        system = re.search(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
-        self.default_system = system.group(1) if system else None
-        # Llama-3.1's full template always writes a system turn with dates (`render`).
-        today = re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"]
-        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today[0]}\n\n"
-        self.dates = dates if "Cutting Knowledge Date" in template else ""
-        config = folder / "config.json"
-        size = read_json(config).get("vocab_size") if config.exists() else None
-        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+            raise ValueError(f"{files[0]} names no bos_token, which a Llama-3 chat begins with; fetch it again")
         if size is not None and highest >= size:
             raise ValueError(f"{folder}: tokenizer.json's ids reach {highest}, config.json's vocab_size is {size}; "
                              "they belong to different models, fetch both again")  # fmt: skip
-        self.end_of_turn = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
         if self.end_of_turn is None:
             raise ValueError(f"{folder}: tokenizer.json lacks the chat template's end-of-turn token; fetch both again")
 
@@ -91,12 +89,11 @@ class Tokenizer:
 
     def ids_after(self, begin: str, answers) -> list[int]:
         """Ids of the answers as they follow `begin`; ValueError where one is not a token of its own."""
-        ids = []
-        for answer in answers:
-            *before, last = self.encode(begin + answer)
-            if before != self.encode(begin):
+        before, encoded = self.encode(begin), [self.encode(begin + answer) for answer in answers]
+        for answer, (*start, _) in zip(answers, encoded, strict=True):
+            if start != before:
                 raise ValueError(f"the answer {answer!r} is not one token after {begin!r}; use another model")
-            ids.append(last)
+        ids = [tokens[-1] for tokens in encoded]
         if len(set(ids)) < len(ids):
             raise ValueError(f"the answers {', '.join(answers)} are one token after {begin!r}; use another model")
         return ids
@@ -104,32 +101,31 @@ class Tokenizer:
     def render(self, messages: list[dict], begin: str = "") -> str:
         """Chat text of [{"role", "content"}, …], as the model's own template gives it.
 
-        After a last user turn an assistant turn is opened, and `begin` is what its answer is forced to
-        begin with; after a last assistant turn that turn is closed (and `begin` must be empty). Qwen3 is
-        asked not to think. Where a template writes today's date (Llama-3.2) we write the one it falls back
-        on, 26 Jul 2024, so that a prompt is the same tomorrow.
+        After a last user turn an assistant turn is opened, and its answer must begin with `begin`. After a last
+        assistant turn that turn is closed; ValueError with a `begin`. Qwen3 is asked not to think. A template that
+        writes today's date (Llama-3.2) gets the one that it falls back on, 26 Jul 2024, so that prompts stay the same.
         """
         opened = messages[-1]["role"] != "assistant"
         if begin and not opened:
             raise ValueError("render: `begin` needs messages that end with a user turn")
         turns = [(m["role"], m["content"]) for m in messages]
         if self.chat == "llama3":
+            start, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
             turns = [(role, content.strip()) for role, content in turns]
             if self.dates:
                 system = turns.pop(0)[1] if turns[0][0] == "system" else ""
                 turns.insert(0, ("system", self.dates + system))
-            header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-            text = self.bos + "".join(header.format(role) + content + "<|eot_id|>" for role, content in turns)
-            return text + (header.format("assistant") + begin if opened else "")
-        if turns[0][0] != "system" and self.default_system is not None:
-            turns.insert(0, ("system", self.default_system))
+        else:
+            start, end = "<|im_start|>{}\n", "<|im_end|>\n"
+            if turns[0][0] != "system" and self.default_system is not None:
+                turns.insert(0, ("system", self.default_system))
         for i, (role, content) in enumerate(turns):
             if self.think and role == "assistant":
                 thoughts, block, answer = content.rpartition("</think>")
-                answer = answer.lstrip("\n") if block else content  # history loses its think block,
-                if i == len(turns) - 1:  # a closing answer has one, if an empty one
+                answer = answer.lstrip("\n") if block else content  # earlier answers lose their think block,
+                if i == len(turns) - 1:  # the last one has a block, even if it is empty
                     thoughts = thoughts.rpartition("<think>")[2].strip("\n")
                     answer = f"<think>\n{thoughts}\n</think>\n\n" + answer.lstrip("\n")
                 turns[i] = (role, answer)
-        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-        return text + ("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * self.think + begin if opened else "")
+        text = self.bos + "".join(start.format(role) + content + end for role, content in turns)
+        return text + (start.format("assistant") + "<think>\n\n</think>\n\n" * self.think + begin if opened else "")
