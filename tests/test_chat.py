@@ -1,8 +1,8 @@
-"""Chat turns: what Tokenizer.render writes and encodes is what each model's own template gives.
+"""Chat turns: Tokenizer.render and encode give the texts and token ids of each model's own template.
 
-tests/data/chat_golden.json holds the templates of Llama-3.1 and Qwen3 (../shared/tokenizers) and SmolLM2, and
-the texts and token ids that transformers' apply_chat_template makes of the conversations below (Qwen3 asked
-not to think). The texts are checked everywhere, the ids where the tokenizers are. To write the file anew:
+tests/data/chat_golden.json holds the templates of Llama-3.1 and Qwen3 (../shared/tokenizers) and of SmolLM2, and the
+texts and token ids that transformers' apply_chat_template makes of the conversations below (Qwen3 asked not to think).
+The texts are checked everywhere, the ids where the tokenizers are. This writes the file anew:
 
     FAITH_SMOLLM2=DIR python tests/test_chat.py
 """
@@ -11,19 +11,19 @@ import functools
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for running this file by itself
+import model as models
 
-import model as models  # noqa: E402
-
-GOLDEN = ROOT / "tests" / "data" / "chat_golden.json"
-SHARED = ROOT.parent / "shared" / "tokenizers"
-ODD = "\n  Is 3 × 4 < 12?\n\t{no} 'so', \"or\" …  \n\n"  # whitespace to trim or keep, quotes, braces, no ASCII
+GOLDEN = tiny.ROOT / "tests" / "data" / "chat_golden.json"
+SHARED = tiny.ROOT.parent / "shared" / "tokenizers"
+NAMES = ("llama-3.1", "qwen3", "smollm2")
+BOS = {"llama-3.1": "<|begin_of_text|>", "qwen3": None, "smollm2": "<|im_start|>"}
+ODD = "\n  Is 3 × 4 < 12?\n\t{no} 'so', \"or\" …  \n\n"  # whitespace to trim or keep, quotes, braces, not all ASCII
 BEGIN = "The best answer is: ("
 
 
@@ -56,8 +56,12 @@ CONVERSATIONS = {  # name: (messages, what the answer is forced to begin with)
 }
 
 
+@functools.cache
 def golden() -> dict:
     return json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+real = functools.cache(models.Tokenizer)  # they take seconds to open
 
 
 def source(name: str, request) -> Path:
@@ -70,45 +74,47 @@ def source(name: str, request) -> Path:
     return SHARED / name
 
 
-real = functools.cache(models.Tokenizer)  # they take seconds to open
-NAMES = ("llama-3.1", "qwen3", "smollm2")
-BOS = {"llama-3.1": "<|begin_of_text|>", "qwen3": None, "smollm2": "<|im_start|>"}
+@pytest.fixture
+def small(tmp_path, byte_tokenizer):
+    """small(template, bos_token=...) is a Tokenizer of bytes with this template."""
+    return lambda template, **settings: models.Tokenizer(byte_tokenizer(tmp_path, template, **settings))
 
 
 # ---- against the committed texts and ids ------------------------------------------------------------------
 
 
 def test_golden_holds_the_conversations_above():
-    entries = golden()
-    assert tuple(entries) == NAMES
-    for entry in entries.values():
-        stored = {k: (v["messages"], v["begin"]) for k, v in entry["conversations"].items()}
-        assert stored == CONVERSATIONS
+    assert tuple(golden()) == NAMES
+    for entry in golden().values():
+        assert {k: (v["messages"], v["begin"]) for k, v in entry["conversations"].items()} == CONVERSATIONS
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "named"])
-def test_render_is_the_templates_text(tmp_path, byte_tokenizer, name, place):
+def test_render_is_the_templates_text(tmp_path, small, name, place):
     entry = golden()[name]
     template = entry["template"]
     named = [{"name": "tool_use", "template": "none"}, {"name": "default", "template": template}]
-    in_config = {"tokenizer_config.json": template, "named": named}.get(place)
-    byte_tokenizer(tmp_path, in_config, bos_token=BOS[name])
-    if in_config is None:
+    if place == "chat_template.jinja":
         (tmp_path / place).write_text(template, encoding="utf-8")
-    tokenizer = models.Tokenizer(tmp_path)
+    tokenizer = small({"tokenizer_config.json": template, "named": named}.get(place), bos_token=BOS[name])
     for label, case in entry["conversations"].items():
         assert tokenizer.render(case["messages"], case["begin"]) == case["text"], label
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ids_are_the_real_tokenizers(request, name):
+@pytest.mark.parametrize(("name", "end"), [("llama-3.1", 128009), ("qwen3", 151645), ("smollm2", 2)])
+def test_ids_are_the_real_tokenizers(request, name, end):
     tokenizer = real(source(name, request))
     for label, case in golden()[name]["conversations"].items():
         text = tokenizer.render(case["messages"], case["begin"])
         assert text == case["text"], label
         assert tokenizer.encode(text) == case["ids"], label
         assert tokenizer.decode(case["ids"]).endswith(case["begin"]) and "<|" not in tokenizer.decode(case["ids"])
+    assert tokenizer.end_of_turn == end
+    begin = tokenizer.render(turns("?"), BEGIN)
+    assert len(set(tokenizer.letter_ids(begin, 5))) == 5
+    if name == "llama-3.1":  # one begin-of-text: the template's, without the tokenizer's
+        assert tokenizer.encode(begin).count(128000) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,46 +122,31 @@ def test_golden_is_what_transformers_gives(request, name):
     assert json.loads(json.dumps(reference(name, source(name, request)))) == golden()[name]
 
 
-@pytest.mark.parametrize(("name", "end"), [("llama-3.1", 128009), ("qwen3", 151645), ("smollm2", 2)])
-def test_special_tokens_of_real_tokenizers(request, name, end):
-    tokenizer = real(source(name, request))
-    assert tokenizer.end_of_turn == end
-    begin = tokenizer.render(turns("?"), BEGIN)
-    assert len(set(tokenizer.letter_ids(begin, 5))) == 5
-    if name == "llama-3.1":  # one begin-of-text, not the tokenizer's beside the template's
-        assert tokenizer.encode(begin).count(128000) == 1
-
-
-def test_special_tokens_are_single_ids(tmp_path, byte_tokenizer):
+def test_special_tokens_are_single_ids(small):
     """The same without a real tokenizer: each marker one id, begin-of-text once, the rest bytes."""
-    entry = golden()["llama-3.1"]
-    byte_tokenizer(tmp_path, entry["template"], bos_token={"content": "<|begin_of_text|>", "special": True})
-    tokenizer = models.Tokenizer(tmp_path)
+    tokenizer = small(golden()["llama-3.1"]["template"], bos_token={"content": "<|begin_of_text|>", "special": True})
     ids = tokenizer.encode(tokenizer.render(turns("Hi", "Yo", "so"), "("))
-    special = [i for i in ids if i < 10]
-    assert special == [0, *[1, 2, 3] * 3, 1, 2] and tokenizer.end_of_turn == 3
+    assert [i for i in ids if i < 10] == [0, *[1, 2, 3] * 3, 1, 2] and tokenizer.end_of_turn == 3
     assert tokenizer.decode(ids) == "user\n\nHiassistant\n\nYouser\n\nsoassistant\n\n("
 
 
-def test_forced_beginning_needs_an_open_turn(tmp_path, byte_tokenizer):
-    tokenizer = models.Tokenizer(byte_tokenizer(tmp_path, golden()["qwen3"]["template"]))
+def test_forced_beginning_needs_an_open_turn(small):
     with pytest.raises(ValueError, match="end with a user turn"):
-        tokenizer.render(turns("Q", "A"), BEGIN)
+        small(golden()["qwen3"]["template"]).render(turns("Q", "A"), BEGIN)
 
 
-def test_messages_are_left_as_they_were(tmp_path, byte_tokenizer):
+def test_messages_are_left_as_they_were(small):
     messages = turns(ODD, "<think>\n\n</think>\n\nA", ODD)
     for name in NAMES:
-        tokenizer = models.Tokenizer(byte_tokenizer(tmp_path, golden()[name]["template"], bos_token=BOS[name]))
-        tokenizer.render(messages)
+        small(golden()[name]["template"], bos_token=BOS[name]).render(messages)
     assert messages == turns(ODD, "<think>\n\n</think>\n\nA", ODD)
 
 
 # ---- other templates that the same models come with -------------------------------------------------------
 
-# What a chat without tools meets of longer templates, in our words: Llama-3.1's own (the one in ../shared is
-# Llama-3's), which always opens with dates, Llama-3.2's, which asks for today's, and Qwen2.5's, which holds two
-# default system prompts, with and without tools.
+# What a chat without tools uses of longer templates, in our words. Llama-3.1's own always begins with dates (the one in
+# ../shared is Llama-3's), Llama-3.2's asks for today's, and Qwen2.5's holds two default system prompts, with tools and
+# without.
 DATES = """{{- bos_token }}
 {%- if not date_string is defined %}
     {%- set date_string = "26 Jul 2024" %}
@@ -172,28 +163,18 @@ DATES = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-TODAY = DATES.replace(
-    '    {%- set date_string = "26 Jul 2024" %}\n',
-    "    {%- if strftime_now is defined %}\n"
-    '        {%- set date_string = strftime_now("%d %b %Y") %}\n'
-    "    {%- else %}\n"
-    '        {%- set date_string = "26 Jul 2024" %}\n'
-    "    {%- endif %}\n",
-)
+DATE = '    {%- set date_string = "26 Jul 2024" %}\n'
+ASKED = DATE.replace('"26 Jul 2024"', 'strftime_now("%d %b %Y")')
+EITHER = f"    {{%- if strftime_now is defined %}}\n    {ASKED}    {{%- else %}}\n    {DATE}    {{%- endif %}}\n"
+TODAY = DATES.replace(DATE, EITHER)
 TWO_SYSTEMS = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- 'You are a model with tools.' }}
-    {%- endif %}
+    {{- messages[0]['content'] if messages[0]['role'] == 'system' else 'You are a model with tools.' }}
     {{- "\\n\\n# Tools\\n\\n<tools>" + tools | tojson + "</tools> in {\\"name\\": <name>}<|im_end|>\\n" }}
+{%- elif messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\\nYou are a model, made by us. You do not fish.<|im_end|>\\n' }}
-    {%- endif %}
+    {{- '<|im_start|>system\\nYou are a model, made by us. You do not fish.<|im_end|>\\n' }}
 {%- endif %}
 {%- for m in messages %}
     {%- if m.role == "user" or (m.role == "system" and not loop.first) or m.role == "assistant" %}
@@ -204,34 +185,27 @@ TWO_SYSTEMS = """{%- if tools %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-PLAIN = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
-@pytest.mark.parametrize("template", [DATES, TODAY, TWO_SYSTEMS, PLAIN], ids=["dates", "today", "two", "plain"])
-def test_render_equals_jinja(tmp_path, byte_tokenizer, template):
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+@pytest.mark.parametrize("template", [DATES, TODAY, TWO_SYSTEMS, tiny.TEMPLATE], ids=["dates", "today", "two", "plain"])
+def test_render_equals_jinja(small, template):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers sets it up
     environment.globals["strftime_now"] = lambda form: "26 Jul 2024"
     jinja = environment.from_string(template)
-    tokenizer = models.Tokenizer(byte_tokenizer(tmp_path, template, bos_token="<|begin_of_text|>"))
+    tokenizer = small(template, bos_token="<|begin_of_text|>")
     for label, (messages, begin) in CONVERSATIONS.items():
         opened = messages[-1]["role"] != "assistant"
         text = jinja.render(messages=messages, add_generation_prompt=opened, bos_token="<|begin_of_text|>")
         assert tokenizer.render(messages, begin) == text + begin, label
 
 
-def test_llama_with_dates_word_for_word(tmp_path, byte_tokenizer):
-    for template in (DATES, TODAY):
-        tokenizer = models.Tokenizer(byte_tokenizer(tmp_path, template, bos_token="<|begin_of_text|>"))
-        assert tokenizer.render(turns(" Hi "), "(") == (
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-            "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n("
-        )
+@pytest.mark.parametrize("template", [DATES, TODAY], ids=["dates", "today"])
+def test_llama_with_dates_word_for_word(small, template):
+    assert small(template, bos_token="<|begin_of_text|>").render(turns(" Hi "), "(") == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n("
+    )
 
 
 # ---- writing the golden file ------------------------------------------------------------------------------
@@ -255,8 +229,7 @@ def reference(name: str, folder: Path) -> dict:
 
 def write_golden() -> None:
     smollm2 = os.environ.get("FAITH_SMOLLM2") or Path.home() / ".cache" / "faith" / "smollm2-135m-instruct"
-    folders = {name: smollm2 if name == "smollm2" else SHARED / name for name in NAMES}
-    entries = {name: reference(name, folder) for name, folder in folders.items()}
+    entries = {name: reference(name, smollm2 if name == "smollm2" else SHARED / name) for name in NAMES}
     text = re.sub(r"(?<=\d),\n\s+(?=\d)", ", ", json.dumps(entries, indent=1, ensure_ascii=False))  # ids in one line
     GOLDEN.write_text(text + "\n", encoding="utf-8")
 
