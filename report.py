@@ -34,7 +34,7 @@ def mean(x, w):
 
 
 def phi(x, y, w):
-    """Pearson correlation of x and y (N,) under weights w (R, N) -> (R,): phi for 0/1 values; NaN if one is constant."""
+    """Pearson correlation of x and y (N,) under weights w (R, N) -> (R,): phi for 0/1 values, NaN for a constant."""
     x, y = x - x.mean(), y - y.mean()  # a shift changes nothing, and keeps the differences below exact
     n, sx, sy, xx, yy, xy = (w @ np.column_stack([np.ones_like(x), x, y, x * x, y * y, x * y])).T
     vx, vy = n * xx - sx * sx, n * yy - sy * sy

@@ -1,4 +1,4 @@
-"""tasks.py: the four readers on real rows, every fault of the files, and splits that never part a group."""
+"""tasks.py: the readers on published rows, every fault of the files, and splits that never divide a group."""
 
 import codecs
 import csv
@@ -15,9 +15,11 @@ import pytest
 import tasks
 
 ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "tests" / "data"
 FULL = ROOT.parent / "shared" / "data"  # whole files, where a checkout has them beside it
-PUBLISHED = ("esnli", "social_iqa", "comve", "strategyqa")  # the toy makes its own: test_toy.py
+FILE_OF = {"esnli": "esnli_dev.csv", "social_iqa": "dev.jsonl", "comve": "subtaskA_data_all.csv",
+           "strategyqa": "dev.json"}  # fmt: skip
+PUBLISHED = tuple(FILE_OF)  # test_toy.py tests the toy's files
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def error(task, path):
 def edit(path, old, new):
     text = path.read_bytes()
     assert old.encode() in text
-    path.write_bytes(text.replace(old.encode(), new.encode("utf-8", "surrogatepass"), 1))
+    path.write_bytes(text.replace(old.encode(), new.encode(), 1))
 
 
 def ids(questions):
@@ -59,88 +61,61 @@ def made(rows_per_group, task="esnli"):
     ]
 
 
+def mixed(questions):
+    return random.Random(0).sample(questions, len(questions))
+
+
 # --- reading ---
 
 
 def test_esnli_row():
     first, second, third = tasks.load("esnli", DATA / "esnli")[:3]
-    assert first == tasks.Question(
-        task="esnli",
-        id="esnli/esnli_dev:2",
-        parts=(
-            "Two women are embracing while holding to go packages.",
-            "The sisters are hugging goodbye while holding to go packages after just eating lunch.",
-        ),
-        options=("yes", "no", "maybe"),
-        gold=2,
-        group="Two women are embracing while holding to go packages.",
-    )
+    premise = "Two women are embracing while holding to go packages."
+    hypothesis = "The sisters are hugging goodbye while holding to go packages after just eating lunch."
+    options = ("yes", "no", "maybe")
+    assert first == tasks.Question("esnli", "esnli/esnli_dev:2", (premise, hypothesis), options, gold=2, group=premise)
     assert (first.appeal, second.gold, third.gold) == ("", 0, 1)  # neutral, entailment, contradiction
 
 
-def test_social_iqa_row():
-    first = tasks.load("social_iqa", DATA / "social_iqa")[0]
-    assert first.parts == (
-        "Tracy didn't go home that evening and resisted Riley's attacks.",
-        "What does Tracy need to do before this?",
-    )
-    assert (first.id, first.group) == ("social_iqa/dev:1", first.parts[0])
-    assert set(first.options) == {"make a new plan", "Go home and see Riley", "Find somewhere to go"}
-    assert first.options[first.gold] == "Find somewhere to go"  # the label is 3
-
-
-def test_social_iqa_gold_follows_its_answer():
-    folder = DATA / "social_iqa"
+def test_social_iqa_rows_and_an_order_that_depends_on_the_text_alone(folder):
+    folder = folder / "social_iqa"
+    questions = tasks.load("social_iqa", folder)
+    context = "Tracy didn't go home that evening and resisted Riley's attacks."
+    assert questions[0].parts == (context, "What does Tracy need to do before this?")
+    assert (questions[0].id, questions[0].group) == ("social_iqa/dev:1", context)
     rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
     labels = (folder / "dev-labels.lst").read_text().split()
-    for question, row, label in zip(tasks.load("social_iqa", folder), rows, labels, strict=True):
+    for question, row, label in zip(questions, rows, labels, strict=True):
+        assert sorted(question.options) == sorted(row["answer" + x] for x in "ABC")
         assert question.options[question.gold] == row["answer" + "ABC"[int(label) - 1]]
-
-
-def test_social_iqa_order_is_drawn_from_the_text_alone(folder):
-    file = folder / "social_iqa" / "dev.jsonl"
-    before = {q.parts: q.options for q in tasks.load("social_iqa", file)}
-    for path in (file, file.with_name("dev-labels.lst")):
+    assert [q.gold for q in questions] == [2, 2, 0, 1, 2, 2, 1, 1, 1, 2, 2, 1, 1, 2, 1, 2, 2, 1, 1, 1]
+    for path in folder.iterdir():
         path.write_text("\n".join(reversed(path.read_text().split("\n")[:-1])))
-    after = {q.parts: q.options for q in tasks.load("social_iqa", file)}
-    assert before == after
-    golds = [q.gold for q in tasks.load("social_iqa", DATA / "social_iqa")]
-    assert golds == [2, 2, 0, 1, 2, 2, 1, 1, 1, 2, 2, 1, 1, 2, 1, 2, 2, 1, 1, 1]
+    again = {q.parts: q.options for q in tasks.load("social_iqa", folder)}
+    assert again == {q.parts: q.options for q in questions}
 
 
 def test_comve_row():
     questions = tasks.load("comve", DATA / "comve")
-    assert questions[0] == tasks.Question(
-        task="comve",
-        id="comve/subtaskA_data_all:2",
-        parts=(),
-        options=("He poured orange juice on his cereal.", "He poured milk on his cereal."),
-        gold=0,  # the one against common sense
-        group="He poured milk on his cereal.\nHe poured orange juice on his cereal.",
-    )
+    pair = ("He poured orange juice on his cereal.", "He poured milk on his cereal.")  # the first is against sense
+    group = "\n".join(reversed(pair))
+    assert questions[0] == tasks.Question("comve", "comve/subtaskA_data_all:2", (), pair, gold=0, group=group)
     assert ids(questions)[9:11] == ["comve/subtaskA_data_all:11", "comve/subtaskA_dev_data:2"]
     assert questions[2].options == ("Jeff ran a mile today", "Jeff ran 100,000 miles today")
     assert questions[2].gold == 1
-    # Id 3 is in both files with other sentences: each file keeps to its own answers.
-    assert [q.gold for q in questions if q.options[0] in ("A mosquito stings me", "The hangers bought the closet")]
-    assert [q.gold for q in questions if q.options[0] == "A mosquito stings me"] == [1]
-    assert [q.gold for q in questions if q.options[0] == "The hangers bought the closet"] == [0]
+    # Both files have an id 3, with other sentences: each file keeps to its own answers.
+    golds = {q.options[0]: q.gold for q in questions}
+    assert (golds["A mosquito stings me"], golds["The hangers bought the closet"]) == (1, 0)
 
 
-def test_comve_answers_match_by_id(folder):
+def test_comve_answers_match_by_id_and_a_pair_in_the_other_order_is_one_group(folder):
     file = folder / "comve" / "subtaskA_data_all.csv"
     before = tasks.load("comve", file)
     answers = file.with_name("subtaskA_answers_all.csv")
     answers.write_text("\n".join(reversed(answers.read_text().split())))
-    assert tasks.load("comve", file) == before
-    assert len({q.gold for q in before}) == 2
-
-
-def test_comve_pair_the_other_way_round_is_one_group(folder):
-    file = folder / "comve" / "subtaskA_data_all.csv"
-    edit(
-        file, "He drinks apple.,He drinks milk.", "He poured milk on his cereal.,He poured orange juice on his cereal."
-    )
+    assert tasks.load("comve", file) == before and len({q.gold for q in before}) == 2
+    pair = "He poured milk on his cereal.,He poured orange juice on his cereal."
+    edit(file, "He drinks apple.,He drinks milk.", pair)
     first, second = tasks.load("comve", file)[:2]
     assert first.options == second.options[::-1] and first.group == second.group
 
@@ -164,8 +139,8 @@ def test_strategyqa_rows():
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_folder_is_all_its_files_and_ids_are_unique(task):
-    questions = tasks.load(task, str(DATA / task))  # a str will do
+def test_a_folder_is_all_its_files_and_ids_are_unique(task):
+    questions = tasks.load(task, str(DATA / task))  # a str is accepted
     files = [DATA / task / name for name in tasks.FILES[task] if (DATA / task / name).exists()]
     assert questions == [q for file in files for q in tasks.load(task, file)]
     assert len(questions) == 20 == len(set(ids(questions)))
@@ -192,18 +167,18 @@ def test_byte_order_mark_and_line_ends(task, folder):
         assert tasks.load(task, folder / task) == before
 
 
-def test_line_separator_inside_a_json_string_is_text(folder):
+def test_a_line_separator_inside_a_json_string_is_text(folder):
     file = folder / "social_iqa" / "dev.jsonl"
     edit(file, "Tracy didn't go home", "Tracy\u2028didn't\x85go home")
     questions = tasks.load("social_iqa", file)
     assert len(questions) == 20 and questions[0].parts[0].startswith("Tracy\u2028didn't\x85go")
 
 
-def test_non_ascii_quotes_and_line_breaks_in_cells(folder):
+def test_non_ascii_text_quotes_and_line_breaks_in_cells(folder):
     file = folder / "esnli" / "esnli_dev.csv"
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["Explanation_1", "Sentence2", "gold_label", "Sentence1"])  # columns go by name
+        writer.writerow(["Explanation_1", "Sentence2", "gold_label", "Sentence1"])  # columns are found by name
         writer.writerow(["two\nlines", 'She says "hé, ho"', "neutral", " A café,\n  at night "])
         writer.writerow(["", "B", "entailment", "C"])
     first, second = tasks.load("esnli", file)
@@ -218,23 +193,17 @@ def test_non_ascii_quotes_and_line_breaks_in_cells(folder):
 # --- faults: one clear line that names the file and the place ---
 
 
-def test_unknown_task():
-    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa, toy"
-
-
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_missing_path(task, tmp_path):
+def test_missing_files(task, tmp_path):
     message = error(task, tmp_path / "nowhere")
     assert "nowhere: cannot be read (No such file" in message and tasks.FILES[task][0] in message
-
-
-@pytest.mark.parametrize("task", PUBLISHED)
-def test_folder_without_the_files(task, tmp_path):
     message = error(task, tmp_path)
     assert f"no {task} file" in message and all(name in message for name in tasks.FILES[task])
 
 
-def test_unreadable_file(folder, monkeypatch):
+def test_unknown_task_and_unreadable_file(folder, monkeypatch):
+    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa, toy"
+
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -242,29 +211,23 @@ def test_unreadable_file(folder, monkeypatch):
     assert "esnli_dev.csv: cannot be read (Permission denied)" in error("esnli", folder / "esnli")
 
 
-FILE_OF = {
-    "esnli": "esnli_dev.csv",
-    "social_iqa": "dev.jsonl",
-    "comve": "subtaskA_data_all.csv",
-    "strategyqa": "dev.json",
-}
-
-
-@pytest.mark.parametrize("task", PUBLISHED)
-@pytest.mark.parametrize("content", [b"", b"\r\n\n", codecs.BOM_UTF8])
-def test_empty_file(task, content, folder):
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        *(
+            (task, content, ": the file is empty")
+            for task in PUBLISHED
+            for content in (b"", b"\r\n\n", codecs.BOM_UTF8)
+        ),
+        *((task, b"a\nb\ncaf\xe9\n", ", line 3: not UTF-8") for task in PUBLISHED),
+        ("esnli", b"gold_label,Sentence1,Sentence2\n", ": no rows below the header"),
+        *(("strategyqa", text, "") for text in (b"{}", b"[]", b'"text"', b"[[]]", b"[" * 100_000, b"9" * 5_000)),
+    ],
+)
+def test_content_of_another_form(task, content, message, folder):
     file = folder / task / FILE_OF[task]
     file.write_bytes(content)
-    assert f"{file}: the file is empty" in error(task, file)
-
-
-@pytest.mark.parametrize("task", PUBLISHED)
-def test_not_utf8(task, folder):
-    file = folder / task / FILE_OF[task]
-    lines = file.read_bytes().split(b"\n")
-    lines[2] = b"caf\xe9" + lines[2]
-    file.write_bytes(b"\n".join(lines))
-    assert f"{file}, line 3: not UTF-8" in error(task, file)
+    assert f"{file}{message}" in error(task, file)
 
 
 @pytest.mark.parametrize(
@@ -313,31 +276,15 @@ def test_fault_in_a_file(file, old, new, expected, folder):
     assert expected in message and str(path.parent) in message
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '"text"', "[[]]", "[" * 100_000, "9" * 5_000])
-def test_strategyqa_of_another_form(content, folder):
-    file = folder / "strategyqa" / "dev.json"
-    file.write_text(content)
-    assert str(file) in error("strategyqa", file)
-
-
-def test_header_alone(folder):
-    file = folder / "esnli" / "esnli_dev.csv"
-    file.write_bytes(file.read_bytes().split(b"\n")[0] + b"\n")
-    assert f"{file}: no rows below the header" in error("esnli", file)
-
-
 def test_missing_labels_and_answers(folder):
     (folder / "social_iqa" / "dev-labels.lst").unlink()
     message = error("social_iqa", folder / "social_iqa")
     assert "dev.jsonl: its labels are missing; put dev-labels.lst beside it" in message
-    (folder / "comve" / "subtaskA_gold_answers.csv").unlink()
-    message = error("comve", folder / "comve" / "subtaskA_dev_data.csv")
-    assert "its answers are missing; put subtaskA_dev_answers.csv or subtaskA_gold_answers.csv" in message
-
-
-def test_answers_of_another_file(folder):
-    """The training answers must not serve the dev file, whose ids they contain."""
     comve = folder / "comve"
+    (comve / "subtaskA_gold_answers.csv").unlink()
+    message = error("comve", comve / "subtaskA_dev_data.csv")
+    assert "its answers are missing; put subtaskA_dev_answers.csv or subtaskA_gold_answers.csv" in message
+    # The answers of the training file have the ids of the dev file too, and must still not serve it.
     shutil.copy(comve / "subtaskA_answers_all.csv", comve / "subtaskA_gold_answers.csv")
     assert "subtaskA_dev_data.csv, line 2: id '1363'" in error("comve", comve / "subtaskA_dev_data.csv")
 
@@ -348,8 +295,7 @@ def test_command_line():
 
     good = run("esnli", DATA / "esnli")
     assert good.returncode == 0 and good.stdout.startswith("20 questions in 7 groups; gold (A) 35.0%")
-    usage = "usage: python tasks.py TASK PATH"
-    for bad, said in ((("esnli", "nowhere"), "nowhere: cannot be read"), ((), usage)):
+    for bad, said in ((("esnli", "nowhere"), "nowhere: cannot be read"), ((), "usage: python tasks.py TASK PATH")):
         result = run(*bad)
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
@@ -357,23 +303,21 @@ def test_command_line():
 # --- order and splits ---
 
 
-def test_shuffled_is_fixed_by_the_seed_alone():
+def test_shuffled_depends_on_the_seed_alone():
     questions = tasks.load("esnli", DATA / "esnli")
     once = tasks.shuffled(questions, 7)
     assert lines(once) == [10, 8, 13, 21, 5, 3, 20, 14, 19, 17, 9, 15, 11, 6, 12, 16, 7, 4, 18, 2]
     assert sorted(ids(once)) == sorted(ids(questions)) and once != questions
-    assert tasks.shuffled(random.Random(0).sample(questions, 20), 7) == once
-    assert tasks.shuffled(questions, 8) != once
+    assert tasks.shuffled(mixed(questions), 7) == once != tasks.shuffled(questions, 8)
     assert tasks.shuffled(questions[:15], 7) == [q for q in once if q in questions[:15]]
 
 
-def test_split_is_fixed_by_the_seed_alone():
-    questions = tasks.load("esnli", DATA / "esnli")
-    once = tasks.split(questions, {"test": 5, "train": 8}, seed=7)
+def test_split_depends_on_the_seed_alone():
+    questions, sizes = tasks.load("esnli", DATA / "esnli"), {"test": 5, "train": 8}
+    once = tasks.split(questions, sizes, seed=7)
     assert lines(once["test"]) == [13, 19, 17, 11, 12]
     assert lines(once["train"]) == [10, 8, 21, 3, 20, 9, 4, 2]
-    assert tasks.split(random.Random(0).sample(questions, 20), {"test": 5, "train": 8}, seed=7) == once
-    assert tasks.split(questions, {"test": 5, "train": 8}, seed=8) != once
+    assert tasks.split(mixed(questions), sizes, seed=7) == once != tasks.split(questions, sizes, seed=8)
 
 
 def test_split_sizes_and_whole_groups():
@@ -381,47 +325,39 @@ def test_split_sizes_and_whole_groups():
     sizes = {"test": 50, "dev": 7, "none": 0, "train": 150}
     splits = tasks.split(questions, sizes, seed=0)
     assert {name: len(rows) for name, rows in splits.items()} == sizes
-    seen = [{q.group for q in rows} for rows in splits.values()]
-    assert len(set().union(*seen)) == sum(map(len, seen))
-    everything = [id for rows in splits.values() for id in ids(rows)]
-    assert len(everything) == len(set(everything))
+    groups = [Counter(q.group for q in rows) for rows in splits.values()]
+    assert len(set().union(*groups)) == sum(map(len, groups))
+    assert len({q.id for rows in splits.values() for q in rows}) == sum(sizes.values())
     size = Counter(q.group for q in questions)
-    for rows in splits.values():  # at most the last group of a split is cut
-        kept = Counter(q.group for q in rows)
+    for kept in groups:  # at most the last group of a split is cut
         assert sum(kept[group] < size[group] for group in kept) <= 1
 
 
-def test_first_split_does_not_change_with_later_ones():
-    questions = made([3, 1, 4, 1, 5, 9, 2, 6] * 5)
-    tests = [
-        tasks.split(questions, sizes, seed=1)["test"]
-        for sizes in ({"test": 30}, {"test": 30, "train": 10}, {"test": 30, "dev": 5, "train": -1})
-    ]
-    assert tests[0] == tests[1] == tests[2]
-    longer = tasks.split(questions, {"test": 30, "train": 60}, seed=1)["train"]
-    shorter = tasks.split(questions, {"test": 30, "train": 40}, seed=1)["train"]
-    assert set(ids(shorter)) <= set(ids(longer))
+def test_a_split_does_not_depend_on_later_ones():
+    questions, later = made([3, 1, 4, 1, 5, 9, 2, 6] * 5), ({}, {"train": 10}, {"dev": 5, "train": -1})
+    first, *others = (tasks.split(questions, {"test": 30} | sizes, seed=1)["test"] for sizes in later)
+    assert others == [first, first]
+    short, long = (set(ids(tasks.split(questions, {"test": 30, "train": n}, seed=1)["train"])) for n in (40, 60))
+    assert short <= long
 
 
 def test_the_rest():
     questions = made([2] * 10)
     splits = tasks.split(questions, {"test": 5, "train": -1}, seed=0)
-    assert (len(splits["test"]), len(splits["train"])) == (5, 14)  # the cut group's other row is in neither
+    assert (len(splits["test"]), len(splits["train"])) == (5, 14)  # the other row of the cut group is in neither
     assert sorted(ids(tasks.split(questions, {"all": -1}, seed=3)["all"])) == sorted(ids(questions))
 
 
 def test_large_groups_do_not_come_first():
     questions = made([1] * 300 + [10] * 30)  # half of the rows, one group in eleven
-    shares = [
-        sum(int(q.group.split()[1]) >= 300 for q in tasks.split(questions, {"test": 200}, seed)["test"]) / 200
-        for seed in range(10)
-    ]
-    assert 0.4 < sum(shares) / len(shares) < 0.6
+    tests = [tasks.split(questions, {"test": 200}, seed)["test"] for seed in range(10)]
+    share = sum(int(q.group.split()[1]) >= 300 for rows in tests for q in rows) / 2000
+    assert 0.4 < share < 0.6
 
 
 def test_one_group_name_in_two_tasks_is_two_groups():
     questions = made([2, 2]) + made([2, 2], task="comve")
-    splits = tasks.split(questions, {"a": 2, "b": 2, "c": 2, "d": 2}, seed=0)
+    splits = tasks.split(questions, dict.fromkeys("abcd", 2), seed=0)
     assert all(len({(q.task, q.group) for q in rows}) == 1 for rows in splits.values())
 
 
@@ -442,9 +378,6 @@ def test_split_faults(sizes, expected):
     with pytest.raises(ValueError) as caught:
         tasks.split(made([3, 3, 3, 3]), sizes, seed=0)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_split_of_nothing():
     with pytest.raises(ValueError, match="0 of 0 questions"):
         tasks.split([], {"test": 1}, seed=0)
 
@@ -461,9 +394,8 @@ def test_whole_data_sets(task, count, groups):
     questions = tasks.load(task, FULL / task)
     assert (len(questions), len({q.group for q in questions})) == (count, groups)
     assert len(set(ids(questions))) == count
-    shares = Counter(q.gold for q in questions)
-    even = 1 / len(questions[0].options)
-    assert all(abs(shares[i] / count - even) < 0.05 for i in range(len(questions[0].options)))
+    golds, options = Counter(q.gold for q in questions), len(questions[0].options)
+    assert all(abs(golds[i] / count - 1 / options) < 0.05 for i in range(options))
     splits = tasks.split(questions, {"test": 300, "dev": 100, "train": -1}, seed=0)
     seen = [{q.group for q in rows} for rows in splits.values()]
     assert len(set().union(*seen)) == sum(map(len, seen)) == groups
