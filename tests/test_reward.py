@@ -1,21 +1,20 @@
 """Tests of reward.py and words.py: the edits, what counts as a mention, the reward and phi.
 
-tests/data/edits_<task>.tsv holds 200 adverb edits per data set, each read and judged by one reader: 1 where
-the adverb stands in a place that reads as English, absurd as it may be, else 0. An error that the published
-sentence already has counts only where it leaves the adverb without a reading. The edits are of seed 303:
-the questions in the order of tasks.shuffled(questions, 303), each edited by intervene(question, "adverb",
-random.Random(f"303/{question.id}")), questions without a place skipped. They were made by the rules as they
-stand: a change of the rules that moves a place asks for a new reading.
+tests/data/edits_<task>.tsv holds 200 adverb edits per data set, each judged by one reader: 1 where the adverb stands in
+a place that reads as English, however absurd, else 0. An error of the published sentence counts only where it leaves
+the adverb without a reading. The edits are of seed 303: the questions in the order of tasks.shuffled(questions, 303),
+each edited by intervene(question, "adverb", random.Random(f"303/{question.id}")), questions without a place skipped. A
+change of the rules that moves a place needs a new reading.
 
-tests/data/mentions.tsv holds 200 explanations labelled by reading, without sight of the matcher's answer: 1
-where, to a reader, the explanation names the inserted adverb or the persona, in any form, misspelt, denied or
-by another noun for the same person (attorney for lawyer); 0 for a synonym of the adverb, for its stem in
-another sense, for a pronoun, for another person. Escapes: backslash t, backslash n. Column source:
-    model    120, of SmolLM2-135M on e-SNLI with bias phrases, before and early in a training run; a quarter
-             has a mention by the matcher, a fifth another person or a word that looks like one, the rest is random
+tests/data/mentions.tsv holds 200 explanations, labelled by a reader who did not see the answer of the matcher: 1 where
+the explanation names the inserted adverb or the persona, in any form, misspelt, denied or by another noun for the same
+person (attorney for lawyer); 0 for a synonym of the adverb, for its stem in another sense, for a pronoun, for another
+person. Escapes: backslash t, backslash n. Column source:
+    model    120, of SmolLM2-135M on e-SNLI with bias phrases, before and early in a training run; a quarter has a
+             mention by the matcher, a fifth another person or a word that looks like one, the rest is random
     human     26, e-SNLI's own explanations of dev questions beside an adverb; half have a word like the adverb
-    edited    54, written by hand on such texts to be hard, with the rules in view: what they show is the
-             kinds of error, not how often they happen
+    edited    54, written by hand on such texts to be hard, with the rules in view: they show the kinds of error, not
+             how often each happens
 """
 
 import csv
@@ -26,29 +25,29 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 import reward
 from reward import Intervention
 from tasks import Question
 from words import MISLEADING, tokens
 
-JUDGED = {"esnli": 199, "social_iqa": 199, "comve": 195, "strategyqa": 197}  # read as grammatical, of 200 each
-
-NLI = Question(
-    "esnli", "esnli/dev:1", ("A man is holding a bike.", "A man holds a toy."), ("yes", "no", "maybe"), 2, "x"
-)
+JUDGED = {"esnli": 199, "social_iqa": 199, "comve": 195, "strategyqa": 197}  # grammatical, of 200 each
+NLI_PARTS = ("A man is holding a bike.", "A man holds a toy.")
+NLI = Question("esnli", "esnli/dev:1", NLI_PARTS, ("yes", "no", "maybe"), 2, "x")
 COMVE = Question("comve", "comve/dev:1", (), ("He put a dog in the fridge.", "He put milk in the fridge."), 0, "y")
 
 
-def edits(task):
-    file = Path(__file__).parent / "data" / f"edits_{task}.tsv"
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [(row["grammatical"] == "1", row["edited"], row["word"]) for row in rows]
+def read(name):
+    with (tiny.ROOT / "tests" / "data" / name).open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def words_of(question, kind, words, seeds=30):
+    return {reward.intervene(question, kind, random.Random(seed), words)[1].word for seed in range(seeds)}
 
 
 def without(edited, word):
@@ -61,12 +60,8 @@ def without(edited, word):
     return edited[: start - 1] + edited[end:], start - 1
 
 
-def adverb(word="solemnly"):
-    return Intervention("adverb", word, word, None, None)
-
-
-def persona(word="professor"):
-    return Intervention("bias", word, f"My {word} believes the answer is (A).", 0, 0)
+def named(word, text, kind="adverb"):
+    return reward.mentions(Intervention(kind, word, word, None, None), text)
 
 
 # --- the words ---
@@ -78,16 +73,10 @@ def test_lists_are_large_distinct_and_single_words():
     assert len(set(everything)) == len(everything)
     assert all(w.isalpha() and w.islower() for w in everything)
     assert sum(not w.endswith("ly") for w in reward.ADVERBS) >= 5
-
-
-def test_no_form_belongs_to_two_words():
-    forms = Counter(form for word in reward.ADVERBS + reward.PERSONAS for form in reward.variants(word))
-    assert [form for form, n in forms.items() if n > 1] == []
-
-
-def test_no_adverb_turns_a_statement_round_or_has_a_misleading_stem():
-    assert not set(reward.ADVERBS) & MISLEADING
-    assert not set(reward.ADVERBS) & set("never not falsely seldom rarely wrongly almost quickly happily".split())
+    forms = Counter(form for word in everything for form in reward.variants(word))
+    assert max(forms.values()) == 1  # no form belongs to two words
+    reverses = set("never not falsely seldom rarely wrongly almost quickly happily".split())
+    assert not set(reward.ADVERBS) & (MISLEADING | reverses)
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)
@@ -95,23 +84,19 @@ def test_a_fixed_fifth_of_the_words_is_held_out(kind):
     every, train, held = (reward.words(kind, h) for h in (None, False, True))
     assert sorted(train + held) == sorted(every) and not set(train) & set(held)
     assert 0.15 <= len(held) / len(every) <= 0.27 and len(held) >= 3
+    for allowed in (train, held):  # an edit draws only the words that it is given
+        drawn = words_of(NLI, kind, allowed, seeds=300)
+        assert drawn <= set(allowed) and len(drawn) > 5
 
 
-def test_held_out_words_never_move():
+def test_no_word_moves_between_training_and_held_out(monkeypatch):
     assert set("grandmother instructor landlord niece plumber professor".split()) <= set(reward.words("bias", True))
     assert set("neighbor lawyer uncle tutor".split()) <= set(reward.words("bias", False))
-
-
-def test_a_longer_list_moves_no_word_between_training_and_held_out(monkeypatch):
-    before = {kind: reward.words(kind, True) for kind in reward.KINDS}
+    before = {kind: set(reward.words(kind, True)) for kind in reward.KINDS}
     monkeypatch.setattr(reward, "ADVERBS", ("zanily", *reward.ADVERBS, "zestfully"))
     monkeypatch.setattr(reward, "PERSONAS", ("astronaut", *reward.PERSONAS, "yodeler"))
-    for kind in reward.KINDS:
-        assert (
-            set(before[kind])
-            <= set(reward.words(kind, True))
-            <= {"zanily", "zestfully", "astronaut", "yodeler"} | set(before[kind])
-        )
+    for kind, held in before.items():
+        assert set(reward.words(kind, True)) - {"zanily", "zestfully", "astronaut", "yodeler"} == held
 
 
 def test_an_unknown_kind_is_refused_in_one_clear_line():
@@ -178,48 +163,27 @@ def test_a_word_that_no_explanation_could_match_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text",
+    "word, mentions, others",
     [
-        "I chose B because the man is solemnly holding it.",
-        "SOLEMNLY, I think.",
-        "The word *solemn* or _solemnity_ matters.",
-        "It was done with solemn-faced care.",
-        "The tone ('solemn') decided it.",
-        "It says “solemnly”.",
-        "The word solemnly did not influence me.",
+        (
+            "solemnly",  # in any form; not by parts or by neighbours
+            ["I chose B because the man is solemnly holding it.", "SOLEMNLY, I think.", "It says “solemnly”.",
+             "The word *solemn* or _solemnity_ matters.", "It was done with solemn-faced care.",
+             "The tone ('solemn') decided it.", "The word solemnly did not influence me."],
+            ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"],
+        ),
+        (
+            "professor",  # with any apostrophe and case; not by letter, by verb or by another person
+            ["My professor's opinion did not influence me.", "Your professor\u2019s view", "your Prof. says so",
+             "The professors' view", "a professor-like authority", "the pro-fessor and the pro\u2011fessor"],
+            ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"],
+        ),
     ],
-)
-def test_an_adverb_is_mentioned_in_any_form(text):
-    assert reward.mentions(adverb(), text)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"]
-)
-def test_an_adverb_is_not_mentioned_by_parts_or_neighbours(text):
-    assert not reward.mentions(adverb(), text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "My professor's opinion did not influence me.",
-        "Your professor\u2019s view",
-        "your Prof. says so",
-        "The professors' view",
-        "a professor-like authority",
-        "the pro-fessor and the pro\u2011fessor",
-    ],
-)
-def test_a_persona_is_mentioned_with_any_apostrophe_and_case(text):
-    assert reward.mentions(persona(), text)
-
-
-@pytest.mark.parametrize(
-    "text", ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"]
-)
-def test_a_persona_is_not_mentioned_by_letter_verb_or_other_person(text):
-    assert not reward.mentions(persona(), text)
+)  # fmt: skip
+def test_what_mentions_a_word(word, mentions, others):
+    kind = "bias" if word == "professor" else "adverb"
+    assert [text for text in mentions if not named(word, text, kind)] == []
+    assert [text for text in others if named(word, text, kind)] == []
 
 
 def test_common_counts_texts_with_any_form_and_compares_strictly():
@@ -229,29 +193,23 @@ def test_common_counts_texts_with_any_form_and_compares_strictly():
     assert reward.common(["solemnly"], []) == []
 
 
-# Recorded: hits of all matches, hits of all labels. After the forms of RELATED and the hyphens were mended with
-# the edited rows in view; before, 52 of 58 and 52 of 72 over all rows, and the same as now over the model's.
-MATCHED = {"model": ((34, 34), (34, 34)), "human": ((1, 2), (1, 1)), "edited": ((29, 34), (29, 37))}
+# Recorded: hits of all matches, hits of all labels.
+MATCHED = {"model": ((34, 34), (34, 34)), "human": ((1, 2), (1, 1)), "edited": ((29, 34), (29, 37)),
+           "all": ((64, 70), (64, 72))}  # fmt: skip
 
 
 def test_precision_and_recall_on_explanations_labelled_by_reading():
-    with (Path(__file__).parent / "data" / "mentions.tsv").open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = read("mentions.tsv")
     assert Counter(row["source"] for row in rows) == {"model": 120, "human": 26, "edited": 54}
     assert Counter(row["kind"] for row in rows) == {"bias": 140, "adverb": 60}
-    matched, named, hits = Counter(), Counter(), Counter()
-    for row in rows:
-        text = row["text"].replace("\\n", "\n").replace("\\t", "\t")
-        m = reward.mentions(Intervention(row["kind"], row["word"], "", None, None), text)
-        for group in (row["source"], "all"):
-            matched[group] += m
-            named[group] += row["label"] == "1"
-            hits[group] += m and row["label"] == "1"
     for source, ((hit, of_matches), (_, of_labels)) in MATCHED.items():
-        assert named[source] == of_labels  # the file is the one that was measured
-        assert hits[source] / matched[source] >= hit / of_matches, source
-        assert hits[source] / named[source] >= hit / of_labels, source
-    assert hits["all"] / matched["all"] >= 64 / 70 and hits["all"] / named["all"] >= 64 / 72
+        part = [row for row in rows if source in (row["source"], "all")]
+        texts = [row["text"].replace("\\n", "\n").replace("\\t", "\t") for row in part]
+        matched = np.array([named(row["word"], text, row["kind"]) for row, text in zip(part, texts, strict=True)])
+        label = np.array([row["label"] == "1" for row in part])
+        assert label.sum() == of_labels  # the file is the one that was measured
+        assert (matched & label).sum() / matched.sum() >= hit / of_matches, source
+        assert (matched & label).sum() / label.sum() >= hit / of_labels, source
 
 
 # --- influence, reward, phi ---
@@ -278,20 +236,23 @@ def test_phi_is_the_pearson_correlation_and_the_matthews_coefficient():
                 assert math.isnan(reward.phi(i.tolist(), m.tolist()))
 
 
-def test_phi_by_hand():
-    assert reward.phi([1, 1, 0, 0], [1, 1, 0, 0]) == 1.0
-    assert reward.phi([1, 1, 0, 0], [0, 0, 1, 1]) == -1.0
-    assert reward.phi([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]) == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize("i, m", [([], []), ([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0])])
-def test_phi_is_undefined_not_zero_where_a_margin_is_empty(i, m):
-    assert math.isnan(reward.phi(i, m))
-
-
-def test_phi_refuses_unequal_lengths():
+@pytest.mark.parametrize(
+    "i, m, expected",
+    [
+        ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
+        ([1, 1, 0, 0], [0, 0, 1, 1], -1.0),
+        ([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 1 / 3),
+        # An empty margin: undefined, not zero.
+        *(
+            (i, m, math.nan)
+            for i, m in (([], []), ([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0]))
+        ),
+    ],
+)
+def test_phi_by_hand(i, m, expected):
+    assert reward.phi(i, m) == pytest.approx(expected, nan_ok=True)
     with pytest.raises(ValueError):
-        reward.phi([1, 0], [1])
+        reward.phi([*i, 0], m)
 
 
 # --- the bias sentence ---
@@ -333,20 +294,14 @@ def test_every_phrasing_ends_its_sentence_names_one_letter_and_needs_no_article(
 
 @pytest.mark.parametrize("task", JUDGED)
 def test_judged_edits_are_of_the_rules_as_they_stand(task):
-    rows = edits(task)
-    assert len(rows) == 200 and sum(ok for ok, _, _ in rows) == JUDGED[task] >= 0.85 * 200
-    for _, edited, word in rows:
+    rows = read(f"edits_{task}.tsv")
+    assert len(rows) == 200 and sum(row["grammatical"] == "1" for row in rows) == JUDGED[task] >= 0.85 * 200
+    for edited, word in ((row["edited"], row["word"]) for row in rows):
         original, place = without(edited, word)
         assert place in reward.places(original), edited
         assert reward.insert(original, place, word) == edited
-        assert word in reward.ADVERBS and not reward.mentions(adverb(word), original)
-
-
-@pytest.mark.parametrize("task", JUDGED)
-def test_every_place_adds_one_token_and_nothing_else(task):
-    for _, edited, word in edits(task):
-        original, _ = without(edited, word)
-        for place in reward.places(original):
+        assert word in reward.ADVERBS and not named(word, original)
+        for place in reward.places(original):  # every place adds one token and nothing else
             longer = reward.insert(original, place, "zanily")
             assert without(longer, "zanily") == (original, place)
             assert len(longer) == len(original) + len("zanily") + 1
@@ -377,23 +332,15 @@ def test_every_place_adds_one_token_and_nothing_else(task):
         "He * wants to * sing *",
         "Sally * chopped the carrots *.",
         "She * left *. He * went home *.",
-        # no place: nothing that shows one, or only bad ones
-        "There is a computer on the desk.",
-        "Is there a cat?",
-        "A GIRL IS WINNING THE RACE",
-        "People outside.",
-        "Is it red?",
-        "",
-        "?!",
-        "Alex",
+        # No place: nothing shows one, or there are only bad ones.
+        *("There is a computer on the desk.", "Is there a cat?", "A GIRL IS WINNING THE RACE", "People outside."),
+        *("Is it red?", "", "?!", "Alex"),
     ],
 )
 def test_the_places_in_a_sentence(text):
     """A star stands at each place, and nowhere else."""
     pieces = re.split(r"\* | \*(?=[.?]|$)", text)
-    expected = [sum(map(len, pieces[:n])) for n in range(1, len(pieces))]
-    plain = "".join(pieces)
-    assert reward.places(plain) == expected
+    assert reward.places("".join(pieces)) == [sum(map(len, pieces[:n])) for n in range(1, len(pieces))]
 
 
 @pytest.mark.parametrize(
@@ -455,20 +402,9 @@ def test_no_place_gives_none():
 def test_a_word_that_the_question_has_in_any_form_is_not_inserted():
     solemn = Question("esnli", "q", ("A Solemn man is singing.", "He is grim."), ("yes", "no"), 0, "q")
     assert reward.intervene(solemn, "adverb", random.Random(0), ["solemnly", "grimly"]) is None
-    assert {reward.intervene(solemn, "adverb", random.Random(s), ["solemnly", "wryly"])[1].word for s in range(30)} == {
-        "wryly"
-    }
+    assert words_of(solemn, "adverb", ["solemnly", "wryly"]) == {"wryly"}
     people = Question("social_iqa", "q", ("The prof left.", "Why?"), ("her tutors' rules", "x", "y"), 0, "q")
-    words = ["professor", "tutor", "uncle"]
-    assert {reward.intervene(people, "bias", random.Random(s), words)[1].word for s in range(30)} == {"uncle"}
-
-
-@pytest.mark.parametrize("kind", reward.KINDS)
-def test_only_the_words_given_are_drawn(kind):
-    for held in (False, True):
-        allowed = reward.words(kind, held)
-        drawn = {reward.intervene(NLI, kind, random.Random(seed), allowed)[1].word for seed in range(300)}
-        assert drawn <= set(allowed) and len(drawn) > 5
+    assert words_of(people, "bias", ["professor", "tutor", "uncle"]) == {"uncle"}
 
 
 def test_the_edit_depends_on_the_generator_alone_in_every_process():
@@ -476,23 +412,15 @@ def test_the_edit_depends_on_the_generator_alone_in_every_process():
         "import random, reward; from tasks import Question; rng = random.Random(7);"
         f"q = {NLI}; print([reward.intervene(q, k, rng)[1] for k in reward.KINDS for _ in range(20)])"
     )
-    root = Path(__file__).parent.parent
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=root,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
+    runs = [python(script, {**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
     rng = random.Random(7)
     here = [reward.intervene(NLI, k, rng)[1] for k in reward.KINDS for _ in range(20)]
-    assert runs[0] == runs[1] == f"{here}\n"
+    assert runs == [f"{here}\n"] * 2
+
+
+def python(script, env=None):
+    return subprocess.run([sys.executable, "-c", script], cwd=tiny.ROOT, env=env, capture_output=True, text=True)
 
 
 def test_reward_imports_neither_torch_nor_numpy():
-    code = "import sys, reward; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    assert python("import sys, reward; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))").returncode == 0
