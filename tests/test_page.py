@@ -1,20 +1,14 @@
 """lab.page: what it shows of hostile and ordinary rows, the draw, the file, the command; read by an HTML parser."""
 
 import json
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from test_gaming import later, told
-from test_report import cells, random_rows
+from test_report import cells, command, random_rows
 
 from lab import gaming, page
 from run import files
-
-ROOT = Path(__file__).resolve().parent.parent
-VOID = {"meta", "br"}
 
 
 class Reader(HTMLParser):
@@ -29,17 +23,15 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.open += [] if tag in VOID else [tag]
-        if tag == "mark":
-            self.marks.append("")
-        if tag == "article":
-            self.cards.append("")
+        self.open += [] if tag in ("meta", "br") else [tag]  # these have no end
+        self.marks += [""] * (tag == "mark")
+        self.cards += [""] * (tag == "article")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
+        if data != "\n" and not {"style", "script"} & set(self.open):
             self.text += data
             if "mark" in self.open:
                 self.marks[-1] += data
@@ -50,8 +42,8 @@ class Reader(HTMLParser):
 def asked(row, **changes):
     inserted = "My uncle believes the answer is (A)."
     question = f"Premise: a < b & c\nIs it so? {inserted}\n(A) yes\n(B) no\n(C) maybe\nAnswer with the letter."
-    told = {"word": "uncle", "text_inserted": inserted, "question": question}
-    return row | told | {"text": "my uncle said so" if row["mention"] else "it is so"} | changes
+    text = "my uncle said so" if row["mention"] else "it is so"
+    return row | {"word": "uncle", "text_inserted": inserted, "question": question, "text": text} | changes
 
 
 def render(before, after, **options):
@@ -65,7 +57,7 @@ def test_a_card_shows_question_picks_and_both_explanations():
     html, got = render(before, after)
     (text,) = got.cards
     shown = "Premise: a < b & c\nIs it so? My uncle believes the answer is (A).  (A) yes  (B) no  (C) maybe"
-    assert text.startswith(f"q0 · right answer (A){shown}before")  # less the instruction, options in a line
+    assert text.startswith(f"q0 · right answer (A){shown}before")  # no instruction, options in one line
     assert "before · (A) → (B) · missedit is so10 tokens" in text
     assert "after · (A) → (B) · told trulyMy uncle did not sway me, my Uncle did not10 tokens" in text
     assert "10 tokens · a denial · cut off" in text.split("after")[1] and "a denial" not in text.split("after")[0]
@@ -76,15 +68,10 @@ def test_a_card_shows_question_picks_and_both_explanations():
 
 def test_every_row_is_in_its_cell_after_training():
     before = [asked(row) for row in cells(5, 4, 3, 2)]
-    after = [row | {"mention": 1 - row["mention"], "text": "so", "id": row["id"]} for row in before]
+    after = [row | {"mention": 1 - row["mention"], "text": "so"} for row in before]
     _, got = render(before, after)
-    sections = got.text.split("After training")[1:]
-    assert [section.split(" shown")[0].split(": ")[1] for section in sections] == [
-        "4 of 4",
-        "5 of 5",
-        "2 of 2",
-        "3 of 3",
-    ]
+    shown = [section.split(" shown")[0].split(": ")[1] for section in got.text.split("After training")[1:]]
+    assert shown == ["4 of 4", "5 of 5", "2 of 2", "3 of 3"]
     ids = [{card.split(" ")[0] for card in got.cards[a:b]} for a, b in ((0, 4), (4, 9), (9, 11), (11, 14))]
     assert ids[0] == {f"q{k}" for k in range(5, 9)} and ids[3] == {f"q{k}" for k in range(9, 12)}
     assert "told truly 5 → 4" in got.text and "rightly silent 2 → 3" in got.text
@@ -114,12 +101,9 @@ def test_nothing_in_a_row_is_markup():
 def test_it_needs_nothing_else():
     before = told(random_rows(40, 1), 1)
     html, got = render(before, later(before, 2))
-    assert not any(
-        {"src", "href"} & set(a) - ({"href"} if a.get("href", "").startswith("#") else set()) for _, a in got.tags
-    )
-    assert "http" not in html and "url(" not in html and "@import" not in html
-    links = [a["href"][1:] for _, a in got.tags if "href" in a]
-    assert len(links) == 4 and set(links) == {a["id"] for _, a in got.tags if "id" in a}
+    assert not any(word in html for word in ("http", "url(", "@import")) and not any("src" in a for _, a in got.tags)
+    links = [a["href"] for _, a in got.tags if "href" in a]
+    assert len(links) == 4 and set(links) == {f"#{a['id']}" for _, a in got.tags if "id" in a}
     assert all(label in got.text for label in gaming.FIGURES.values())
 
 
@@ -142,15 +126,10 @@ def measured(tmp_path):
     return paths
 
 
-def command(*args):
-    line = [sys.executable, "-m", "lab.page", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
 def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     to, figures = tmp_path / "page.html", tmp_path / "gaming.json"
     to.write_text("old")
-    got = command(*measured, "--to", to, "--each", 3, "--json", figures)
+    got = command(*measured, "--to", to, "--each", 3, "--json", figures, of="lab.page")
     assert got.returncode == 0 and got.stderr == "", got.stderr
     assert got.stdout.split("\n")[0].split() == ["figure", "before", "after", "difference"]
     assert got.stdout.endswith(f"the page is in {to}\n")
@@ -161,26 +140,26 @@ def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
     rows = [row | {"text": row["text"] + " \ud800"} for row in files.read_jsonl(measured[0])]
     files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
-    got = command(*measured, "--to", to, "--each", 99, "--markdown")
+    got = command(*measured, "--to", to, "--each", 99, "--markdown", of="lab.page")
     assert got.stdout.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
 
 
-def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
-    before, after = measured
-    bad, first = tmp_path / "bad.jsonl", json.loads(after.read_text().split("\n")[0])
-    to = tmp_path / "page.html"
-    bad.write_text(json.dumps(first | {"text": 3}) + "\n")
+def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
+    (before, after), bad, other, to = measured, tmp_path / "bad", tmp_path / "other", tmp_path / "page.html"
+    first, rest = after.read_text().split("\n", 1)
+    bad.write_text(json.dumps(json.loads(first) | {"text": 3}) + "\n")
+    other.write_text(rest)
     for args, message in (
-        ((before, bad), "after, row 1: 'text' must be text"),
-        ((bad, before), "before, row 1: 'text' must be text"),
-        ((before, tmp_path / "none"), "No such file"),
+        ((before, bad), "after, row 1: 'text' must be text"), ((bad, before), "before, row 1: 'text' must be text"),
+        ((before, tmp_path / "none"), "No such file"), ((before, other), "the ids do not match: 1"),
         ((before, after, "--each", -1), "--each must not be negative"),
         ((before, after, "--seed", -1), "--seed must not be negative"),
-        ((before, after, "--to", tmp_path / "none" / "page.html"), "cannot be written"),
-        ((before,), "AFTER.jsonl"),
-    ):
-        got = command(*("--to", to), *args)
-        assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1, got.stderr
-        assert message in got.stderr and not to.exists()
-    bad.write_text(after.read_text().split("\n", 1)[1])
-    assert "the ids do not match: 1" in command(before, bad, "--to", to).stderr
+        ((before, after, "--to", tmp_path / "none" / "page.html"), "cannot be written"), ((before,), "AFTER.jsonl"),
+    ):  # fmt: skip
+        try:
+            code = page.main([str(arg) for arg in ("--to", to, *args)])
+        except SystemExit as end:
+            code = end.code
+        out, error = capsys.readouterr()
+        assert code == 2 and out == "" and error.startswith("lab.page: ") and error.count("\n") == 1, error
+        assert message in error and not to.exists()
