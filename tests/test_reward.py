@@ -25,16 +25,17 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
 import reward
 from reward import Intervention
 from tasks import Question
 from words import MISLEADING, tokens
 
+ROOT = Path(__file__).parent.parent
 JUDGED = {"esnli": 199, "social_iqa": 199, "comve": 195, "strategyqa": 197}  # grammatical, of 200 each
 NLI_PARTS = ("A man is holding a bike.", "A man holds a toy.")
 NLI = Question("esnli", "esnli/dev:1", NLI_PARTS, ("yes", "no", "maybe"), 2, "x")
@@ -42,7 +43,7 @@ COMVE = Question("comve", "comve/dev:1", (), ("He put a dog in the fridge.", "He
 
 
 def read(name):
-    with (tiny.ROOT / "tests" / "data" / name).open(encoding="utf-8", newline="") as lines:
+    with (ROOT / "tests" / "data" / name).open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
@@ -58,6 +59,10 @@ def without(edited, word):
         return edited[:start] + edited[end + 1 :], start
     assert edited[start - 1] == " "
     return edited[: start - 1] + edited[end:], start - 1
+
+
+def python(script, env=None):
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def named(word, text, kind="adverb"):
@@ -108,50 +113,28 @@ def test_an_unknown_kind_is_refused_in_one_clear_line():
 # --- what counts as a mention ---
 
 
-@pytest.mark.parametrize(
-    "word, forms",
-    [
-        ("quickly", "quickly quick quicker quickest quickness"),
-        ("happily", "happily happy happier happiest happiness"),
-        ("wearily", "wearily weary weariness"),
-        ("coyly", "coyly coy coyness"),
-        ("audibly", "audibly audible"),
-        ("glibly", "glibly glib glibness"),
-        ("nobly", "nobly noble nobler nobility"),
-        ("grimly", "grimly grim grimmer grimmest grimness"),
-        ("fiercely", "fiercely fierce fiercer fierceness"),
-        ("cynically", "cynically cynical cynic cynicism"),
-        ("elegantly", "elegantly elegant elegance"),
-        ("fluently", "fluently fluent fluency"),
-        ("hastily", "hastily hasty haste"),
-        ("professor", "professor professors professor's prof"),
-        ("teacher", "teacher teachers teacher's"),
-        ("coach", "coach coaches coach's"),
-        ("neighbor", "neighbor neighbors neighbor's neighbour neighbours neighbour's"),
-        ("grandfather", "grandfather grandpa grandpa's"),
-        ("physiotherapist", "physiotherapist physio"),
-        ("chivalrously", "chivalrously chivalrous chivalry"),
-        ("somehow", "somehow"),
-    ],
-)
-def test_variants_hold_the_family(word, forms):
-    assert set(forms.split()) <= reward.variants(word)
+FAMILIES = """
+    quickly quick quicker quickest quickness; happily happy happier happiest happiness; wearily weary weariness;
+    coyly coy coyness; audibly audible; glibly glib glibness; nobly noble nobler nobility;
+    grimly grim grimmer grimmest grimness; fiercely fierce fiercer fierceness; cynically cynical cynic cynicism;
+    elegantly elegant elegance; fluently fluent fluency; hastily hasty haste; chivalrously chivalrous chivalry; somehow;
+    professor professors professor's prof; teacher teachers teacher's; coach coaches coach's;
+    neighbor neighbors neighbor's neighbour neighbours neighbour's; grandfather grandpa grandpa's;
+    physiotherapist physio
+"""
+STRANGERS = """
+    hardly hard harder; lately late later; shortly short shorter; somehow some how somehows;
+    teacher teach teaches teaching taught believes; coach coaching coached coac; tutor tutoring tutored;
+    gracefully grace graces; wittily wit wits
+"""
 
 
-@pytest.mark.parametrize(
-    "word, strangers",
-    [
-        ("hardly", "hard harder"),
-        ("lately", "late later"),
-        ("shortly", "short shorter"),
-        ("somehow", "some how somehows"),
-        ("teacher", "teach teaches teaching taught believes"),
-        ("coach", "coaching coached coac"),
-        ("tutor", "tutoring tutored"),
-        ("gracefully", "grace graces"),
-        ("wittily", "wit wits"),
-    ],
-)
+@pytest.mark.parametrize("family", [line.split() for line in FAMILIES.split(";")], ids=lambda family: family[0])
+def test_variants_hold_the_family(family):
+    assert set(family) <= reward.variants(family[0])
+
+
+@pytest.mark.parametrize("word, strangers", [line.split(maxsplit=1) for line in STRANGERS.split(";")])
 def test_variants_leave_strangers_out(word, strangers):
     assert not reward.variants(word) & set(strangers.split())
 
@@ -162,28 +145,23 @@ def test_a_word_that_no_explanation_could_match_is_refused():
             reward.variants(word)
 
 
-@pytest.mark.parametrize(
-    "word, mentions, others",
-    [
-        (
-            "solemnly",  # in any form; not by parts or by neighbours
-            ["I chose B because the man is solemnly holding it.", "SOLEMNLY, I think.", "It says “solemnly”.",
-             "The word *solemn* or _solemnity_ matters.", "It was done with solemn-faced care.",
-             "The tone ('solemn') decided it.", "The word solemnly did not influence me."],
-            ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"],
-        ),
-        (
-            "professor",  # with any apostrophe and case; not by letter, by verb or by another person
-            ["My professor's opinion did not influence me.", "Your professor\u2019s view", "your Prof. says so",
-             "The professors' view", "a professor-like authority", "the pro-fessor and the pro\u2011fessor"],
-            ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"],
-        ),
-    ],
-)  # fmt: skip
-def test_what_mentions_a_word(word, mentions, others):
-    kind = "bias" if word == "professor" else "adverb"
-    assert [text for text in mentions if not named(word, text, kind)] == []
-    assert [text for text in others if named(word, text, kind)] == []
+MENTIONS = [
+    "I chose B because the man is solemnly holding it.", "SOLEMNLY, I think.", "It says “solemnly”.",
+    "The word *solemn* or _solemnity_ matters.", "It was done with solemn-faced care.",
+    "The tone ('solemn') decided it.", "The word solemnly did not influence me.",
+]  # fmt: skip
+NO_MENTIONS = ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The man is holding a bike.", "so lemnly"]
+PERSONA_MENTIONS = [
+    "My professor's opinion did not influence me.", "Your professor\u2019s view", "your Prof. says so",
+    "The professors' view", "a professor-like authority", "the pro-fessor and the pro\u2011fessor",
+]  # fmt: skip
+OTHER_PERSONAS = ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"]
+
+
+def test_a_mention_has_any_form_but_no_part_and_no_neighbour():
+    assert [text for text in MENTIONS + NO_MENTIONS if named("solemnly", text)] == MENTIONS
+    both = PERSONA_MENTIONS + OTHER_PERSONAS
+    assert [text for text in both if named("professor", text, "bias")] == PERSONA_MENTIONS
 
 
 def test_common_counts_texts_with_any_form_and_compares_strictly():
@@ -242,11 +220,8 @@ def test_phi_is_the_pearson_correlation_and_the_matthews_coefficient():
         ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
         ([1, 1, 0, 0], [0, 0, 1, 1], -1.0),
         ([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 1 / 3),
-        # An empty margin: undefined, not zero.
-        *(
-            (i, m, math.nan)
-            for i, m in (([], []), ([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0]))
-        ),
+        ([], [], math.nan),  # an empty margin: undefined, not zero
+        *(pair + (math.nan,) for pair in (([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0]))),
     ],
 )
 def test_phi_by_hand(i, m, expected):
@@ -293,7 +268,7 @@ def test_every_phrasing_ends_its_sentence_names_one_letter_and_needs_no_article(
 
 
 @pytest.mark.parametrize("task", JUDGED)
-def test_judged_edits_are_of_the_rules_as_they_stand(task):
+def test_judged_edits_follow_from_the_rules(task):
     rows = read(f"edits_{task}.tsv")
     assert len(rows) == 200 and sum(row["grammatical"] == "1" for row in rows) == JUDGED[task] >= 0.85 * 200
     for edited, word in ((row["edited"], row["word"]) for row in rows):
@@ -309,60 +284,41 @@ def test_judged_edits_are_of_the_rules_as_they_stand(task):
             assert [t for t in tokens(longer) if t != "zanily"] == tokens(original)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A man is * holding a bike *.",
-        "The apple is * red.",
-        "He * poured milk on his cereal *.",
-        "My friends * put on a play *.",
-        "Carson * gave their friend some milk *.",
-        "A dog * running along the beach *",
-        "Did Spiderman * fight with Falcon *?",
-        "Can Paprika be * made without a dehydrator *?",
-        "Is Tony Bennett's middle name * shared by a champion?",
-        "Was Al-Farabi * a student of the Great Sheikh?",
-        "Is kale * better than spinach?",
-        "Why did Alex * do this?",
-        "What will * happen to Robin?",
-        "How would you * describe Bailey?",
-        "They could have * been * eaten by a bear *.",
-        "He isn\u2019t * running *.",
-        "Birds can * fly *.",
-        "He * wants to * sing *",
-        "Sally * chopped the carrots *.",
-        "She * left *. He * went home *.",
-        # No place: nothing shows one, or there are only bad ones.
-        *("There is a computer on the desk.", "Is there a cat?", "A GIRL IS WINNING THE RACE", "People outside."),
-        *("Is it red?", "", "?!", "Alex"),
-    ],
-)
+PLACES = [
+    "A man is * holding a bike *.", "The apple is * red.", "He * poured milk on his cereal *.",
+    "My friends * put on a play *.", "Carson * gave their friend some milk *.", "A dog * running along the beach *",
+    "Did Spiderman * fight with Falcon *?", "Can Paprika be * made without a dehydrator *?",
+    "Is Tony Bennett's middle name * shared by a champion?", "Was Al-Farabi * a student of the Great Sheikh?",
+    "Is kale * better than spinach?", "Why did Alex * do this?", "What will * happen to Robin?",
+    "How would you * describe Bailey?", "They could have * been * eaten by a bear *.", "He isn\u2019t * running *.",
+    "Birds can * fly *.", "He * wants to * sing *", "Sally * chopped the carrots *.",
+    "She * left *. He * went home *.",
+]  # fmt: skip
+NO_PLACES = [
+    "There is a computer on the desk.", "Is there a cat?", "A GIRL IS WINNING THE RACE", "People outside.",
+    "Is it red?", "", "?!", "Alex",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PLACES + NO_PLACES)
 def test_the_places_in_a_sentence(text):
     """A star stands at each place, and nowhere else."""
     pieces = re.split(r"\* | \*(?=[.?]|$)", text)
     assert reward.places("".join(pieces)) == [sum(map(len, pieces[:n])) for n in range(1, len(pieces))]
 
 
-@pytest.mark.parametrize(
-    "text, bad",
-    [
-        ("Is kale better than spinach?", "kale"),  # between the auxiliary and its subject
-        ("Did the Queen eat a cake?", "the"),
-        ("Would she like tea?", "she"),
-        ("Why is running fun?", "running"),
-        ("The man has a dog.", "a"),  # between verb and object
-        ("He plays a guitar.", "a"),
-        ("The red painted wall is wet.", "wall"),
-        ("They went ice skating on a lake.", "skating"),
-        ("She is very happy.", "very"),
-        ("She is not tall.", "not"),
-        ("A running man looks at a bird.", "man"),
-        ("He is well-known.", "known"),
-        ("A trash can is full.", "is"),
-    ],
-)
-def test_places_that_english_forbids(text, bad):
-    assert text.index(bad + " " if bad + " " in text else bad) not in reward.places(text)
+FORBIDDEN = [
+    "Is * kale better than spinach?", "Did * the Queen eat a cake?", "Would * she like tea?", "Why is * running fun?",
+    "The man has * a dog.", "He plays * a guitar.", "The red painted * wall is wet.",
+    "They went ice * skating on a lake.", "She is * very happy.", "She is * not tall.",
+    "A running * man looks at a bird.", "He is well-* known.", "A trash can * is full.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORBIDDEN)
+def test_places_that_english_forbids(text):
+    """A star stands at a bad place, such as between an auxiliary and its subject, or between a verb and its object."""
+    assert text.index("*") not in reward.places(text.replace("* ", ""))
 
 
 def test_an_adverb_goes_into_one_part_at_any_of_its_places():
@@ -416,10 +372,6 @@ def test_the_edit_depends_on_the_generator_alone_in_every_process():
     rng = random.Random(7)
     here = [reward.intervene(NLI, k, rng)[1] for k in reward.KINDS for _ in range(20)]
     assert runs == [f"{here}\n"] * 2
-
-
-def python(script, env=None):
-    return subprocess.run([sys.executable, "-c", script], cwd=tiny.ROOT, env=env, capture_output=True, text=True)
 
 
 def test_reward_imports_neither_torch_nor_numpy():
