@@ -1,8 +1,8 @@
 """A tiny chat model in a folder, for tests: random weights in the shape of a family, whole words as tokens.
 
-It picks options and writes explanations like any model, only senselessly: its decisions hang on every word
-of the question, so that edits often change them, and its explanations are mostly personas' names, so that
-mentions come and go. Everything a run needs is there, and a run of two steps takes seconds.
+It picks options and writes explanations without sense. Its decisions depend on every word of the question, so edits
+often change them. Its explanations are mostly names of personas, so some mention the cause and some do not. It has
+everything that a run needs, and a run of two steps takes seconds.
 
     python tests/tiny.py FOLDER      builds one
 """
@@ -45,40 +45,35 @@ def build(folder: Path, seed=17, context=512, dtype: torch.dtype = torch.float32
 
     With seed 17 about a third of the bias edits change Llama's answer, and answers are of all lengths.
     """
-    folder = Path(folder)
+    folder, words = Path(folder), vocabulary()
     folder.mkdir(parents=True, exist_ok=True)
-    words = vocabulary()
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN])
-    )
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=SPECIAL[UNKNOWN]))
     split = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(split)
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     E, M, H, K, D, V = 32, 48, 4, 2, 8, len(words) + 3  # rows that no token names, as real models have
     shapes = {"model.embed_tokens": (V, E), "lm_head": (V, E), "model.norm": (E,)}
-    for i in range(2):
-        block = {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
-                 "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (M, E), "mlp.up_proj": (M, E),
-                 "mlp.down_proj": (E, M), "input_layernorm": (E,), "post_attention_layernorm": (E,)}  # fmt: skip
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    for i in range(2):  # after all that families have in common, which so is the same in each
-        own = {"qwen2": {"q_proj.bias": H * D, "k_proj.bias": K * D, "v_proj.bias": K * D},
-               "qwen3": {"q_norm": D, "k_norm": D}}.get(family, {})  # fmt: skip
-        shapes |= {f"model.layers.{i}.self_attn.{name}": (size,) for name, size in own.items()}
+    block = {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
+             "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (M, E), "mlp.up_proj": (M, E),
+             "mlp.down_proj": (E, M), "input_layernorm": (E,), "post_attention_layernorm": (E,)}  # fmt: skip
+    own = {"qwen2": {"self_attn.q_proj.bias": (H * D,), "self_attn.k_proj.bias": (K * D,),
+                     "self_attn.v_proj.bias": (K * D,)},
+           "qwen3": {"self_attn.q_norm": (D,), "self_attn.k_norm": (D,)}}.get(family, {})  # fmt: skip
+    for part in (block, own):  # what a family has of its own comes last, so that the rest is the same in each
+        shapes |= {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in part.items()}
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         middle = 0 if name.endswith("bias") else 1
         weights[name] = middle + 0.1 * noise if len(shape) == 1 else 1.4 * noise / shape[1] ** 0.5
-    # One axis that every state shares, on which personas, and less so the two ends of a turn, score highest.
+    # One axis that every state shares. On it personas and the two ends of a turn score highest.
     personas = slice(words.index("C") + 1, words.index("C") + 1 + len(reward.words("bias")))
-    weights["model.embed_tokens"][:, 0] = 2
-    weights["lm_head"][:, 0] = 0
-    weights["lm_head"][personas, 0] = 9
-    weights["lm_head"][[END, STOP], 0] = 9
-    for i in range(2):  # much attention to the rest of the text, so that an edit is felt
+    weights["model.embed_tokens"][:, 0], weights["lm_head"][:, 0] = 2, 0
+    weights["lm_head"][personas, 0] = weights["lm_head"][[END, STOP], 0] = 9
+    for i in range(2):  # much attention to the rest of the text, so that an edit has an effect
         weights[f"model.layers.{i}.self_attn.o_proj"] *= 3
         weights[f"model.layers.{i}.self_attn.q_proj"] *= 2
         for name in ("self_attn.o_proj", "mlp.down_proj"):
