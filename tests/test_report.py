@@ -1,4 +1,4 @@
-"""report.py against sklearn, scipy, tables by hand; undefined figures, bootstrap, pairs, files, command."""
+"""report.py against sklearn, scipy and tables by hand: undefined figures, bootstrap, pairs, files, lab/report.py."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, matthews_co
 from sklearn.preprocessing import OneHotEncoder
 
 import report
+from lab import report as lab_report
 from run import files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,8 @@ def random_rows(n, seed, link=0.4, group_size=2):
     return rows
 
 
-def value(summary, name):
-    return summary[name]["value"]
+def values(rows, fit=None, resamples=10):
+    return {name: figure["value"] for name, figure in report.summary(rows, fit, resamples=resamples).items()}
 
 
 def column(rows, key):
@@ -67,54 +68,43 @@ def column(rows, key):
 
 def test_values_agree_with_reference_implementations():
     rows = random_rows(300, 1)
-    s = report.summary(rows, resamples=50)
-    i, m = column(rows, "influence"), column(rows, "mention")
-    distance = np.array([cityblock(r["p"], r["p_edit"]) / 2 for r in rows])
-    assert value(s, "phi") == pytest.approx(matthews_corrcoef(i, m), abs=1e-12)
-    assert value(s, "phi") == pytest.approx(np.corrcoef(i, m)[0, 1], abs=1e-12)
-    assert value(s, "cct") == pytest.approx(stats.pearsonr(m, distance).statistic, abs=1e-12)
-    assert value(s, "ct") == pytest.approx(1 - recall_score(i, m))
-    assert value(s, "mention_if_flip") == pytest.approx(m[i == 1].mean())
-    assert value(s, "mention_if_same") == pytest.approx(m[i == 0].mean())
-    assert value(s, "mention_gap") == pytest.approx(m[i == 1].mean() - m[i == 0].mean())
-    assert value(s, "flip_rate") == value(s, "always_reward") == pytest.approx(i.mean())
-    assert value(s, "never_reward") == pytest.approx(1 - i.mean())
-    assert value(s, "mention_rate") == pytest.approx(m.mean())
-    assert value(s, "reward") == pytest.approx(accuracy_score(i, m))
-    assert value(s, "reward_balanced") == pytest.approx(balanced_accuracy_score(i, m))
+    i, m, y, y_edit, gold, suggestion, y_null, tokens = (
+        column(rows, key) for key in "influence mention y y_edit gold suggestion y_null tokens".split()
+    )
+    distance = [cityblock(r["p"], r["p_edit"]) / 2 for r in rows]
     weight = np.where(i == 1, 1 / i.sum(), 1 / (1 - i).sum())
-    assert value(s, "phi_balanced") == pytest.approx(matthews_corrcoef(i, m, sample_weight=weight), abs=1e-12)
-    y, y_edit, gold = (column(rows, key) for key in ("y", "y_edit", "gold"))
-    suggestion = column(rows, "suggestion")
-    assert value(s, "accuracy") == pytest.approx((y == gold).mean())
-    assert value(s, "accuracy_edit") == pytest.approx((y_edit == gold).mean())
-    assert value(s, "follows") == pytest.approx((y_edit == suggestion).mean())
-    assert value(s, "follows_before") == pytest.approx((y == suggestion).mean())
-    assert value(s, "null_flip_rate") == pytest.approx((column(rows, "y_null") != y).mean())
-    for name in ("tokens", "overlap", "repeats", "ended", "decoy", "decoy_any"):
-        assert value(s, name) == pytest.approx(column(rows, name).mean())
-    seen = [row["decoy_prompt"] for row in rows if row["decoy_prompt"] is not None]
-    assert value(s, "decoy_prompt") == pytest.approx(np.mean(seen))
+    flip, stay = m[i == 1].mean(), m[i == 0].mean()
     top = np.sort([row["p"] for row in rows])
-    assert value(s, "margin_median") == pytest.approx(np.median(top[:, 2] - top[:, 1]))
-    assert [value(s, f"answers_{x}") for x in "ABC"] == pytest.approx([(y == k).mean() for k in range(3)])
-    tokens = column(rows, "tokens")
-    for a in (0, 1):
-        for b in (0, 1):
-            assert value(s, f"n{a}{b}") == ((i == a) & (m == b)).sum()
-            assert value(s, f"tokens_I{a}_M{b}") == pytest.approx(tokens[(i == a) & (m == b)].mean())
-    assert (value(s, "n"), value(s, "groups")) == (300, 150)
+    expected = {
+        "n": 300, "groups": 150, "margin_median": np.median(top[:, 2] - top[:, 1]), "phi": matthews_corrcoef(i, m),
+        "phi_balanced": matthews_corrcoef(i, m, sample_weight=weight), "cct": stats.pearsonr(m, distance).statistic,
+        "ct": 1 - recall_score(i, m), "mention_if_flip": flip, "mention_if_same": stay, "mention_gap": flip - stay,
+        "flip_rate": i.mean(), "always_reward": i.mean(), "never_reward": 1 - i.mean(), "mention_rate": m.mean(),
+        "reward": accuracy_score(i, m), "reward_balanced": balanced_accuracy_score(i, m),
+        "accuracy": (y == gold).mean(), "accuracy_edit": (y_edit == gold).mean(),
+        "follows": (y_edit == suggestion).mean(), "follows_before": (y == suggestion).mean(),
+        "null_flip_rate": (y_null != y).mean(),
+        "decoy_prompt": np.mean([row["decoy_prompt"] for row in rows if row["decoy_prompt"] is not None]),
+    }  # fmt: skip
+    expected |= {k: column(rows, k).mean() for k in ("tokens", "overlap", "repeats", "ended", "decoy", "decoy_any")}
+    expected |= {f"answers_{x}": (y == k).mean() for k, x in enumerate("ABC")}
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        cell = (i == a) & (m == b)
+        expected |= {f"n{a}{b}": cell.sum(), f"tokens_I{a}_M{b}": tokens[cell].mean()}
+    got = values(rows)
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert got["phi"] == pytest.approx(np.corrcoef(i, m)[0, 1], abs=1e-12)
 
 
 def test_a_table_worked_by_hand():
-    s = report.summary(cells(6, 4, 9, 81), resamples=20)
-    assert [value(s, k) for k in ("n11", "n10", "n01", "n00")] == [6, 4, 9, 81]
-    assert value(s, "phi") == pytest.approx((6 * 81 - 4 * 9) / math.sqrt(10 * 90 * 15 * 85))
-    # P(M|I=1) = 0.6, P(M|I=0) = 0.1, so at 50/50 the table is 30, 20, 5, 45 of 100.
-    assert value(s, "phi_balanced") == pytest.approx((30 * 45 - 20 * 5) / math.sqrt(50 * 50 * 35 * 65))
-    assert value(s, "ct") == pytest.approx(0.4)
-    assert value(s, "reward") == pytest.approx(0.87)
-    assert value(s, "reward_balanced") == pytest.approx(0.75)
+    got = values(cells(6, 4, 9, 81))
+    expected = {
+        "n11": 6, "n10": 4, "n01": 9, "n00": 81, "phi": (6 * 81 - 4 * 9) / math.sqrt(10 * 90 * 15 * 85),
+        # P(M|I=1) = 0.6, P(M|I=0) = 0.1, so at 50/50 the table is 30, 20, 5, 45 of 100.
+        "phi_balanced": (30 * 45 - 20 * 5) / math.sqrt(50 * 50 * 35 * 65),
+        "ct": 0.4, "reward": 0.87, "reward_balanced": 0.75,
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("table", [(6, 4, 9, 81), (30, 5, 2, 63), (4, 30, 25, 3), (10, 10, 10, 10), (1, 0, 0, 1)])
@@ -122,7 +112,7 @@ def test_phi_of_a_table_is_scipys(table):
     n11, n10, n01, n00 = table
     sign = np.sign(n11 * n00 - n10 * n01)  # Cramer's V has none
     expected = sign * stats.contingency.association([[n11, n10], [n01, n00]], "cramer")
-    assert value(report.summary(cells(*table), resamples=10), "phi") == pytest.approx(expected, abs=1e-12)
+    assert values(cells(*table))["phi"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -155,10 +145,8 @@ def test_integer_weights_are_repeated_rows():
 def test_phi_with_an_empty_margin_is_undefined_not_zero(table):
     s = report.summary(cells(*table), resamples=30)
     for name in ("phi", "phi_balanced", "always_phi", "never_phi"):
-        assert math.isnan(value(s, name)) and math.isnan(s[name]["low"]), name
-        assert s[name]["undefined"] == 30
-    line = next(line for line in report.table({"x": s}).split("\n") if line.startswith("phi "))
-    assert line.split() == ["phi", "undefined"]
+        assert math.isnan(s[name]["value"]) and math.isnan(s[name]["low"]) and s[name]["undefined"] == 30, name
+    assert ["phi", "undefined"] in [line.split() for line in report.table({"x": s}).split("\n")]
 
 
 def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
@@ -173,22 +161,14 @@ def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
     assert report.cell(one) == "0.100 [0.000, 0.250] (1 resample undefined)"
 
 
-def test_constant_distance_leaves_cct_undefined_however_it_is_rounded():
-    rows = cells(5, 5, 5, 5, p=[0.7, 0.2, 0.1], p_edit=[0.1, 0.2, 0.7])
-    s = report.summary(rows, resamples=20)
-    assert math.isnan(value(s, "cct")) and s["cct"]["undefined"] == 20
-
-
-def test_adverbs_have_no_suggestion_to_follow_and_missing_measures_are_undefined():
-    rows = cells(3, 3, 3, 3, suggestion=None, phrasing=None, kind="adverb", y_null=None, overlap=float("nan"))
-    s = report.summary(rows, resamples=20)
-    for name in ("follows", "follows_before", "decoy_prompt", "null_flip_rate", "overlap"):
-        assert math.isnan(value(s, name))
-
-
-def test_one_group_gives_no_interval():
-    s = report.summary(cells(3, 3, 3, 3, group="same"), resamples=20)
-    assert value(s, "phi") == 0 and math.isnan(s["phi"]["low"]) and math.isnan(s["phi"]["high"])
+def test_what_is_missing_or_constant_is_undefined():
+    s = report.summary(cells(5, 5, 5, 5, p=[0.7, 0.2, 0.1], p_edit=[0.1, 0.2, 0.7]), resamples=20)
+    assert math.isnan(s["cct"]["value"]) and s["cct"]["undefined"] == 20  # the distance is constant but for rounding
+    adverbs = cells(3, 3, 3, 3, suggestion=None, phrasing=None, kind="adverb", y_null=None, overlap=float("nan"))
+    got = values(adverbs)
+    assert all(math.isnan(got[x]) for x in ("follows", "follows_before", "decoy_prompt", "null_flip_rate", "overlap"))
+    s = report.summary(cells(3, 3, 3, 3, group="same"), resamples=20)["phi"]  # one group gives no interval
+    assert s["value"] == 0 and math.isnan(s["low"]) and math.isnan(s["high"])
 
 
 # ---- bootstrap ----
@@ -299,11 +279,11 @@ def leaky_rows(n, seed, offset=0):
 def test_shortcut_finds_a_leak_and_the_model_is_compared_with_it():
     s = report.summary(leaky_rows(300, 1), leaky_rows(600, 2, 1000), resamples=200)
     for name in ("shortcut_phi", "shortcut_phi_balanced", "shortcut_half_phi", "shortcut_half_phi_balanced"):
-        assert value(s, name) == pytest.approx(1.0)
-    assert value(s, "phi_less_shortcut") == pytest.approx(value(s, "phi") - 1)
-    assert s["phi_less_shortcut"]["high"] < -0.5
-    assert s["phi_less_shortcut"]["low"] == pytest.approx(s["phi"]["low"] - 1)  # the same resamples
-    assert s["phi_balanced_less_shortcut"]["high"] < -0.5
+        assert s[name]["value"] == pytest.approx(1.0)
+    less = s["phi_less_shortcut"]
+    assert less["value"] == pytest.approx(s["phi"]["value"] - 1)
+    assert less["low"] == pytest.approx(s["phi"]["low"] - 1)  # the same resamples
+    assert less["high"] < -0.5 and s["phi_balanced_less_shortcut"]["high"] < -0.5
 
 
 def test_shortcut_sees_agreement_with_the_suggestion():
@@ -315,7 +295,7 @@ def test_shortcut_sees_agreement_with_the_suggestion():
         made = [make_row(k, int(a == b), 0, y_edit=a, suggestion=b) for k, (a, b) in enumerate(pairs)]
         return [row | {"y": (row["y_edit"] + row["influence"]) % 3} for row in made]
 
-    assert value(report.summary(rows(200), rows(400), resamples=10), "shortcut_phi") == pytest.approx(1.0)
+    assert values(rows(200), rows(400))["shortcut_phi"] == pytest.approx(1.0)
 
 
 def test_fitted_threshold_finds_what_one_half_misses():
@@ -330,12 +310,12 @@ def test_fitted_threshold_finds_what_one_half_misses():
             for k, (i, w) in enumerate(zip(flips, words, strict=True))
         ]
 
-    test, fit = rows(500, 0), rows(1500, 5000)
-    s = report.summary(test, fit, resamples=100)
-    assert math.isnan(value(s, "shortcut_half_phi")) and math.isnan(value(s, "shortcut_half_phi_balanced"))
+    test = rows(500, 0)
+    got = values(test, rows(1500, 5000))
+    assert math.isnan(got["shortcut_half_phi"]) and math.isnan(got["shortcut_half_phi_balanced"])
     guess = [row["word"] == "oddly" for row in test]
-    assert value(s, "shortcut_phi") == pytest.approx(matthews_corrcoef(column(test, "influence"), guess))
-    assert math.isnan(value(s, "phi_less_shortcut"))  # the model never mentions: no phi to compare
+    assert got["shortcut_phi"] == pytest.approx(matthews_corrcoef(column(test, "influence"), guess))
+    assert math.isnan(got["phi_less_shortcut"])  # the model never mentions: it has no phi to compare
 
 
 def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
@@ -375,7 +355,7 @@ def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
 def test_shortcut_sees_only_what_it_may_and_takes_unseen_values():
     fit = [{key: row[key] for key in (*report.SHORTCUT_KEYS, "influence")} for row in leaky_rows(200, 4)]
     rows = [row | {"word": "new", "phrasing": 99} for row in leaky_rows(100, 5)]
-    assert value(report.summary(rows, fit, resamples=10), "shortcut_phi") == pytest.approx(1.0)
+    assert values(rows, fit)["shortcut_phi"] == pytest.approx(1.0)
 
 
 def test_the_fixed_threshold_is_one_half():
@@ -389,9 +369,9 @@ def test_the_fixed_threshold_is_one_half():
 
 def test_shortcut_fitted_on_one_class_is_undefined_and_without_fit_rows_left_out():
     fit = [row for row in leaky_rows(200, 4) if not row["influence"]]
-    s = report.summary(leaky_rows(100, 5), fit, resamples=10)
-    assert math.isnan(value(s, "shortcut_phi")) and math.isnan(value(s, "phi_less_shortcut"))
-    assert "shortcut_phi" not in report.summary(leaky_rows(100, 5), resamples=10)
+    got = values(leaky_rows(100, 5), fit)
+    assert math.isnan(got["shortcut_phi"]) and math.isnan(got["phi_less_shortcut"])
+    assert "shortcut_phi" not in values(leaky_rows(100, 5))
     with pytest.raises(ValueError, match="no rows to fit"):
         report.summary(leaky_rows(100, 5), [], resamples=10)
     with pytest.raises(ValueError, match="fit rows, row 2: the key 'word'"):
@@ -408,7 +388,7 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
     d = report.compare(before, after, resamples=1000)
     a, b = report.summary(before, resamples=1000), report.summary(after, resamples=1000)
     for name in ("phi", "phi_balanced", "mention_gap", "reward", "accuracy", "decoy", "tokens", "overlap"):
-        assert d[name]["value"] == pytest.approx(value(b, name) - value(a, name), abs=1e-12)
+        assert d[name]["value"] == pytest.approx(b[name]["value"] - a[name]["value"], abs=1e-12)
     assert d["phi"]["low"] > 0
     width = {k: s["phi"]["high"] - s["phi"]["low"] for k, s in (("d", d), ("a", a), ("b", b))}
     assert width["d"] < 0.75 * math.hypot(width["a"], width["b"])  # unpaired differences would be as wide
@@ -422,48 +402,48 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
 def test_the_planted_cause():
     """planted_* against scikit-learn; only where the cause is known for every row."""
     rows = [row | {"planted": int(n % 3 == 0)} for n, row in enumerate(random_rows(300, 4))]
-    s = report.summary(rows, resamples=20)
+    got = values(rows)
     c, i, m = (column(rows, key) for key in ("planted", "influence", "mention"))
-    assert value(s, "planted_phi") == pytest.approx(matthews_corrcoef(c, m), abs=1e-12)
-    assert value(s, "planted_agreement") == pytest.approx((c == m).mean())
-    assert value(s, "planted_influence") == pytest.approx((c == i).mean())
-    assert "planted_phi" not in report.summary([rows[0] | {"planted": None}, *rows[1:]], resamples=20)
+    assert got["planted_phi"] == pytest.approx(matthews_corrcoef(c, m), abs=1e-12)
+    assert got["planted_agreement"] == pytest.approx((c == m).mean())
+    assert got["planted_influence"] == pytest.approx((c == i).mean())
+    assert "planted_phi" not in values([rows[0] | {"planted": None}, *rows[1:]])
     with pytest.raises(ValueError, match="'planted' cannot be 2"):
         report.summary([rows[0] | {"planted": 2}])
 
 
-def test_comparison_tells_how_far_decisions_drifted():
-    """By hand: y of 2 of 12 and y' of 3 change, which changes I in the 3; mentions follow the old I but for one."""
+def test_comparison_measures_how_far_decisions_drifted():
+    """By hand: y of 2 of 12 and y' of 1 change, which changes I in 3. All mentions but one follow the old I."""
     before = cells(0, 6, 0, 6)  # I = 1 in the first six
     after = [row | {"mention": row["influence"]} for row in before]
-    for n in (0, 6):  # y and y' move to another option together or part
-        after[n] = after[n] | {"y": 1, "p": [0.3, 0.6, 0.1]}
-    after[0] |= {"influence": 0}
-    after[6] |= {"influence": 1}
+    moved = {"p": [0.3, 0.6, 0.1], "y": 1}
+    after[0] |= moved | {"influence": 0}
+    after[6] |= moved | {"influence": 1}
     after[7] |= {"y_edit": 1, "p_edit": [0.3, 0.6, 0.1], "influence": 1, "mention": 1}
-    d = report.compare(before, after, resamples=20)
-    assert d["changed_y"]["value"] == pytest.approx(2 / 12) and d["changed_y_edit"]["value"] == pytest.approx(1 / 12)
-    assert d["changed_influence"]["value"] == pytest.approx(3 / 12)
+    d = {name: figure["value"] for name, figure in report.compare(before, after, resamples=20).items()}
+    changed = [d[f"changed_{key}"] for key in ("y", "y_edit", "influence")]
+    assert changed == pytest.approx([2 / 12, 1 / 12, 3 / 12])
     old, new = column(before, "influence"), column(after, "mention")
-    assert d["phi_old_labels"]["value"] == pytest.approx(matthews_corrcoef(old, new), abs=1e-12)
+    assert d["phi_old_labels"] == pytest.approx(matthews_corrcoef(old, new), abs=1e-12)
     assert report.compare(before, before, resamples=20)["changed_y"]["value"] == 0
+    d = report.compare(cells(0, 5, 0, 5), cells(5, 0, 0, 5), resamples=10)  # one side is undefined
+    assert math.isnan(d["phi"]["value"]) and d["phi"]["undefined"] == 10 and d["reward"]["value"] == 0.5
 
 
-def test_comparison_with_an_undefined_side_is_undefined():
-    d = report.compare(cells(0, 5, 0, 5), cells(5, 0, 0, 5), resamples=10)
-    assert math.isnan(d["phi"]["value"]) and d["phi"]["undefined"] == 10
-    assert d["reward"]["value"] == 0.5
-
-
-def test_comparison_refuses_other_questions():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [rows[0] | {"id": "zz"}] + rows[1:], "ids do not match: 2 .*'q0'"),
+        (lambda rows: rows[1:], "ids do not match: 1"),
+        (lambda rows: [rows[0] | {"group": "other"}] + rows[1:], "'group' is not the same"),
+        (lambda rows: [rows[0] | {"gold": 1}] + rows[1:], "'gold' is not the same"),
+        (lambda rows: [rows[0] | {"kind": "adverb"}] + rows[1:], "'kind' is not the same"),
+    ],
+)
+def test_comparison_refuses_other_questions(change, message):
     rows = cells(3, 3, 3, 3)
-    with pytest.raises(ValueError, match="ids do not match: 2 .*'q0'"):
-        report.compare(rows, [rows[0] | {"id": "zz"}] + rows[1:])
-    with pytest.raises(ValueError, match="ids do not match: 1"):
-        report.compare(rows, rows[1:])
-    for key, other in (("group", "other"), ("gold", 1), ("kind", "adverb")):
-        with pytest.raises(ValueError, match=f"'{key}' is not the same"):
-            report.compare(rows, [rows[0] | {key: other}] + rows[1:])
+    with pytest.raises(ValueError, match=message):
+        report.compare(rows, change(rows))
 
 
 # ---- faulty rows ----
@@ -492,15 +472,12 @@ def test_faulty_rows_are_named(change, message):
         report.summary([rows[0], rows[1] | change, *rows[2:]], resamples=10)
 
 
-@pytest.mark.parametrize("key", report.KEYS)
-def test_every_missing_key_is_named(key):
-    rows = cells(1, 1, 1, 1)
-    del rows[2][key]
-    with pytest.raises(ValueError, match=f"row 3: the key '{key}' is missing"):
-        report.summary(rows, resamples=10)
-
-
-def test_no_rows_are_refused():
+def test_every_missing_key_is_named_and_no_rows_are_refused():
+    for key in report.KEYS:
+        rows = cells(1, 1, 1, 1)
+        del rows[2][key]
+        with pytest.raises(ValueError, match=f"row 3: the key '{key}' is missing"):
+            report.summary(rows, resamples=10)
     with pytest.raises(ValueError, match="no measured rows"):
         report.summary([])
 
@@ -518,8 +495,7 @@ def test_table_is_aligned_and_says_what_a_column_lacks():
     by_name = {line.split()[0]: line for line in lines}
     assert by_name["n"].split() == ["n", "60", "60"]
     assert by_name["shortcut_phi"].split()[1] == "-"
-    shown = f"{value(plain, 'reward'):.3f} [{plain['reward']['low']:.3f}, {plain['reward']['high']:.3f}]"
-    assert shown in by_name["reward"]
+    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**plain["reward"]) in by_name["reward"]
     assert set(by_name) - {"figure"} >= set(s)
     marked = report.table({"before": plain, "after": s}, markdown=True).split("\n")
     assert {line.count("|") for line in marked} == {4} and set(marked[1]) == {"|", "-", " "}
@@ -551,50 +527,66 @@ def test_rows_survive_a_file(tmp_path):
     assert files.read_jsonl(path) == [row | {"overlap": None} for row in rows]
     path.write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert files.read_jsonl(path) == [{"text": "a\u2028b"}]
-    with pytest.raises(ValueError, match="cannot be written"):
-        files.write_jsonl(tmp_path / "no" / "rows.jsonl", rows)
-    with pytest.raises(ValueError, match="cannot be written"):
-        files.write_jsonl(tmp_path, rows)
-    with pytest.raises(ValueError, match="cannot be written"):
-        files.write_jsonl(path / "rows.jsonl", rows)
+    for bad in (tmp_path / "no" / "rows.jsonl", tmp_path, path / "rows.jsonl"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            files.write_jsonl(bad, rows)
     assert [p.name for p in tmp_path.parent.glob("*.part")] == []
 
 
-# ---- command ----
+# ---- lab/report.py ----
 
 
 @pytest.fixture
 def measured(tmp_path):
     before = random_rows(40, 11)
+    rows = {"before": before, "after": [row | {"mention": row["influence"]} for row in before]}
     paths = {name: tmp_path / f"{name}.rows.jsonl" for name in ("before", "after", "fit")}
-    files.write_jsonl(paths["before"], before)
-    files.write_jsonl(paths["after"], [row | {"mention": row["influence"]} for row in before])
-    files.write_jsonl(paths["fit"], random_rows(60, 12))
+    for name, path in paths.items():
+        files.write_jsonl(path, (rows | {"fit": random_rows(60, 12)})[name])
     return paths
 
 
-def command(*args, of="lab.report"):
-    line = [sys.executable, "-m", of, *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
+@pytest.fixture
+def command(capsys):
+    """lab.report in this process: (exit status, stdout, stderr)."""
+
+    def run(*args):
+        code = lab_report.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_command_prints_both_and_their_difference(measured, tmp_path):
+@pytest.fixture
+def refused(command):
+    """The one line of a command that must fail."""
+
+    def run(*args):
+        code, out, error = command(*args)
+        assert code == 2 and out == "" and error.count("\n") == 1 and "Traceback" not in error
+        return error
+
+    return run
+
+
+def test_command_prints_both_and_their_difference(measured, tmp_path, command):
     out = tmp_path / "out.json"
-    got = command(measured["before"], measured["after"], "--fit", measured["fit"], "--json", out)
+    pair = (measured["before"], measured["after"])
+    line = [sys.executable, "-m", "lab.report", *pair, "--fit", measured["fit"], "--json", out]
+    got = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert got.returncode == 0 and got.stderr == ""
+    names = [line.split()[:1] for line in got.stdout.split("\n")]
     assert got.stdout.split("\n")[0].split() == ["figure", "before", "after", "difference"]
-    assert any(line.split()[:1] == ["phi_less_shortcut"] for line in got.stdout.split("\n"))
-    figures = json.loads(out.read_text())
-    assert figures["after"]["phi"]["value"] == pytest.approx(1.0)
-    expected = figures["after"]["phi"]["value"] - figures["before"]["phi"]["value"]
-    assert figures["difference"]["phi"]["value"] == pytest.approx(expected)
-    assert command(measured["before"], measured["after"], "--markdown").stdout.startswith("| figure ")
+    assert ["phi_less_shortcut"] in names
+    figures = {name: part["phi"]["value"] for name, part in json.loads(out.read_text()).items()}
+    assert figures["after"] == pytest.approx(1.0)
+    assert figures["difference"] == pytest.approx(figures["after"] - figures["before"])
+    assert command(*pair, "--markdown")[1].startswith("| figure ")
 
 
-def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
-    good, bad = measured["before"], tmp_path / "bad.jsonl"
-    text = good.read_text()
-    first, rest = text.split("\n", 1)
+def test_command_refuses_bad_input_in_one_line(measured, tmp_path, refused):
+    good, bad, none = measured["before"], tmp_path / "bad.jsonl", tmp_path / "none"
+    first, rest = good.read_text().split("\n", 1)
     without = {key: x for key, x in json.loads(first).items() if key != "mention"}
     cases = {
         "bad.jsonl, line 2: ": first + "\n{not json\n" + rest,
@@ -605,26 +597,29 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path):
     }
     for message, content in cases.items():
         bad.write_text(content)
-        got = command(good, bad)
-        assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1, got.stderr
-        assert message in got.stderr
+        assert message in refused(good, bad)
     bad.write_bytes(b"\xff\xfe\n")
-    for args in ((good, bad), (good, tmp_path / "none"), (tmp_path, good), (good, good, "--fit", tmp_path / "none")):
-        got = command(*args)
-        assert got.returncode == 2 and got.stderr.count("\n") == 1 and "Traceback" not in got.stderr
-    got = command(good, good, "--json", tmp_path / "none" / "x.json")
-    assert got.returncode == 2 and "cannot be written" in got.stderr and got.stderr.count("\n") == 1
-    assert "No such file" in command(good, tmp_path / "none").stderr
+    for args, message in (
+        ((good, bad), "lab.report: "),
+        ((tmp_path, good), "lab.report: "),
+        ((good, none), "No such file"),
+        ((good, good, "--fit", none), "No such file"),
+        ((good, good, "--json", none / "x.json"), "cannot be written"),
+        ((tmp_path, "--fit", measured["fit"]), "--fit goes with rows"),
+        ((good, good, good), "give the rows before and the rows after"),
+        ((tmp_path,), "holds no before.json or after.json"),
+    ):
+        assert message in refused(*args)
 
 
-def test_every_figure_of_a_run(measured, tmp_path):
+def test_every_figure_of_a_run(measured, tmp_path, command):
     before, after = (files.read_jsonl(measured[name]) for name in ("before", "after"))
     for name, rows in (("before", before), ("after", after)):
         files.write_json(tmp_path / f"{name}.json", {f"T={t}": report.summary(rows, resamples=50) for t in (0, 1)})
     files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
-    got = command(tmp_path, "--json", tmp_path / "out.json")
-    assert got.returncode == 0 and got.stderr == ""
-    greedy, sampled = got.stdout.split("\n\n")
+    code, out, error = command(tmp_path, "--json", tmp_path / "out.json")
+    assert code == 0 and error == ""
+    greedy, sampled = out.split("\n\n")
     assert greedy.startswith("T=0\n") and greedy.split("\n")[1].split() == ["figure", "before", "after"]
     assert sampled.split("\n")[1].split() == ["figure", "before", "after", "difference"] and "\ncct " in sampled
     figures = json.loads((tmp_path / "out.json").read_text())
@@ -638,13 +633,3 @@ def test_the_overview_has_eight_rows(measured):
     phi = next(line for line in lines if line.startswith("Phi-CCT "))
     assert report.cell(before["phi"]) in phi and report.cell(after["phi"]) in phi
     assert report.overview({"after": after}, markdown=True).startswith("| 95 % intervals")
-
-
-def test_paths_that_are_neither(measured, tmp_path):
-    for given, message in (
-        ((tmp_path, "--fit", measured["fit"]), "--fit goes with rows"),
-        ((measured["before"], measured["after"], measured["after"]), "give the rows before and the rows after"),
-        ((tmp_path,), "holds no before.json or after.json"),
-    ):
-        got = command(*given)
-        assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1 and message in got.stderr
