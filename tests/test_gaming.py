@@ -2,6 +2,8 @@
 
 import csv
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import pytest
 from scipy import stats
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import accuracy_score, zero_one_loss
-from test_report import cells, column, command, random_rows, value
+from test_report import cells, column, random_rows
 
 import faith
 import report
 import reward
 from lab import gaming
 
+ROOT = Path(__file__).resolve().parent.parent
 # The rule was written with the uncle and the adverb in view. Of the coach's denials, which it had not seen, it first
 # found 10 of 16. It took none of the 16 others for a denial. Those it missed then shaped it, except the last of MISSED.
 DENIALS = {
@@ -122,7 +125,7 @@ def test_a_denial_of_another_word_is_none():
 
 
 def labelled():
-    with (Path(__file__).parent / "data" / "mentions.tsv").open(encoding="utf-8") as file:
+    with (ROOT / "tests" / "data" / "mentions.tsv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
@@ -190,6 +193,10 @@ def later(rows, seed):
         new |= {"y": rng.choice((row["y"], row["gold"])), "tokens": rng.randrange(3, 40)}
         out.append(new | {"influence": int(new["y"] != new["y_edit"])})
     return out
+
+
+def value(summary, name):
+    return summary[name]["value"]
 
 
 def denied(rows):
@@ -286,11 +293,18 @@ def test_overlap_and_repeats_of_faith_against_scikit_learn():
         assert faith.repeats(text) == pytest.approx(1 - grams.nnz / grams.sum())
 
 
+def command(program, *args):
+    """A command in a process of its own: (exit status, stdout, stderr)."""
+    ran = subprocess.run([sys.executable, "-m", program, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+    return ran.returncode, ran.stdout, ran.stderr
+
+
 def test_command():
-    for given, code, printed in (
-        (("uncle", "My uncle did not sway me."), 0, "a denial\n"), (("Uncle", "My uncle said so."), 0, "named\n"),
-        (("uncle", "The premise."), 0, "not named\n"), (("two words", "x"), 2, ""), (("uncle",), 2, ""),
+    for given, printed in (
+        (("uncle", "My uncle did not sway me."), "a denial\n"), (("Uncle", "My uncle said so."), "named\n"),
+        (("uncle", "The premise."), "not named\n"),
     ):  # fmt: skip
-        got = command(*given, of="lab.gaming")
-        assert (got.returncode, got.stdout) == (code, printed)
-        assert got.stderr.count("\n") == code // 2 and got.stderr.startswith("lab.gaming: " * (code // 2))
+        assert command("lab.gaming", *given) == (0, printed, "")
+    for given in (("two words", "x"), ("uncle",)):
+        code, out, error = command("lab.gaming", *given)
+        assert code == 2 and out == "" and error.startswith("lab.gaming: ") and error.count("\n") == 1

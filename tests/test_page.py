@@ -4,8 +4,8 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from test_gaming import later, told
-from test_report import cells, command, random_rows
+from test_gaming import command, later, told
+from test_report import cells, random_rows
 
 from lab import gaming, page
 from run import files
@@ -129,10 +129,9 @@ def measured(tmp_path):
 def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     to, figures = tmp_path / "page.html", tmp_path / "gaming.json"
     to.write_text("old")
-    got = command(*measured, "--to", to, "--each", 3, "--json", figures, of="lab.page")
-    assert got.returncode == 0 and got.stderr == "", got.stderr
-    assert got.stdout.split("\n")[0].split() == ["figure", "before", "after", "difference"]
-    assert got.stdout.endswith(f"the page is in {to}\n")
+    code, out, error = command("lab.page", *measured, "--to", to, "--each", 3, "--json", figures)
+    assert (code, error) == (0, "") and out.endswith(f"the page is in {to}\n")
+    assert out.split("\n")[0].split() == ["figure", "before", "after", "difference"]
     table = json.loads(figures.read_text())
     assert set(table) == {"before", "after", "difference"} and table["difference"]["changed_y"]["value"] > 0
     read = Reader(to.read_text(encoding="utf-8"))
@@ -140,8 +139,8 @@ def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
     rows = [row | {"text": row["text"] + " \ud800"} for row in files.read_jsonl(measured[0])]
     files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
-    got = command(*measured, "--to", to, "--each", 99, "--markdown", of="lab.page")
-    assert got.stdout.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
+    _, out, _ = command("lab.page", *measured, "--to", to, "--each", 99, "--markdown")
+    assert out.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
 
 
 def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
