@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What docs/results.md says of the toy, all but the paper's experiment (toy_paper.sh), under five seeds drawn from the hash of
-# the commit that fixed its settings.
+# The toy's results in docs/results.md, except the paper's experiment (toy_paper.sh). The five seeds are drawn from the hash
+# of the commit that fixed the settings.
 #     bash runs/toy.sh COMMIT OUT_DIR && python runs/toy_tables.py OUT_DIR
-# JOBS (2) runs go side by side, a thread each. Seen on two cores: see docs/log.md. What is done is not done again,
-# what was cut off goes on. DRY=1 prints the commands.
+# JOBS (2) runs work side by side with one thread each. Finished runs are skipped, interrupted ones continue. DRY=1 prints
+# the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
 commit=$1 out=$(realpath -m "$2") jobs=${JOBS:-2}
@@ -12,19 +12,20 @@ export OMP_NUM_THREADS=1
 hashed=$(seeds_of "$commit" 5)
 read -r -a seeds <<< "$hashed"
 
-for variant in toy-qwen3 toy-plain; do toy_base $variant > /dev/null; done  # alone: two threads each do no harm here
+for variant in toy-qwen3 toy-plain; do toy_base $variant > /dev/null; done
 base=$(toy_base)
+sizes="--eval-questions 1500 --fit-questions 500"  # more than by default, for narrower intervals
 {
     for seed in "${seeds[@]}"; do
-        for kind in adverb bias; do train "$out/$kind/$seed" --intervention "$kind" --seed "$seed"; done
+        for kind in adverb bias; do train "$out/$kind/$seed" --intervention "$kind" $sizes --seed "$seed"; done
     done
     for kind in adverb bias; do
-        train "$out/qwen3-$kind/${seeds[0]}" --model toy-qwen3 --intervention "$kind" --seed "${seeds[0]}"
+        train "$out/qwen3-$kind/${seeds[0]}" --model toy-qwen3 --intervention "$kind" $sizes --seed "${seeds[0]}"
     done
     for seed in "${seeds[@]}"; do
-        train "$out/frozen/$seed" --labels frozen --seed "$seed"
+        train "$out/frozen/$seed" --labels frozen $sizes --seed "$seed"
         for kind in adverb bias; do
-            train "$out/plain-$kind/$seed" --model toy-plain --intervention "$kind" --seed "$seed"
+            train "$out/plain-$kind/$seed" --model toy-plain --intervention "$kind" $sizes --seed "$seed"
         done
     done
 } | go "$jobs"
@@ -43,7 +44,7 @@ base=$(toy_base)
 } | go "$jobs"
 {
     for seed in "${seeds[@]}"; do
-        train "$out/free/$seed" --anchor 0 --seed "$seed"
-        train "$out/free-frozen/$seed" --anchor 0 --labels frozen --seed "$seed"
+        train "$out/free/$seed" --anchor 0 $sizes --seed "$seed"
+        train "$out/free-frozen/$seed" --anchor 0 --labels frozen $sizes --seed "$seed"
     done
 } | go "$jobs"

@@ -15,21 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_smollm2_from_question_to_trained_model(smollm2, tmp_path):
     out = tmp_path / "run"
-    flags = (
-        "--task esnli --intervention bias --calibrate --steps 1 --prompts 4 --samples 4 --max-new-tokens 12 --lr 1e-5 "
-    )
-    flags += "--warmup 0 --eval-questions 4 --fit-questions 6 --calibration-questions 6 --temperature 1.5"
-    command = [
-        sys.executable,
-        "train.py",
-        "--model",
-        smollm2,
-        "--data",
-        "tests/data/esnli",
-        "--out",
-        out,
-        *flags.split(),
-    ]
+    flags = ("--task esnli --data tests/data/esnli --intervention bias --calibrate --steps 1 --prompts 4 --samples 4 "
+             "--max-new-tokens 12 --lr 1e-5 --warmup 0 --eval-questions 4 --fit-questions 6 --calibration-questions 6 "
+             "--temperature 1.5")  # fmt: skip
+    command = [sys.executable, "train.py", "--model", smollm2, "--out", out, *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "step 1/1" in done.stdout and "Phi-CCT minus the shortcut" in done.stdout

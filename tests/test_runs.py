@@ -1,7 +1,4 @@
-"""The scripts of the paper's experiment: what they would run is accepted as it stands, and belongs together.
-
-And the sampler's profile.
-"""
+"""runs/: what each script would run is accepted as it stands and belongs together; the sampler's profile."""
 
 import hashlib
 import os
@@ -26,30 +23,27 @@ SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"
 COMMIT = "38896818640a9671c6ff1259ac2cd0573f08b558"  # what runs/toy.sh was run with
 
 
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def parse(words):
-    return flags.parse(words, {}, toy.SETTINGS)
+    """The flags of a run; ends the test where one is wrong."""
+    args = flags.parse(words, {}, toy.SETTINGS)
+    flags.check(args)
+    return args
 
 
 def lines(script, out, **environment):
     """What `DRY=1 bash runs/SCRIPT` prints: (the program, its arguments) of each command."""
     given = [str(out) if name == "OUT" else name for name in SCRIPTS.get(script, (COMMIT, "OUT"))]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(["bash", ROOT / "runs" / script, *given], capture_output=True, text=True, cwd=out,
-                          env=os.environ | {"DRY": "1", "PATH": path} | environment)  # fmt: skip
+                          env=os.environ | {"DRY": "1", "PATH": PATH} | environment)  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
     for line in done.stdout.splitlines():
         words = shlex.split(line.split("; ")[-1].split(" | ")[0])
         words = words[: next((n for n, word in enumerate(words) if word.startswith(">")), len(words))]
         (at,) = [n for n, word in enumerate(words) if word.endswith(".py") or word.startswith("lab.")]
-        assert set(words[:at]) <= {
-            "python",
-            "torchrun",
-            "--nproc-per-node",
-            "2",
-            "8",
-            "-m",
-            "CUDA_VISIBLE_DEVICES=$SLOT",
-        }
+        assert set(words[:at]) <= {*"python torchrun --nproc-per-node 2 8 -m CUDA_VISIBLE_DEVICES=$SLOT".split()}
         yield words[at], words[at + 1 :]
 
 
@@ -67,8 +61,7 @@ def planned(request, tmp_path, monkeypatch):
     for program, words in lines(request.param, tmp_path):
         seen = []
         if program == "train.py":
-            args = parse(words)  # ends the test where a flag is wrong
-            flags.check(args)
+            args = parse(words)
             runs[args.out] = args
             continue
         if program == "lab.page":  # of each run at home, beside the base's
@@ -105,10 +98,8 @@ def test_commands_are_accepted_and_belong_together(planned):
             assert home in cells[folder] and len(cells[folder]) == (3 if script == "toy_paper.sh" else 5)
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
-                same = ("task", "data", "intervention", "limit", "fit", "seed", "max_new_tokens", "opening", "words")
-                assert {key: getattr(cell, key) for key in same} == {
-                    key: getattr(cells[base][name], key) for key in same
-                }
+                for key in "task data intervention limit fit seed max_new_tokens opening words".split():
+                    assert getattr(cell, key) == getattr(cells[base][name], key)
                 assert cell.opening == run.opening and cell.max_new_tokens == run.max_new_tokens
                 assert name.endswith(f"-{cell.intervention}")
                 if cell.task == run.task:  # never a question trained on
@@ -129,9 +120,8 @@ def test_data_sets_are_those_of_their_runs(planned):
     assert len(of) == (8 if script == "paper.sh" else 0)
     assert all(of.values()) and all(not run.dataset or run.dataset in sets for run in runs.values())
     for folder, using in of.items():
-        same = ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate")
-        for run in using:
-            assert {key: getattr(run, key) for key in same} == {key: getattr(sets[folder], key) for key in same}
+        for key in ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate"):
+            assert {getattr(run, key) for run in using} == {getattr(sets[folder], key)}
 
 
 def test_at_full_size_what_cannot_be_cut_has_adapters(planned):
@@ -179,10 +169,9 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def shell(text, cwd, *given):
     """A bash script that has read in runs/lines.sh, in the folder cwd."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     text = f"set -euo pipefail; . {shlex.quote(str(ROOT / 'runs' / 'lines.sh'))}; {text}"
     return subprocess.run(["bash", "-c", text, "bash", *given], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | {"DRY": "", "PATH": path})  # fmt: skip
+                          env=os.environ | {"DRY": "", "PATH": PATH})  # fmt: skip
 
 
 @pytest.mark.parametrize("line", ["false | tee x", "exit 3", "(exit 3) > log 2>&1", "echo $SLOT | ( '"])
@@ -194,13 +183,13 @@ def test_a_line_that_fails_ends_it_all_and_is_named(tmp_path, line):
 
 
 def test_what_the_toy_prints_while_it_is_made_is_not_its_folder(tmp_path):
-    (tmp_path / "toy.py").write_text(
-        "from pathlib import Path\n"
-        "def prepare(variant='toy'):\n"
-        "    if not Path(variant).exists():\n"
-        "        print('making it'), Path(variant).mkdir()\n"
-        "    return Path(variant).resolve()\n"
-    )
+    (tmp_path / "toy.py").write_text("""
+from pathlib import Path
+def prepare(variant='toy'):
+    if not Path(variant).exists():
+        print('making it'), Path(variant).mkdir()
+    return Path(variant).resolve()
+""")
     for given in ("toy", "toy-plain"):
         words = "" if given == "toy" else given
         first, again = (shell(f'base=$(toy_base {words}); echo "<$base>"', tmp_path) for _ in range(2))
@@ -218,7 +207,6 @@ def test_runs_of_the_toy(tmp_path):
     for program, words in lines("toy.sh", tmp_path):
         if program == "train.py":
             runs.append(parse(words))
-            flags.check(runs[-1])
         else:
             cells.append(dict(zip(words[::2], words[1::2], strict=True)))
     assert len({run.out for run in runs}) == len(runs) == 37 and len({cell["--rows"] for cell in cells}) == 36
@@ -280,23 +268,25 @@ def test_how_training_is_started(tmp_path, launch):
     assert begun == [launch or "torchrun --nproc-per-node 2"] * 3
 
 
-def profile(*given):
-    ran = subprocess.run([sys.executable, ROOT / "runs" / "profile_sampler.py", *map(str, given)], text=True,
-                         capture_output=True)  # fmt: skip
-    return ran.returncode, ran.stdout, ran.stderr
+def test_profile(tmp_path, monkeypatch, capsys):
+    """Both samplers, by operation; one line for a wrong command."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "runs")])
+    import profile_sampler
 
-
-def test_profile(tmp_path):
-    """Of both samplers, by operation; one line for what cannot be."""
     folder = tiny.build(tmp_path / "model")
-    code, out, error = profile(folder, 2, 2, 4)
-    assert code == 0 and "aten::" in out, error
+    assert profile_sampler.main([str(folder), "2", "2", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "aten::" in out
     assert all(f"\n{name}: " in out for name in ("the plain sampler", "rollout.py"))
     for given, words in (
         ((), "MODEL"), ((tmp_path / "none",), f"no model at {tmp_path}/none"), ((folder, "many"), "many"),
         ((folder, 2, 2, 2), "TOKENS must be at least 3"), ((folder, 0), "PROMPTS must be at least 1"),
     ):  # fmt: skip
-        code, out, error = profile(*given)
+        try:
+            code = profile_sampler.main(list(map(str, given)))
+        except SystemExit as end:
+            code = end.code
+        error = capsys.readouterr().err
         assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")
 
 
