@@ -1,7 +1,7 @@
-"""model.py against transformers: logits, files, KV cache, saving, and what it refuses.
+"""model.py against transformers: logits, files, saving, and what it refuses.
 
-Every weight of the tiny models is drawn at random, norms and biases too: at their usual ones and zeros most
-mistakes would not show. All comparisons are fp32 on the CPU unless a test says otherwise.
+Every weight of the tiny models is random, norms and biases too: with ones and zeros most mistakes would not show. All
+comparisons are fp32 on the CPU unless a test says otherwise.
 """
 
 import json
@@ -11,29 +11,21 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import tiny
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import faith
 import model as models
 import tasks
 from rollout import Sampler
 
-ROOT = Path(__file__).parent.parent
 VOCABULARY = 280
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16384}  # fmt: skip
@@ -48,23 +40,22 @@ def default(theta: float) -> dict:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-LLAMA, QWEN2, QWEN3 = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
-# Of every family one tied and one not; thetas, eps and head_dims that no default would guess.
+# One tied and one untied model of every family, with thetas, eps and head_dims that are no defaults.
 FAMILIES = {
-    "llama": (*LLAMA, {"rope_parameters": default(100000.0), "rms_norm_eps": 1e-5}),
-    "llama-3.1": (*LLAMA, {"rope_parameters": llama3(8.0), "rms_norm_eps": 1e-5, "head_dim": 12}),
-    "llama-3.2": (*LLAMA, {"rope_parameters": llama3(32.0), "rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
-    "qwen2": (*QWEN2, {"rope_parameters": default(1000000.0), "rms_norm_eps": 1e-6}),
-    "qwen2-tied": (*QWEN2, {"rope_parameters": default(1000000.0), "tie_word_embeddings": True}),
-    "qwen3": (*QWEN3, {"rope_parameters": default(1000000.0), "rms_norm_eps": 1e-6, "head_dim": 24}),
-    "qwen3-tied": (*QWEN3, {"rope_parameters": default(5000.0), "head_dim": 16, "tie_word_embeddings": True}),
+    "llama": {"rope_parameters": default(100000.0), "rms_norm_eps": 1e-5},
+    "llama-3.1": {"rope_parameters": llama3(8.0), "rms_norm_eps": 1e-5, "head_dim": 12},
+    "llama-3.2": {"rope_parameters": llama3(32.0), "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "qwen2": {"rope_parameters": default(1000000.0), "rms_norm_eps": 1e-6},
+    "qwen2-tied": {"rope_parameters": default(1000000.0), "tie_word_embeddings": True},
+    "qwen3": {"rope_parameters": default(1000000.0), "rms_norm_eps": 1e-6, "head_dim": 24},
+    "qwen3-tied": {"rope_parameters": default(5000.0), "head_dim": 16, "tie_word_embeddings": True},
 }
 
 
 def build(family: str, **changes):
     """A tiny transformers model of the family, every parameter random."""
-    make_config, make_model, settings = FAMILIES[family]
-    network = make_model(make_config(**{**SIZES, "eos_token_id": 6, **settings, **changes})).eval()
+    settings = {**SIZES, "eos_token_id": 6, **FAMILIES[family], **changes}
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split("-")[0], **settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -72,7 +63,7 @@ def build(family: str, **changes):
             if "norm" in name:
                 noise = 1 + 0.3 * noise
             elif parameter.ndim == 2 and "embed" not in name:
-                noise = 1.5 * noise / parameter.shape[1] ** 0.5  # attention that looks somewhere in particular
+                noise = 1.5 * noise / parameter.shape[1] ** 0.5  # attention that differs from token to token
             parameter.copy_(noise)
     return network
 
@@ -84,9 +75,8 @@ def saved(tmp_path_factory):
 
     def get(family: str):
         if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            made[family] = build(family), folder
-            made[family][0].save_pretrained(folder)
+            made[family] = build(family), tmp_path_factory.mktemp(family)
+            made[family][0].save_pretrained(made[family][1])
         return made[family]
 
     return get
@@ -107,10 +97,17 @@ def folder(saved, tmp_path, byte_tokenizer):
     return copy
 
 
-def edit(path: Path, **changes) -> None:
+def edit(path, **changes) -> None:
     """Sets keys of a JSON file; a value of None removes the key."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def reweigh(folder, change) -> None:
+    """Writes model.safetensors again after change(its tensors)."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -118,21 +115,27 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gap(ours, theirs, ids: torch.Tensor) -> float:
-    """The largest difference of two models' logits."""
-    return (ours(ids) - theirs(ids).logits).abs().max().item()
+def gap(ours, theirs, ids: torch.Tensor) -> torch.Tensor:
+    """The largest difference of two models' logits at each position (T,)."""
+    return (ours(ids) - theirs(ids).logits).abs().amax((0, 2))
 
 
 # ---- logits -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(saved, family):
+def test_equals_transformers(saved, family):
+    """Logits, rope frequencies and, where states are small so that it decides, the eps of the norm."""
     theirs, folder = saved(family)
     ours = models.load(folder)
-    assert gap(ours, theirs, tokens(3, 200)) < 1e-4
-    assert gap(ours, theirs, tokens(5, 1)) < 1e-4
+    assert gap(ours, theirs, tokens(3, 200)).max() < 1e-4
+    assert gap(ours, theirs, tokens(5, 1)).max() < 1e-4
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert torch.allclose(ours.frequencies, theirs.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    x = 1e-3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(ours.norm(x), theirs.model.norm(x), atol=1e-6)
+    assert ours.norm.eps == ours.layers[0].input_layernorm.eps == FAMILIES[family].get("rms_norm_eps", 1e-6)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -140,13 +143,8 @@ def test_llama3_scaling_at_long_positions(tmp_path, factor):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     theirs = build("llama", **sizes, rope_parameters=llama3(factor))
     theirs.save_pretrained(tmp_path)
-    ours = models.load(tmp_path)
-    ids = tokens(1, 8192 + 200)
-    with torch.no_grad():
-        difference = (ours(ids) - theirs(ids).logits).abs().amax((0, 2))  # (T,)
-    assert difference[:2048].max() < 1e-4
-    assert difference[2048:8192].max() < 1e-4
-    assert difference[8192:].max() < 1e-4
+    parts = gap(models.load(tmp_path), theirs, tokens(1, 8192 + 200)).split([2048, 6144, 200])
+    assert [bool(part.max() < 1e-4) for part in parts] == [True] * 3  # the last is beyond the original context
 
 
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
@@ -162,65 +160,53 @@ def test_older_config_form(saved, tmp_path, family, spelling):
         edit(config, rope_scaling={spelling: kind, **rope})
     elif spelling == "type":
         config.write_text(config.read_text().replace('"rope_theta"', '"rope_scaling": null, "rope_theta"'))
-    assert gap(models.load(tmp_path / "old"), theirs, tokens(2, 300)) < 1e-4
+    assert gap(models.load(tmp_path / "old"), theirs, tokens(2, 300)).max() < 1e-4
 
 
-def test_rope_frequencies_equal_transformers(saved):
-    for family in FAMILIES:
-        theirs, folder = saved(family)
-        frequencies = models.rope_frequencies(models.read_config(folder))
-        assert torch.allclose(frequencies, theirs.model.rotary_emb.inv_freq, rtol=1e-6, atol=0), family
-
-
+@torch.no_grad()
 def test_norm_casts_before_the_weight():
     """In bf16 the order of cast and weight shows; it must be transformers' to the bit."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
     ours, theirs = models.RMSNorm(64, 1e-5, dtype=torch.bfloat16), LlamaRMSNorm(64, 1e-5).bfloat16()
     generator = torch.Generator().manual_seed(0)
-    weight = (1 + 0.3 * torch.randn(64, generator=generator)).bfloat16()
+    ours.weight.copy_(1 + 0.3 * torch.randn(64, generator=generator))
+    theirs.weight.copy_(ours.weight)
     x = (20 * torch.randn(50, 64, generator=generator)).bfloat16()
-    with torch.no_grad():
-        ours.weight.copy_(weight)
-        theirs.weight.copy_(weight)
-        assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x), theirs(x))
 
 
-def test_norm_eps_is_used(saved):
-    """Where states are small the eps decides; at ordinary size it cannot be seen."""
-    for family, eps in (("llama", 1e-5), ("qwen2", 1e-6)):
-        theirs, folder = saved(family)
-        ours = models.load(folder)
-        x = 1e-3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            assert torch.allclose(ours.norm(x), theirs.model.norm(x), atol=1e-6)
-        assert ours.norm.eps == ours.layers[0].input_layernorm.eps == eps
-
-
+@torch.no_grad()
 def test_bf16_keeps_frequencies_in_fp32(saved):
     _, folder = saved("llama-3.1")
-    half, full = models.load(folder, dtype=torch.bfloat16), models.load(folder)
+    half, full, ids = models.load(folder, dtype=torch.bfloat16), models.load(folder), tokens(2, 50)
     assert half.dtype == torch.bfloat16 and all(p.dtype == torch.bfloat16 for p in half.parameters())
     assert half.frequencies.dtype == torch.float32 and torch.equal(half.frequencies, full.frequencies)
-    ids = tokens(2, 50)
-    with torch.no_grad():
-        assert half(ids).dtype == torch.bfloat16
-        assert (half(ids) - full(ids)).abs().max() < 0.5
+    assert half(ids).dtype == torch.bfloat16 and (half(ids) - full(ids)).abs().max() < 0.5
 
 
-def test_gradients_equal_transformers(saved):
+@pytest.mark.parametrize("family", ["llama-3.2", "qwen3"])
+def test_gradients_equal_transformers(saved, family):
     """Training goes through the same graph: the gradient of a loss, parameter by parameter."""
-    for family in ("llama-3.2", "qwen3"):
-        theirs, folder = saved(family)
-        ours, ids = models.load(folder), tokens(2, 20)
-        for network, logits in ((ours, ours(ids)), (theirs, theirs(ids).logits)):
-            network.zero_grad()
-            logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean().backward()
-        reference = dict(theirs.named_parameters())
-        for name, gradient in ours.named_tensors(lambda parameter: parameter.grad).items():
-            other = reference[name if name == "lm_head.weight" else "model." + name]
-            assert torch.allclose(gradient, other.grad, atol=1e-5), (family, name)
-        theirs.zero_grad()
+    theirs, folder = saved(family)
+    ours, ids = models.load(folder), tokens(2, 20)
+    theirs.zero_grad()
+    for logits in (ours(ids), theirs(ids).logits):
+        logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean().backward()
+    reference = dict(theirs.named_parameters())
+    for name, gradient in ours.named_tensors(lambda parameter: parameter.grad).items():
+        other = reference[name if name == "lm_head.weight" else "model." + name]
+        assert torch.allclose(gradient, other.grad, atol=1e-5), name
+    theirs.zero_grad()
+
+
+@torch.no_grad()
+def test_packed_rows_equal_separate_ones(saved):
+    """Several texts in one row, by a mask and positions that start again."""
+    network, ids = models.load(saved("qwen3")[1]), tokens(1, 30)
+    text = torch.tensor([0] * 13 + [1] * 17)
+    positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
+    mask = (text[:, None] == text) & torch.ones(30, 30).tril().bool()
+    separate = torch.cat([network(ids[:, :13]), network(ids[:, 13:])], 1)
+    assert (network(ids, positions, mask[None, None]) - separate).abs().max() < 1e-5
 
 
 # ---- files ------------------------------------------------------------------------------------------------
@@ -230,23 +216,20 @@ def test_shards_follow_the_index(saved, tmp_path):
     theirs, _ = saved("qwen3")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
-    # What the index does not name is not the model's: an older download, another copy.
-    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
-    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "consolidated.safetensors")
-    assert gap(models.load(tmp_path), theirs, tokens(2, 50)) < 1e-4
+    # A file that the index does not name is not the model's: an older download, another copy.
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / name)
+    assert gap(models.load(tmp_path), theirs, tokens(2, 50)).max() < 1e-4
 
 
 def test_old_files_may_hold_inverse_frequencies_and_a_tied_head(saved, tmp_path):
     theirs, folder = saved("llama-3.2")
-    shutil.copytree(folder, tmp_path / "old")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, tmp_path / "old" / "model.safetensors")
-    assert gap(models.load(tmp_path / "old"), theirs, tokens(2, 50)) < 1e-4
-    weights["lm_head.weight"][0, 0] += 1
-    save_file(weights, tmp_path / "old" / "model.safetensors")
-    assert "lm_head.weight differs" in refusal(models.load, tmp_path / "old")
+    old = shutil.copytree(folder, tmp_path / "old")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    reweigh(old, lambda w: w.update(extra | {"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    assert gap(models.load(old), theirs, tokens(2, 50)).max() < 1e-4
+    reweigh(old, lambda w: w["lm_head.weight"][0, 0].add_(1))
+    assert "lm_head.weight differs" in refusal(models.load, old)
 
 
 def test_end_of_turn_is_a_set(folder):
@@ -261,10 +244,9 @@ def test_end_of_turn_is_a_set(folder):
 def test_hub_id_in_the_local_cache(folder, tmp_path, monkeypatch, variable):
     hub = tmp_path / "home" / "hub"
     repo = hub / "models--some-one--tiny.model"
-    (repo / "refs").mkdir(parents=True)
+    for name in ("refs", "snapshots/0123abc", "snapshots/stale"):
+        (repo / name).mkdir(parents=True)
     (repo / "refs" / "main").write_text("0123abc")
-    (repo / "snapshots" / "0123abc").mkdir(parents=True)
-    (repo / "snapshots" / "stale").mkdir()
     for file in folder.iterdir():
         (repo / "snapshots" / "0123abc" / file.name).symlink_to(file)
     for name in ("HF_HOME", "HF_HUB_CACHE"):
@@ -277,9 +259,7 @@ def test_hub_id_in_the_local_cache(folder, tmp_path, monkeypatch, variable):
 
 
 def test_tokenizer_settings_of_a_training_run_are_dropped(folder):
-    """A tokenizer.json may cut or pad every text; both would go unseen."""
-    import tokenizers
-
+    """A tokenizer.json may cut or pad every text; neither would be noticed."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
@@ -291,32 +271,16 @@ def test_tokenizer_settings_of_a_training_run_are_dropped(folder):
 def test_command_line(folder, capsys, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["model.py", *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / "model.py"), run_name="__main__")
-        except SystemExit as exit:
-            return exit.code, capsys.readouterr()
-        return 0, capsys.readouterr()
+        runpy.run_path(str(tiny.ROOT / "model.py"), run_name="__main__")
 
-    code, output = run(folder)
-    assert code == 0 and re.search(r"family +llama\n", output.out) and re.search(r"parameters +[\d,]+\n", output.out)
+    run(folder)
+    output = capsys.readouterr().out
+    assert re.search(r"family +llama\n", output) and re.search(r"parameters +[\d,]+\n", output)
     for arguments in ((folder / "absent",), ()):
-        code, output = run(*arguments)
-        assert code == 2 and output.out == "" and output.err.count("\n") == 1
-
-
-# ---- attention over other things ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_packed_rows_equal_separate_ones(saved):
-    """Several texts in one row, by a mask and positions that start again."""
-    network, ids = models.load(saved("qwen3")[1]), tokens(1, 30)
-    text = torch.tensor([0] * 13 + [1] * 17)
-    positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
-    mask = (text[:, None] == text) & torch.ones(30, 30).tril().bool()
-    packed = network(ids, positions, mask[None, None])
-    separate = torch.cat([network(ids[:, :13]), network(ids[:, 13:])], 1)
-    assert (packed - separate).abs().max() < 1e-5
+        with pytest.raises(SystemExit, match="2"):
+            run(*arguments)
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.count("\n") == 1
 
 
 # ---- save -------------------------------------------------------------------------------------------------
@@ -328,11 +292,10 @@ def test_packed_rows_equal_separate_ones(saved):
 def test_saved_model_opens_in_transformers(saved, folder, tmp_path, family, shard_bytes):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(saved(family)[1] / name, folder / name)
-    ours = models.load(folder)
+    ours, out, ids = models.load(folder), tmp_path / "new" / "out", tokens(2, 60)
     for parameter in ours.parameters():  # "trained"
         parameter.mul_(1.01)
-    models.save(ours, tmp_path / "new" / "out", "# A card\n", shard_bytes)
-    out = tmp_path / "new" / "out"
+    models.save(ours, out, "# A card\n", shard_bytes)
     shards = sorted(out.glob("*.safetensors"))
     assert (len(shards) > 2) == (shard_bytes == 20_000) == (out / "model.safetensors.index.json").exists()
     assert all(f.stat().st_size < 20_000 + VOCABULARY * 32 * 4 + 2000 for f in shards) or shard_bytes == 5e9
@@ -340,13 +303,11 @@ def test_saved_model_opens_in_transformers(saved, folder, tmp_path, family, shar
     assert sorted(names) == sorted(load_file(saved(family)[1] / "model.safetensors"))
     theirs, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
-    ids = tokens(2, 60)
-    assert gap(ours, theirs.eval(), ids) < 1e-5 and torch.equal(models.load(out)(ids), ours(ids))
+    assert gap(ours, theirs.eval(), ids).max() < 1e-5 and torch.equal(models.load(out)(ids), ours(ids))
     assert theirs.generation_config.eos_token_id == [3, 4] and theirs.generation_config.temperature == 0.6
     messages = [{"role": "user", "content": " What is 3 × 4? "}]
-    reference = AutoTokenizer.from_pretrained(out)
+    reference, tokenizer = AutoTokenizer.from_pretrained(out), models.Tokenizer(out)
     text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokenizer = models.Tokenizer(out)
     assert text == tokenizer.render(messages) == models.Tokenizer(folder).render(messages)
     assert reference(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
     assert (out / "README.md").read_text() == "# A card\n"
@@ -356,8 +317,7 @@ def test_saved_model_opens_in_transformers(saved, folder, tmp_path, family, shar
 def test_saved_dtype_is_the_models(folder, tmp_path):
     models.save(models.load(folder, dtype=torch.bfloat16), tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
-    old = folder / "config.json"
-    edit(old, dtype=None, torch_dtype="float32")
+    edit(folder / "config.json", dtype=None, torch_dtype="float32")
     models.save(models.load(folder, dtype=torch.bfloat16), tmp_path / "older")
     config = json.loads((tmp_path / "older" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16" and "dtype" not in config
@@ -382,22 +342,21 @@ def test_a_model_from_no_files_can_be_saved(folder, tmp_path):
 
 
 def test_save_overwrites_nothing(folder, tmp_path):
-    network = models.load(folder)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "note.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
+    network, note = models.load(folder), tmp_path / "full" / "note.txt"
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for file in (note, tmp_path / "file"):
+        file.write_text("mine")
     for name in ("full", "file"):
         message = refusal(models.save, network, tmp_path / name)
         assert str(tmp_path / name) in message and "another" in message
-    assert (tmp_path / "full" / "note.txt").read_text() == (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
+    assert note.read_text() == (tmp_path / "file").read_text() == "mine"
     models.save(network, tmp_path / "empty")
     assert models.load(tmp_path / "empty").config == network.config
 
 
 def test_an_interrupted_save_leaves_nothing_under_its_name(folder, tmp_path, monkeypatch):
-    network, out = models.load(folder), tmp_path / "out"
-    calls = []
+    network, out, calls = models.load(folder), tmp_path / "out", []
 
     def cut_off(tensors, path, metadata):
         calls.append(path)
@@ -405,14 +364,13 @@ def test_an_interrupted_save_leaves_nothing_under_its_name(folder, tmp_path, mon
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models, "save_file", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            models.save(network, out, shard_bytes=20_000)
+        models.save(network, out, shard_bytes=20_000)
     assert len(calls) == 3 and not out.exists() and not list(tmp_path.glob("*.partial"))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model-00001-of-00003.safetensors").touch()
-    models.save(network, out)  # and what a kill has left over is not in the way, nor in the folder
+    models.save(network, out)  # files that a killed process left are not in the way, nor in the folder
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
     assert not (out / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.partial"))
 
@@ -432,144 +390,101 @@ def refusal(call, *arguments) -> str:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [
-        ({"model_type": "mistral"}, "'mistral'"),
-        ({"model_type": None}, "None"),
-        ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
-        ({"rope_parameters": None}, "rope_theta"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "rope_theta"),
-        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_parameters": {**default(1e4), "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"num_hidden_layers": None, "rms_norm_eps": None}, "num_hidden_layers, rms_norm_eps"),
-        ({"num_hidden_layers": "2", "hidden_size": 0}, "hidden_size, num_hidden_layers"),
-        ({"rope_parameters": [1]}, "rope_theta"),
-        ({"rope_parameters": None, "rope_scaling": "x"}, "rope_theta"),
-    ],
-)
+    [({"model_type": "mistral"}, "'mistral'"), ({"model_type": None}, "None"),
+     ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
+     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+     ({"rope_parameters": None}, "rope_theta"),
+     ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "rope_theta"),
+     ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+     ({"rope_parameters": {**default(1e4), "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+     ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
+     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+     ({"hidden_act": "gelu"}, "'gelu'"), ({"attention_bias": True}, "attention_bias"),
+     ({"mlp_bias": True}, "mlp_bias"), ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+     ({"num_key_value_heads": 3}, "num_key_value_heads"),
+     ({"num_hidden_layers": None, "rms_norm_eps": None}, "num_hidden_layers, rms_norm_eps"),
+     ({"num_hidden_layers": "2", "hidden_size": 0}, "hidden_size, num_hidden_layers"),
+     ({"rope_parameters": [1]}, "rope_theta"), ({"rope_parameters": None, "rope_scaling": "x"}, "rope_theta")],
+)  # fmt: skip
 def test_configs_that_are_refused(folder, changes, named):
     edit(folder / "config.json", **changes)
     message = refusal(models.load, folder)
     assert str(folder / "config.json") in message and named in message
 
 
-def test_an_end_of_turn_that_is_no_id_is_refused(folder):
-    edit(folder / "generation_config.json", eos_token_id=["x"])
-    assert "eos_token_id" in refusal(models.load, folder)
+UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.bias"
 
 
-def test_missing_folder(tmp_path):
-    assert str(tmp_path / "absent") in refusal(models.load, tmp_path / "absent")
-    assert str(tmp_path / "absent") in refusal(models.Tokenizer, tmp_path / "absent")
-
-
-@pytest.mark.parametrize("content", ["{", "[1]", "\x00\x01", None])
-def test_config_that_is_no_json(folder, content):
-    file = folder / "config.json"
-    file.unlink() if content is None else file.write_text(content)
-    assert str(file) in refusal(models.load, folder)
-
-
-def reshard(folder: Path, **moves) -> dict:
-    """The one file of weights as two shards with an index; returns the index."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    index = {}
-    for i, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, folder / file)
-        index.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return index
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(shutil.rmtree, [""]),
+     (lambda f: edit(f / "generation_config.json", eos_token_id=["x"]), ["eos_token_id"]),
+     (lambda f: (f / "config.json").write_text("{"), ["/config.json"]),
+     (lambda f: (f / "config.json").write_text("[1]"), ["/config.json"]),
+     (lambda f: (f / "config.json").write_text("\x00\x01"), ["/config.json"]),
+     (lambda f: (f / "config.json").unlink(), ["/config.json"]),
+     (lambda f: reweigh(f, lambda weights: weights.pop(UP)), [UP[6:]]),
+     (lambda f: reweigh(f, lambda weights: weights.update({BIAS: torch.zeros(48)})), [BIAS[6:]]),
+     (lambda f: reweigh(f, lambda weights: weights.update({UP: weights[UP].T.contiguous()})), [UP[6:], "(32, 48)"]),
+     (lambda f: edit(f / "config.json", num_hidden_layers=1), ["layers.1."]),  # not a layer left out in silence
+     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), [".bin", "convert"])],
+)  # fmt: skip
+def test_files_that_are_refused(folder, damage, named):
+    damage(folder)
+    message = refusal(models.load, folder)
+    assert str(folder) in message and all(word in message for word in named)
 
 
 def test_damaged_shards(folder):
-    reshard(folder)
+    weights, index = load_file(folder / "model.safetensors"), folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").unlink()
+    names, (first, second) = sorted(weights), (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    for file, part in ((first, names[::2]), (second, names[1::2])):
+        save_file({name: weights[name] for name in part}, file)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names[::2], first.name) | {names[1]: second.name}}))
     models.load(folder)  # whole
-    second = folder / "model-00002-of-00002.safetensors"
     whole = second.read_bytes()
-    second.write_bytes(whole[: len(whole) // 2])
-    assert str(second) in refusal(models.load, folder)
-    second.write_bytes(whole[:5])
-    assert str(second) in refusal(models.load, folder)
+    for length in (len(whole) // 2, 5):
+        second.write_bytes(whole[:length])
+        assert str(second) in refusal(models.load, folder)
+    second.write_bytes(whole)
+    save_file(load_file(second) | {names[0]: weights[names[0]]}, second)
+    message = refusal(models.load, folder)
+    assert str(second) in message and names[0] in message and "second time" in message
     second.unlink()
     message = refusal(models.load, folder)
     assert str(folder) in message and second.name in message
-    # The index names tensors that no shard holds.
-    save_file({"model.norm.weight": torch.ones(32)}, second)
+    save_file({"model.norm.weight": torch.ones(32)}, second)  # the index names tensors that no shard holds
     refusal(models.load, folder)
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    index.write_text('{"metadata": {}}')
     assert "index.json" in refusal(models.load, folder)
 
 
-def test_tensor_in_two_shards(folder):
-    reshard(folder)
-    second = folder / "model-00002-of-00002.safetensors"
-    twice = next(iter(load_file(folder / "model-00001-of-00002.safetensors").items()))
-    save_file({**load_file(second), twice[0]: twice[1]}, second)
-    message = refusal(models.load, folder)
-    assert str(second) in message and twice[0] in message and "second time" in message
+LLAMA3, CHATML = "<|start_header_id|>", "<|im_start|>"
 
 
-@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
-def test_tensors_that_do_not_fit(folder, fault):
-    name = "model.layers.1.mlp.up_proj.weight"
-    weights = load_file(folder / "model.safetensors")
-    if fault == "missing":
-        del weights[name]
-    elif fault == "extra":
-        name = "model.layers.1.self_attn.q_proj.bias"
-        weights[name] = torch.zeros(48)
-    else:
-        weights[name] = weights[name].T.contiguous()
-    save_file(weights, folder / "model.safetensors")
-    message = refusal(models.load, folder)
-    assert str(folder) in message and name.removeprefix("model.") in message
-    assert "(32, 48)" in message or fault != "misshapen"
+@pytest.mark.parametrize(
+    ("template", "message", "changes"),
+    [(None, "chat template", {}), ("{{ messages[0]['content'] }}", "chat template", {}),
+     ([{"name": "tool_use", "template": LLAMA3}], "chat template", {}),
+     ("{{ '<|im_start|>assistant\\n<think>\\n' }}", "thinks", {}), (LLAMA3, "bos_token", {"bos_token": None}),
+     (CHATML, "end-of-turn", {"special": (CHATML,)}), (LLAMA3, "265", {})],
+)  # fmt: skip
+def test_tokenizers_that_are_refused(folder, byte_tokenizer, template, message, changes):
+    edit(folder / "config.json", vocab_size=265 if message == "265" else VOCABULARY)
+    byte_tokenizer(folder, template, **{"bos_token": "<|begin_of_text|>", **changes})
+    said = refusal(models.Tokenizer, folder)
+    assert str(folder) in said and message in said
 
 
-def test_weights_of_another_config(folder):
-    edit(folder / "config.json", num_hidden_layers=1)  # else a layer would be left out in silence
-    assert "layers.1." in refusal(models.load, folder)
-
-
-def test_only_pickled_weights(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = refusal(models.load, folder)
-    assert str(folder) in message and ".bin" in message and "convert" in message
-
-
-def test_tokenizers_that_are_refused(folder, byte_tokenizer):
-    def refused(template, message, **changes):
-        byte_tokenizer(folder, template, **{"bos_token": "<|begin_of_text|>", **changes})
-        said = refusal(models.Tokenizer, folder)
-        assert str(folder) in said and message in said
-
-    llama, chatml = "<|start_header_id|>", "<|im_start|>"
-    refused(None, "chat template")
-    refused("{{ messages[0]['content'] }}", "chat template")
-    refused([{"name": "tool_use", "template": llama}], "chat template")
-    refused("{{ '<|im_start|>assistant\\n<think>\\n' }}", "thinks")
-    refused(llama, "bos_token", bos_token=None)
-    refused(chatml, "end-of-turn", special=("<|im_start|>",))
-    edit(folder / "config.json", vocab_size=265)
-    refused(llama, "265")
-    (folder / "tokenizer_config.json").write_text("{")
-    assert "tokenizer_config.json" in refusal(models.Tokenizer, folder)
-    whole = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(whole[:300])
-    assert str(folder / "tokenizer.json") in refusal(models.Tokenizer, folder)
-    (folder / "tokenizer.json").unlink()
-    assert str(folder / "tokenizer.json") in refusal(models.Tokenizer, folder)
+def test_tokenizer_files_that_are_damaged_or_missing(folder):
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text((folder / name).read_text()[:100])
+        assert str(folder / name) in refusal(models.Tokenizer, folder)
+    for path in (folder / "tokenizer.json", folder):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        assert str(path) in refusal(models.Tokenizer, folder)
 
 
 def test_letter_that_is_not_one_token(folder, byte_tokenizer):
@@ -588,34 +503,31 @@ def test_letter_that_is_not_one_token(folder, byte_tokenizer):
 def test_smollm2_writes_what_transformers_writes(smollm2):
     """64 greedy tokens to 16 real prompts of unequal length, in one batch.
 
-    Two right programs may part where the two best logits are closer than 1e-4; such rows are counted apart.
+    Two correct programs may differ where the two best logits are closer than 1e-4; such rows are counted apart.
     """
     tokenizer, new = models.Tokenizer(smollm2), 64
-    questions = tasks.load("esnli", ROOT / "tests" / "data" / "esnli")[:8]
+    questions = tasks.load("esnli", tiny.ROOT / "tests" / "data" / "esnli")[:8]
     prompts = [faith.decision_prompt(tokenizer, q) for q in questions]
     prompts += [faith.explanation_prompt(tokenizer, q, i % 3) for i, q in enumerate(questions)]
     assert len(prompts) == 16 and len({len(p) for p in prompts}) > 8
-    # No token ends an answer here, on either side, so that all 64 are compared.
     sampler = Sampler(models.load(smollm2))
-    sampler.end_of_turn = [-1]
+    sampler.end_of_turn = [-1]  # on both sides no token ends an answer, so that all 64 are compared
     answers = sampler.generate(prompts, 1, new, temperature=0.0)
-
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     reference.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    longest, ties = max(map(len, prompts)), 0
     output = reference.generate(
-        ids, attention_mask=seen, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    ties = 0
+        torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
     for i, (answer,) in enumerate(answers):
         theirs = output.sequences[i, longest:].tolist()
         assert len(answer.tokens) == len(theirs) == new
-        parted = next((t for t in range(new) if answer.tokens[t] != theirs[t]), None)
-        if parted is not None:
-            best = output.logits[parted][i].topk(2).values
-            assert best[0] - best[1] < 1e-4, f"prompt {i} parts at token {parted}: {tokenizer.decode(theirs)!r}"
+        if answer.tokens != theirs:
+            at = next(t for t in range(new) if answer.tokens[t] != theirs[t])
+            best = output.logits[at][i].topk(2).values
+            assert best[0] - best[1] < 1e-4, f"prompt {i} differs from token {at} on: {tokenizer.decode(theirs)!r}"
             ties += 1
-    print(f"{16 - ties} of 16 answers equal, {ties} parted at a tie")
+    print(f"{16 - ties} of 16 answers equal, {ties} differ from a tie on")
     assert ties <= 2
