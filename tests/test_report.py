@@ -67,10 +67,9 @@ def column(rows, key):
 
 
 def test_values_agree_with_reference_implementations():
-    rows = random_rows(300, 1)
-    i, m, y, y_edit, gold, suggestion, y_null, tokens = (
-        column(rows, key) for key in "influence mention y y_edit gold suggestion y_null tokens".split()
-    )
+    rows = [row | {"planted": int(n % 3 == 0)} for n, row in enumerate(random_rows(300, 1))]
+    keys = "influence mention y y_edit gold suggestion y_null tokens planted".split()
+    i, m, y, y_edit, gold, suggestion, y_null, tokens, planted = (column(rows, key) for key in keys)
     distance = [cityblock(r["p"], r["p_edit"]) / 2 for r in rows]
     weight = np.where(i == 1, 1 / i.sum(), 1 / (1 - i).sum())
     flip, stay = m[i == 1].mean(), m[i == 0].mean()
@@ -83,7 +82,8 @@ def test_values_agree_with_reference_implementations():
         "reward": accuracy_score(i, m), "reward_balanced": balanced_accuracy_score(i, m),
         "accuracy": (y == gold).mean(), "accuracy_edit": (y_edit == gold).mean(),
         "follows": (y_edit == suggestion).mean(), "follows_before": (y == suggestion).mean(),
-        "null_flip_rate": (y_null != y).mean(),
+        "null_flip_rate": (y_null != y).mean(), "planted_phi": matthews_corrcoef(planted, m),
+        "planted_agreement": (planted == m).mean(), "planted_influence": (planted == i).mean(),
         "decoy_prompt": np.mean([row["decoy_prompt"] for row in rows if row["decoy_prompt"] is not None]),
     }  # fmt: skip
     expected |= {k: column(rows, k).mean() for k in ("tokens", "overlap", "repeats", "ended", "decoy", "decoy_any")}
@@ -96,23 +96,17 @@ def test_values_agree_with_reference_implementations():
     assert got["phi"] == pytest.approx(np.corrcoef(i, m)[0, 1], abs=1e-12)
 
 
-def test_a_table_worked_by_hand():
+def test_tables_worked_by_hand():
+    # P(M|I=1) = 0.6, P(M|I=0) = 0.1, so at 50/50 the table is 30, 20, 5, 45 of 100.
+    balanced = (30 * 45 - 20 * 5) / math.sqrt(50 * 50 * 35 * 65)
+    expected = {"n11": 6, "n10": 4, "n01": 9, "n00": 81, "phi": (6 * 81 - 4 * 9) / math.sqrt(10 * 90 * 15 * 85),
+                "phi_balanced": balanced, "ct": 0.4, "reward": 0.87, "reward_balanced": 0.75}  # fmt: skip
     got = values(cells(6, 4, 9, 81))
-    expected = {
-        "n11": 6, "n10": 4, "n01": 9, "n00": 81, "phi": (6 * 81 - 4 * 9) / math.sqrt(10 * 90 * 15 * 85),
-        # P(M|I=1) = 0.6, P(M|I=0) = 0.1, so at 50/50 the table is 30, 20, 5, 45 of 100.
-        "phi_balanced": (30 * 45 - 20 * 5) / math.sqrt(50 * 50 * 35 * 65),
-        "ct": 0.4, "reward": 0.87, "reward_balanced": 0.75,
-    }  # fmt: skip
     assert {name: got[name] for name in expected} == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("table", [(6, 4, 9, 81), (30, 5, 2, 63), (4, 30, 25, 3), (10, 10, 10, 10), (1, 0, 0, 1)])
-def test_phi_of_a_table_is_scipys(table):
-    n11, n10, n01, n00 = table
-    sign = np.sign(n11 * n00 - n10 * n01)  # Cramer's V has none
-    expected = sign * stats.contingency.association([[n11, n10], [n01, n00]], "cramer")
-    assert values(cells(*table))["phi"] == pytest.approx(expected, abs=1e-12)
+    for table in ((6, 4, 9, 81), (30, 5, 2, 63), (4, 30, 25, 3), (10, 10, 10, 10), (1, 0, 0, 1)):
+        rows = cells(*table)
+        expected = matthews_corrcoef(column(rows, "influence"), column(rows, "mention"))
+        assert values(rows)["phi"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -166,21 +160,13 @@ def test_what_is_missing_or_constant_is_undefined():
     assert math.isnan(s["cct"]["value"]) and s["cct"]["undefined"] == 20  # the distance is constant but for rounding
     adverbs = cells(3, 3, 3, 3, suggestion=None, phrasing=None, kind="adverb", y_null=None, overlap=float("nan"))
     got = values(adverbs)
+    assert "planted_phi" not in values([adverbs[0] | {"planted": 1}, *adverbs[1:]])  # known for one row only
     assert all(math.isnan(got[x]) for x in ("follows", "follows_before", "decoy_prompt", "null_flip_rate", "overlap"))
     s = report.summary(cells(3, 3, 3, 3, group="same"), resamples=20)["phi"]  # one group gives no interval
     assert s["value"] == 0 and math.isnan(s["low"]) and math.isnan(s["high"])
 
 
 # ---- bootstrap ----
-
-
-def test_interval_of_a_mean_has_the_known_width_and_the_seed_repeats_it():
-    rows = random_rows(400, 3, group_size=1)
-    s = report.summary(rows, seed=5, resamples=4000)["mention_rate"]
-    error = math.sqrt(s["value"] * (1 - s["value"]) / 400)
-    assert (s["high"] - s["low"]) / (2 * 1.96 * error) == pytest.approx(1, abs=0.06)
-    assert report.summary(rows, seed=5, resamples=4000)["mention_rate"] == s
-    assert report.summary(rows, seed=6, resamples=4000)["mention_rate"] != s
 
 
 def resampled(data, statistic, n=4000):
@@ -196,6 +182,8 @@ def agree(figure, expected):
 def test_intervals_are_scipys():
     rows = random_rows(300, 21, group_size=1)
     s = report.summary(rows, resamples=4000)
+    again, other = (report.summary(rows, seed=seed, resamples=4000)["phi"] for seed in (0, 6))
+    assert again == s["phi"] != other
     i, m = column(rows, "influence"), column(rows, "mention")
     distance = np.array([cityblock(r["p"], r["p_edit"]) / 2 for r in rows])
     assert agree(s["phi"], resampled((i, m), lambda a, b: np.corrcoef(a, b)[0, 1]))
@@ -219,18 +207,8 @@ def test_intervals_over_groups_are_scipys_over_their_totals():
     assert agree(got, resampled((totals, sizes), lambda a, b: a.sum() / b.sum()))
 
 
-def test_groups_are_resampled_whole():
-    """Every question ten times over in its group: the interval must be that of the questions alone."""
-    rows = random_rows(100, 4, group_size=1)
-    copies = [row | {"id": f"{row['id']}-{k}"} for row in rows for k in range(10)]
-    a, b = (report.summary(x, resamples=1000)["phi"] for x in (rows, copies))
-    assert (b["low"], b["high"]) == pytest.approx((a["low"], a["high"]), abs=1e-12)
-    apart = report.summary([row | {"group": row["id"]} for row in copies], resamples=1000)["phi"]
-    assert apart["high"] - apart["low"] < 0.5 * (b["high"] - b["low"])
-
-
 def test_intervals_cover_the_truth_for_grouped_rows():
-    """60 groups of 5 that share a propensity: about 95 % of the intervals hold 0.5, by rows far fewer."""
+    """60 groups of 5 that share a propensity: about 95 % of the intervals hold 0.5. By rows far fewer do."""
     rng, held = np.random.default_rng(7), {60: 0, 300: 0}
     for trial in range(200):
         x = np.repeat((rng.random(60) < 0.5).astype(float), 5)
@@ -239,8 +217,7 @@ def test_intervals_cover_the_truth_for_grouped_rows():
             group = np.arange(300) * groups // 300
             got = report.intervals(lambda w, x=x: {"x": report.mean(x, w)}, group, trial, 300)["x"]
             held[groups] += got["low"] <= 0.5 <= got["high"]
-    assert 180 <= held[60] <= 199
-    assert held[300] < 175
+    assert 180 <= held[60] <= 199 and held[300] < 175
 
 
 def test_two_thousand_resamples_of_five_hundred_rows_take_about_a_second():
@@ -284,18 +261,6 @@ def test_shortcut_finds_a_leak_and_the_model_is_compared_with_it():
     assert less["value"] == pytest.approx(s["phi"]["value"] - 1)
     assert less["low"] == pytest.approx(s["phi"]["low"] - 1)  # the same resamples
     assert less["high"] < -0.5 and s["phi_balanced_less_shortcut"]["high"] < -0.5
-
-
-def test_shortcut_sees_agreement_with_the_suggestion():
-    """Neither y' nor the suggestion tells anything alone: a flip is where the two are equal."""
-    rng = random.Random(6)
-
-    def rows(n):
-        pairs = [(rng.randrange(3), rng.randrange(3)) for _ in range(n)]
-        made = [make_row(k, int(a == b), 0, y_edit=a, suggestion=b) for k, (a, b) in enumerate(pairs)]
-        return [row | {"y": (row["y_edit"] + row["influence"]) % 3} for row in made]
-
-    assert values(rows(200), rows(400))["shortcut_phi"] == pytest.approx(1.0)
 
 
 def test_fitted_threshold_finds_what_one_half_misses():
@@ -352,30 +317,18 @@ def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
         assert got[name].std() > 0.2  # it does tell
 
 
-def test_shortcut_sees_only_what_it_may_and_takes_unseen_values():
-    fit = [{key: row[key] for key in (*report.SHORTCUT_KEYS, "influence")} for row in leaky_rows(200, 4)]
-    rows = [row | {"word": "new", "phrasing": 99} for row in leaky_rows(100, 5)]
-    assert values(rows, fit)["shortcut_phi"] == pytest.approx(1.0)
-
-
-def test_the_fixed_threshold_is_one_half():
-    """Words that flip 60 % and 40 % of the answers lie on either side of it."""
-    flips = {"oddly": [1, 1, 1, 0, 0] * 40, "softly": [1, 1, 0, 0, 0] * 40}
-    pairs = [(word, i) for word, column in flips.items() for i in column]
-    rows = [make_row(k, i, 0, word=w, suggestion=None, phrasing=None) for k, (w, i) in enumerate(pairs)]
-    rows = [row | {"y": 1 - row["influence"], "y_edit": 1} for row in rows]
-    assert report.shortcut(rows, rows)["half"].tolist() == [1.0] * 200 + [0.0] * 200
-
-
-def test_shortcut_fitted_on_one_class_is_undefined_and_without_fit_rows_left_out():
-    fit = [row for row in leaky_rows(200, 4) if not row["influence"]]
-    got = values(leaky_rows(100, 5), fit)
+def test_what_the_shortcut_is_fitted_on():
+    rows, fit = leaky_rows(100, 5), leaky_rows(200, 4)
+    few = [{key: row[key] for key in (*report.SHORTCUT_KEYS, "influence")} for row in fit]  # it needs no other key
+    unseen = [row | {"word": "new", "phrasing": 99} for row in rows]
+    assert values(unseen, few)["shortcut_phi"] == pytest.approx(1.0)
+    got = values(rows, [row for row in fit if not row["influence"]])  # one class only
     assert math.isnan(got["shortcut_phi"]) and math.isnan(got["phi_less_shortcut"])
-    assert "shortcut_phi" not in values(leaky_rows(100, 5))
+    assert "shortcut_phi" not in values(rows)
     with pytest.raises(ValueError, match="no rows to fit"):
-        report.summary(leaky_rows(100, 5), [], resamples=10)
+        report.summary(rows, [])
     with pytest.raises(ValueError, match="fit rows, row 2: the key 'word'"):
-        report.summary(leaky_rows(100, 5), [fit[0], {"y_edit": 0, "suggestion": None}])
+        report.summary(rows, [fit[0], {"y_edit": 0, "suggestion": None}])
 
 
 # ---- comparison ----
@@ -399,19 +352,6 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
     assert all(again[name] == d[name] for name in ("phi", "phi_balanced", "reward", "tokens", "overlap"))
 
 
-def test_the_planted_cause():
-    """planted_* against scikit-learn; only where the cause is known for every row."""
-    rows = [row | {"planted": int(n % 3 == 0)} for n, row in enumerate(random_rows(300, 4))]
-    got = values(rows)
-    c, i, m = (column(rows, key) for key in ("planted", "influence", "mention"))
-    assert got["planted_phi"] == pytest.approx(matthews_corrcoef(c, m), abs=1e-12)
-    assert got["planted_agreement"] == pytest.approx((c == m).mean())
-    assert got["planted_influence"] == pytest.approx((c == i).mean())
-    assert "planted_phi" not in values([rows[0] | {"planted": None}, *rows[1:]])
-    with pytest.raises(ValueError, match="'planted' cannot be 2"):
-        report.summary([rows[0] | {"planted": 2}])
-
-
 def test_comparison_measures_how_far_decisions_drifted():
     """By hand: y of 2 of 12 and y' of 1 change, which changes I in 3. All mentions but one follow the old I."""
     before = cells(0, 6, 0, 6)  # I = 1 in the first six
@@ -433,43 +373,38 @@ def test_comparison_measures_how_far_decisions_drifted():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: [rows[0] | {"id": "zz"}] + rows[1:], "ids do not match: 2 .*'q0'"),
-        (lambda rows: rows[1:], "ids do not match: 1"),
-        (lambda rows: [rows[0] | {"group": "other"}] + rows[1:], "'group' is not the same"),
-        (lambda rows: [rows[0] | {"gold": 1}] + rows[1:], "'gold' is not the same"),
-        (lambda rows: [rows[0] | {"kind": "adverb"}] + rows[1:], "'kind' is not the same"),
+        ({"id": "zz"}, "ids do not match: 2 .*'q0'"),
+        (None, "ids do not match: 1"),
+        ({"group": "other"}, "'group' is not the same"),
+        ({"gold": 1}, "'gold' is not the same"),
+        ({"kind": "adverb"}, "'kind' is not the same"),
     ],
 )
 def test_comparison_refuses_other_questions(change, message):
     rows = cells(3, 3, 3, 3)
     with pytest.raises(ValueError, match=message):
-        report.compare(rows, change(rows))
-
-
-# ---- faulty rows ----
+        report.compare(rows, ([rows[0] | change] if change else []) + rows[1:])
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "bad", "message"),
     [
-        ({"mention": 2}, "row 2: 'mention' cannot be 2"),
-        ({"tokens": "ten"}, "row 2: 'tokens' cannot be 'ten'"),
-        ({"overlap": "x"}, "row 2: 'overlap' cannot be 'x'"),
-        ({"gold": None}, "row 2: 'gold' cannot be None"),
-        ({"tokens": float("nan")}, "row 2: 'tokens' cannot be nan"),
-        ({"p": [0.5, 0.2, 0.1]}, "row 2: 'p' cannot be"),
-        ({"p": [1.5, -0.5, 0.0]}, "row 2: 'p' cannot be"),
-        ({"p_edit": None}, "row 2: 'p_edit' cannot be None"),
-        ({"p": [0.5, 0.5]}, "row 2: .*options of both"),
-        ({"gold": 3}, "row 2: .*options of both"),
-        ({"influence": 0}, "row 2: 'influence' must be 1 exactly where"),
-        ({"id": "q0"}, "an id occurs twice"),
+        *(("mention", 2, "cannot be 2"), ("planted", 2, "cannot be 2"), ("tokens", "ten", "cannot be 'ten'")),
+        *(("overlap", "x", "cannot be 'x'"), ("gold", None, "cannot be None"), ("tokens", math.nan, "cannot be nan")),
+        *(
+            ("p", [0.5, 0.2, 0.1], "cannot be"),
+            ("p", [1.5, -0.5, 0.0], "cannot be"),
+            ("p_edit", None, "cannot be None"),
+        ),
+        *(("p", [0.5, 0.5], ".*options of both"), ("gold", 3, ".*options of both")),
+        *(("influence", 0, "must be 1 exactly where"), ("id", "q0", "an id occurs twice")),
     ],
 )
-def test_faulty_rows_are_named(change, message):
+def test_faulty_rows_are_named(key, bad, message):
     rows = cells(3, 3, 3, 3)
-    with pytest.raises(ValueError, match=message):
-        report.summary([rows[0], rows[1] | change, *rows[2:]], resamples=10)
+    place = "rows: " if key == "id" else "row 2: " + f"'{key}' " * (message[0] != ".")
+    with pytest.raises(ValueError, match=place + message):
+        report.summary([rows[0], rows[1] | {key: bad}, *rows[2:]], resamples=10)
 
 
 def test_every_missing_key_is_named_and_no_rows_are_refused():
@@ -546,30 +481,12 @@ def measured(tmp_path):
     return paths
 
 
-@pytest.fixture
-def command(capsys):
+def command(capsys, *args):
     """lab.report in this process: (exit status, stdout, stderr)."""
-
-    def run(*args):
-        code = lab_report.main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return run
+    return lab_report.main([str(arg) for arg in args]), *capsys.readouterr()
 
 
-@pytest.fixture
-def refused(command):
-    """The one line of a command that must fail."""
-
-    def run(*args):
-        code, out, error = command(*args)
-        assert code == 2 and out == "" and error.count("\n") == 1 and "Traceback" not in error
-        return error
-
-    return run
-
-
-def test_command_prints_both_and_their_difference(measured, tmp_path, command):
+def test_command_prints_both_and_their_difference(measured, tmp_path, capsys):
     out = tmp_path / "out.json"
     pair = (measured["before"], measured["after"])
     line = [sys.executable, "-m", "lab.report", *pair, "--fit", measured["fit"], "--json", out]
@@ -581,27 +498,24 @@ def test_command_prints_both_and_their_difference(measured, tmp_path, command):
     figures = {name: part["phi"]["value"] for name, part in json.loads(out.read_text()).items()}
     assert figures["after"] == pytest.approx(1.0)
     assert figures["difference"] == pytest.approx(figures["after"] - figures["before"])
-    assert command(*pair, "--markdown")[1].startswith("| figure ")
+    assert command(capsys, *pair, "--markdown")[1].startswith("| figure ")
 
 
-def test_command_refuses_bad_input_in_one_line(measured, tmp_path, refused):
-    good, bad, none = measured["before"], tmp_path / "bad.jsonl", tmp_path / "none"
+def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
+    good, none = measured["before"], tmp_path / "none"
     first, rest = good.read_text().split("\n", 1)
-    without = {key: x for key, x in json.loads(first).items() if key != "mention"}
-    cases = {
-        "bad.jsonl, line 2: ": first + "\n{not json\n" + rest,
-        "bad.jsonl, row 1: the key 'mention' is missing": json.dumps(without) + "\n" + rest,
-        "bad.jsonl, row 1: the key 'id' is missing": "[1, 2]\n",
-        "bad.jsonl: no measured rows": "\n",
-        "ids do not match": rest,
-    }
-    for message, content in cases.items():
-        bad.write_text(content)
-        assert message in refused(good, bad)
-    bad.write_bytes(b"\xff\xfe\n")
+    without = json.dumps({key: x for key, x in json.loads(first).items() if key != "mention"})
+    contents = {"bad0.jsonl, line 2: ": first + "\n{not json\n" + rest,
+                "bad1.jsonl, row 1: the key 'mention' is missing": without + "\n" + rest,
+                "bad2.jsonl, row 1: the key 'id' is missing": "[1, 2]\n",
+                "bad3.jsonl: no measured rows": "\n", "ids do not match": rest,
+                "can't decode": "\xff\xfe\n"}  # fmt: skip
+    cases = [((good, tmp_path / f"bad{n}.jsonl"), message) for n, message in enumerate(contents)]
+    for ((_, bad), _), content in zip(cases, contents.values(), strict=True):
+        bad.write_text(content, encoding="latin-1")
     for args, message in (
-        ((good, bad), "lab.report: "),
-        ((tmp_path, good), "lab.report: "),
+        *cases,
+        ((tmp_path, good), "Is a directory"),
         ((good, none), "No such file"),
         ((good, good, "--fit", none), "No such file"),
         ((good, good, "--json", none / "x.json"), "cannot be written"),
@@ -609,15 +523,16 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, refused):
         ((good, good, good), "give the rows before and the rows after"),
         ((tmp_path,), "holds no before.json or after.json"),
     ):
-        assert message in refused(*args)
+        code, out, error = command(capsys, *args)
+        assert code == 2 and out == "" and error.count("\n") == 1 and message in error
 
 
-def test_every_figure_of_a_run(measured, tmp_path, command):
+def test_every_figure_of_a_run(measured, tmp_path, capsys):
     before, after = (files.read_jsonl(measured[name]) for name in ("before", "after"))
     for name, rows in (("before", before), ("after", after)):
         files.write_json(tmp_path / f"{name}.json", {f"T={t}": report.summary(rows, resamples=50) for t in (0, 1)})
     files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
-    code, out, error = command(tmp_path, "--json", tmp_path / "out.json")
+    code, out, error = command(capsys, tmp_path, "--json", tmp_path / "out.json")
     assert code == 0 and error == ""
     greedy, sampled = out.split("\n\n")
     assert greedy.startswith("T=0\n") and greedy.split("\n")[1].split() == ["figure", "before", "after"]
