@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from run.progress import Parser
@@ -17,21 +16,19 @@ def option(default, text: str, choices=None, least=None, above=None, on_resume=F
     return dataclasses.field(default=default, metadata=known)
 
 
-@dataclass
+# fmt: off
+@dataclasses.dataclass
 class Args:
-    """Everything a run depends on; each field is a flag, and all are saved with the run."""
+    """Everything a run depends on. Each field is a flag; all are saved with the run."""
 
-    model: str = option("toy", "Hugging Face directory, hub id in the local cache, or an embedded toy (toy, toy-qwen3, "
-                        "toy-plain), made on first use")  # fmt: skip
+    model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain")
     task: str = option("toy", "what the questions are")
     data: str = option("", "folder or file with the task's published data; the toy has its own")
     intervention: str = option("adverb", "what is inserted into a question")
-    out: str = option("", "folder for metrics, explanations and the trained model; must not hold a run. Default: a new "
-                      "one in out/", on_resume=True)  # fmt: skip
+    out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
     objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, to say when asked "
-                            "outright whether the edit changed the answer", ("disclosure", "detection"))  # fmt: skip
-    labels: str = option("on-policy", "influence under the current model, or once under the initial one (the paper)",
-                         ("on-policy", "frozen"))  # fmt: skip
+                            "outright whether the edit changed the answer", ("disclosure", "detection"))
+    labels: str = option("on-policy", "influence of the current or the initial model (paper)", ("on-policy", "frozen"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
     calibration_questions: int = option(300, "with --calibrate: unedited training questions for these means", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
@@ -41,46 +38,40 @@ class Args:
     frozen_questions: int = option(1000, "with --labels frozen and no --dataset: questions labelled first", least=2)
     dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used")
     max_new_tokens: int = option(48, "tokens of an explanation at most", least=1)
-    temperature: float = option(1.0, "of the sampled explanations, and of the logprobs that are trained", above=0)
+    temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", above=0)
     lr: float = option(1e-5, "AdamW's peak learning rate", above=0, on_resume=True)
     warmup: int = option(5, "steps of linear warm-up", least=0, on_resume=True)
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
-    weight_decay: float = option(0.0, "AdamW's", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     beta2: float = option(0.98, "AdamW's second-moment decay; runs are short", least=0)
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, on_resume=True)
     loss: str = option("dr_grpo", "a token's loss is divided by its explanation's length (grpo), all tokens of the "
-                       "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))  # fmt: skip
+                       "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))
     advantage: str = option("std", "divide by the group's standard deviation, or not (mean: Dr. GRPO)", ("std", "mean"))
     clip_low: float = option(0.2, "a ratio below 1 − this earns nothing more", least=0)
     clip_high: float = option(0.2, "a ratio above 1 + this earns nothing more", least=0)
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference model. Not for detection",
-                       least=0)  # fmt: skip
-    anchor: float = option(0.0, "weight of KL(initial ‖ current) over the option letters of training questions, which "
-                           "holds the decisions; 0: off (ours)", least=0)  # fmt: skip
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference. Not for detection", least=0)
+    anchor: float = option(0.0, "weight of KL(initial ‖ current) of training decisions; 0: off (ours)", least=0)
     anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1)
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
-    lora: int = option(0, "rank of LoRA adapters, trained instead of the weights and saved as a PEFT adapter; 0: off",
-                       least=0)  # fmt: skip
+    lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0)
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank", above=0)
     lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "with --lora: layers adapted")
     parallel: str = option("auto", "several ranks: each holds all weights, masters and moments (replicate), or a shard "
                            "of them and a copy to sample from (shard: FSDP2). auto: replicate if it fits",
-                           ("auto", "replicate", "shard"), on_resume=True)  # fmt: skip
+                           ("auto", "replicate", "shard"), on_resume=True)
     recompute: bool = option(False, "activation checkpointing: less memory, a third more work", on_resume=True)
     updates: int = option(1, "optimizer updates per batch of explanations", least=1)
-    micro: int = option(4, "groups per forward and backward pass; the result does not depend on it", least=1,
-                        on_resume=True)  # fmt: skip
+    micro: int = option(4, "groups per pass; the result does not depend on it", least=1, on_resume=True)
     eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none", least=0)
     eval_before: bool = option(True, "measure the initial model too")
     fit_questions: int = option(300, "training questions that fit the shortcut baseline", least=1)
     note: str = option("", "a line for the model card, such as the source of the weights", on_resume=True)
-    save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: at the end only", least=0,
-                             on_resume=True)  # fmt: skip
-    checkpoint_every: int = option(20, "steps between checkpoints, of which the last two are kept; 0: none", least=0,
-                                   on_resume=True)  # fmt: skip
-    resume: bool = option(False, "continue the run in --out from its last checkpoint, with its flags unless given anew",
-                          on_resume=True)  # fmt: skip
-    seed: int = option(0, "of everything drawn", least=0)
+    save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: no", least=0, on_resume=True)
+    checkpoint_every: int = option(20, "steps between checkpoints; the last two stay; 0: none", least=0, on_resume=True)
+    resume: bool = option(False, "continue the run in --out, with its flags unless they are given anew", on_resume=True)
+    seed: int = option(0, "seed of everything that is drawn", least=0)
+# fmt: on
 
 
 def flag(field: dataclasses.Field) -> str:
@@ -88,7 +79,7 @@ def flag(field: dataclasses.Field) -> str:
 
 
 def check(args: Args) -> None:
-    """ValueError for a value that no run can have."""
+    """Raises ValueError for a value that no run can have."""
     for field in dataclasses.fields(Args):
         value, least, above = getattr(args, field.name), field.metadata["least"], field.metadata["above"]
         if least is not None and not value >= least:  # NaN fails too
@@ -109,35 +100,31 @@ def command(args: Args) -> str:
     """The flags that give these arguments, without those at their defaults."""
     flags = []
     for field in dataclasses.fields(Args):
-        value = getattr(args, field.name)
+        value, name = getattr(args, field.name), flag(field)
         if value != field.default and field.name != "resume":
-            no = "--no-" + flag(field)[2:]
-            flags += [flag(field) if value else no] if isinstance(value, bool) else [flag(field), str(value)]
+            flags += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
     return shlex.join(flags)
 
 
 def parse(argv: list[str] | None, choices: dict, toy_defaults: dict) -> Args:
-    """The command line. choices: {field: its values} of fields that name none here. toy_defaults: for --model toy….
+    """The command line. choices: {field: its values} for fields that list none here. toy_defaults: for --model toy….
 
     With --resume the defaults are the flags of the run in --out, and only fields with on_resume may differ.
     """
-    parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="train.py", description=__doc__)
     for field in dataclasses.fields(Args):
-        extra = {"help": f"{field.metadata['help']} (default: {field.default})"}
-        if isinstance(field.default, bool):
-            extra["action"] = argparse.BooleanOptionalAction
-        else:
-            extra |= {"type": type(field.default), "choices": choices.get(field.name, field.metadata["choices"])}
-        parser.add_argument(flag(field), default=field.default, **extra)
+        kind = {"type": type(field.default), "choices": choices.get(field.name, field.metadata["choices"])}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else kind
+        text = f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument(flag(field), default=field.default, help=text, **kind)
     given = parser.parse_args(argv)
     if given.resume:
         try:
             record = json.loads((Path(given.out) / "args.json").read_text())
             record = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Args) if f.name in record}
-            parser.set_defaults(**record)
         except (OSError, ValueError, TypeError) as error:
             parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
-        parser.set_defaults(resume=True)
+        parser.set_defaults(**record | {"resume": True})
         again = vars(parser.parse_args(argv))
         for field in dataclasses.fields(Args):
             was = record.get(field.name, field.default)  # the run may be older than the flag

@@ -1,8 +1,8 @@
 """The processes of a run: shared lists, gathered results, summed gradients.
 
 torchrun starts the processes and tells each its rank; without torchrun there is one. All ranks draw the same questions,
-each works on its share, and all see the results in the order of the questions. So a run gives the same numbers whatever
-the number of ranks, up to rounding. gloo on CPUs, NCCL on GPUs.
+each works on its share, and all see the results in the order of the questions. So a run gives the same numbers with any
+number of ranks, up to rounding. CPUs use gloo, GPUs use NCCL.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from run.stop import Signals, Stopped
 class Ranks:
     """This process among the run's. All ranks must call the collectives in the same order.
 
-    ValueError where there are more processes than GPUs.
+    Raises ValueError if there are more processes than GPUs.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Ranks:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        self.signals: Signals | None = None  # set where all ranks must agree on a stop
+        self.signals: Signals | None = None  # set if all ranks must agree on a stop
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -62,13 +62,13 @@ class Ranks:
         except Stopped:
             if not self.signals:
                 raise
-            # The gather below tells all ranks.
+            # With signals, the gather below tells all ranks.
         if errors := [e for e in self.gather([error]) if e]:
             raise ValueError(errors[0])
         return result
 
     def on_first(self, work):
-        """work()'s result on rank 0, given to all ranks; an error there is raised on all."""
+        """work()'s result on rank 0, given to all ranks. An error there is raised on all."""
         return self.gather([self.together(lambda: work() if self.rank == 0 else None)])[0]
 
     def sum_(self, tensors: list[torch.Tensor]) -> None:
@@ -87,7 +87,7 @@ class Ranks:
     def meet(self) -> None:
         """Waits until all ranks are here. Unlike the collective that follows, this wait lets a signal through.
 
-        Where a stop must be agreed on, all ranks raise Stopped if any of them was told to stop.
+        If a stop must be agreed on, all ranks raise Stopped as soon as one of them was told to stop.
         """
         if self.world == 1:
             return
@@ -101,7 +101,7 @@ class Ranks:
             raise Stopped
 
     def leave(self) -> None:
-        """Before an early exit: the other ranks may be gone, so nothing waits for them."""
+        """Before an early exit: the other ranks may be gone, so this rank waits for none of them."""
         self.world = 1
 
     def close(self) -> None:

@@ -18,13 +18,14 @@ def write_args(args: Args, steps: int = 0) -> None:
     file, kept = Path(args.out) / "args.json", []
     if args.resume:
         was, known = json.loads(file.read_text()), history(args)
-        gone = [entry for entry in known if entry["until"] >= steps][:1]  # the run goes back to an earlier checkpoint
-        kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in gone]
-        matter = {"lr", "warmup", "decay", "clip_norm"}
+        # The run goes back to a checkpoint at `steps`: entries after it are undone, and the first of them ends here.
+        undone = [entry for entry in known if entry["until"] >= steps][:1]
+        kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in undone]
+        names = {"lr", "warmup", "decay", "clip_norm"} & was.keys()
         if {args.decay, was.get("decay")} != {"constant"}:
-            matter.add("steps")
-        changed = {name: was[name] for name in sorted(matter & was.keys()) if was[name] != getattr(args, name)}
-        if steps and changed and not gone:
+            names |= {"steps"}
+        changed = {name: was[name] for name in sorted(names) if was[name] != getattr(args, name)}
+        if steps and changed and not undone:
             kept.append({"until": steps} | changed)
     files.write_json(file, dataclasses.asdict(args) | {"resume": False} | ({"history": kept} if kept else {}))
 
@@ -36,28 +37,25 @@ def history(args: Args) -> list[dict]:
 
 
 def write_measured(args: Args, name: str, rows: dict[float, list], fit_rows: list, summaries: dict) -> None:
-    """OUT/name.T0.jsonl and so on, OUT/name.fit.jsonl, OUT/name.json: what faith.measure gave, and its summary."""
-    out = Path(args.out)
-    files.write_jsonl(out / f"{name}.fit.jsonl", fit_rows)
-    for t in rows:
-        files.write_jsonl(out / f"{name}.T{t:g}.jsonl", rows[t])
-    files.write_json(out / f"{name}.json", summaries)
+    """Writes what faith.measure gave (OUT/name.T0.jsonl, …, OUT/name.fit.jsonl) and its summary (OUT/name.json)."""
+    parts = {f"T{t:g}": rows[t] for t in rows} | {"fit": fit_rows}
+    for part in parts:
+        files.write_jsonl(Path(args.out) / f"{name}.{part}.jsonl", parts[part])
+    files.write_json(Path(args.out) / f"{name}.json", summaries)
 
 
 def save_model(args: Args, model: models.Transformer, name: str) -> None:
     """Writes the model to OUT/name, with what faith.py must know of the run to measure it."""
-    out = Path(args.out)
+    folder = Path(args.out) / name
     if args.resume:  # the run may have written it before it was stopped
-        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     record = dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())}
     record |= {"history": earlier} if (earlier := history(args)) else {}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
     if args.calibrate:
-        also.append(("calibration.json", (out / "calibration.json").read_text()))
-    try:
-        models.save(model, out / name, model_card(args), also=also)
-    except OSError as error:
-        raise ValueError(f"{out / name}: cannot be written ({error.strerror})") from error
+        also.append(("calibration.json", (folder.parent / "calibration.json").read_text()))
+    with files.errors_named(folder):
+        models.save(model, folder, model_card(args), also=also)
 
 
 def model_card(args: Args, figures: str = "") -> str:
@@ -68,8 +66,6 @@ def model_card(args: Args, figures: str = "") -> str:
     for entry in history(args):
         was = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in entry.items() if name != "until")
         earlier += f"\nup to step {entry['until']} with {was}\n"
-    note = f"{args.note}\n\n" if args.note else ""
-    return (
-        f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
-        f"{note}    torchrun train.py {command(args)}\n{earlier}{figures}"
-    )
+    return (f"# {Path(args.out).name}\n\nTrained by faith: {how}, after arXiv 2607.21090.\n\n"
+            + f"{args.note}\n\n" * bool(args.note)
+            + f"    torchrun train.py {command(args)}\n{earlier}{figures}")  # fmt: skip

@@ -1,11 +1,11 @@
 """Shards (FSDP2): for a model whose fp32 masters and optimizer do not fit on one GPU.
 
     masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard; gradients come summed
-    compute   a block's weights are gathered in bf16 for its turn, forward and backward, then dropped
+    compute   a block's weights are gathered in bf16 when it runs, forward and backward, then dropped
     sampler   a whole, frozen bf16 copy per rank labels and samples; it is refreshed in place after every update
 
-Ranks sample at their own pace thanks to that copy. A pass through the sharded model is a collective: all ranks must
-make the same number of them, and must agree on a stop (stop.Signals).
+Thanks to that copy, ranks sample at their own pace. A pass through the sharded model is a collective: all ranks must
+make the same number of passes, and must agree on a stop (stop.Signals).
 Zhao et al. 2304.11277; https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
@@ -22,7 +22,7 @@ TYPICAL_PROMPT = 300  # tokens; prompts are a small part of a batch
 
 
 class Sharded(nn.Module):
-    """A model in shards. work(model) runs inside one forward of this module, where weights are gathered in turn."""
+    """A model in shards. work(model) runs inside one forward of this module, where each block gathers its weights."""
 
     def __init__(self, model: models.Transformer):
         super().__init__()
@@ -33,7 +33,7 @@ class Sharded(nn.Module):
 
 
 def choose(args: Args, model: models.Transformer, world: int, plan=None) -> str:
-    """ "replicate" or "shard": what --parallel says; for "auto" on several GPUs what `plan` finds (lab/plan.py)."""
+    """What --parallel says, "replicate" or "shard". For "auto" on several GPUs `plan` decides (lab/plan.py)."""
     if args.parallel == "shard" and world == 1:
         raise ValueError("--parallel shard needs several ranks, and there is one; use torchrun --nproc-per-node N")
     if args.parallel != "auto":
@@ -48,24 +48,23 @@ def choose(args: Args, model: models.Transformer, world: int, plan=None) -> str:
 
 
 def shard(copy: models.Transformer, model: models.Transformer, world: int) -> Sharded:
-    """Puts `model` into one shard per rank, with the values of `copy`, and freezes `copy`.
+    """Shards `model`, which is on the meta device, and gives it the values of `copy`; freezes `copy`.
 
-    model: the copy's like on the meta device, in fp32. It computes in the copy's dtype.
+    The shards are fp32. They compute in the dtype of `copy`.
     """
     mesh = init_device_mesh(copy.device.type, (world,))
     compute = None if copy.dtype == torch.float32 else copy.dtype
-    # Without cast_forward_inputs=False a block's cos and sin would lose their fp32.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Without cast_forward_inputs=False the cos and sin of a block would lose their fp32.
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded = Sharded(model)
     # Without resharding, a pass under no_grad would leave the root with the weights of the step before.
     for module in (*model.layers, sharded):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     sharded.to_empty(device=copy.device)
     model.frequencies = copy.frequencies
     values = dict(copy.named_parameters())
-    for name, part in model.named_parameters():
-        value = values[name].detach().float()
-        value = distribute_tensor(value, mesh, part.placements, src_data_rank=None)  # each rank has the whole value
+    for name, part in model.named_parameters():  # src_data_rank None: each rank has the whole value
+        value = distribute_tensor(values[name].detach().float(), mesh, part.placements, src_data_rank=None)
         part.to_local().data.copy_(value.to_local())
     copy.requires_grad_(False)
     return sharded
