@@ -1,8 +1,7 @@
-"""What several test files need: small folders with a tokenizer in them, and SmolLM2-135M-Instruct, a real model.
+"""What several test files need: small folders with a tokenizer in them, a tiny model, and SmolLM2-135M-Instruct.
 
-FAITH_SMOLLM2 names SmolLM2's folder (default ~/.cache/faith/smollm2-135m-instruct). Where that is missing, the
-model is made there by `../shared/tools/fetch_smollm2.py`, beside the checkout; without that the tests that
-need it are skipped.
+FAITH_SMOLLM2 names SmolLM2's folder (default ~/.cache/faith/smollm2-135m-instruct). If it is missing,
+`../shared/tools/fetch_smollm2.py`, beside the checkout, makes it. Without that file the tests that need it are skipped.
 """
 
 import json
@@ -13,8 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import tokenizers
 import torch
+
+import faith
+import model as models
+from rollout import Sampler
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>",
@@ -22,29 +26,28 @@ SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|e
 
 
 def write_tokenizer(folder: Path, template: str | None, merges=(), special=SPECIAL, **settings) -> Path:
-    """tokenizer.json (special tokens from id 0, then the 256 bytes, then merges) and tokenizer_config.json."""
+    """Writes tokenizer.json (special tokens from id 0, then the 256 bytes, then merges) and tokenizer_config.json."""
     symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     vocabulary = {symbol: i for i, symbol in enumerate([*special, *symbols])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(merges)))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
-    # Like Llama's own, it would put a begin-of-text before every text if it were let.
+    # Like Llama's own tokenizer, it would put a begin-of-text before every text unless it is told not to.
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    if template is not None:
-        settings["chat_template"] = template
+    settings |= {} if template is None else {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu(request):
-    """What is tested is the CPU's, where there is a GPU too; but for test_cuda's."""
+    """Tests use the CPU, even if there is a GPU; only test_cuda uses the GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_cuda":
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -55,8 +58,23 @@ def on_the_cpu(request):
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    """The function above."""
     return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a tiny model."""
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def network(folder) -> models.Transformer:
+    return models.load(folder)
+
+
+@pytest.fixture
+def subject(network, folder) -> faith.Subject:
+    return faith.Subject(Sampler(network), models.Tokenizer(folder))
 
 
 @pytest.fixture(scope="session")

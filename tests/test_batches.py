@@ -2,33 +2,28 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from launch import DATA, SMALL
 
 import batches
 import faith
-import model as models
 import reward
 import tasks
 import train
 from batches import DecisionAnchor, NothingToBalance, Stream, balance, balanced_batch, label
-from rollout import Sampler
 from run.args import Args
 from run.policy import Policy
 from run.ranks import Ranks
 
-QUESTIONS = tasks.load("esnli", tiny.ROOT / "tests" / "data" / "esnli")
-SMALL = {"prompts": 4, "samples": 4, "candidates": 96, "max_new_tokens": 10, "task": "esnli", "intervention": "bias"}
+QUESTIONS = tasks.load("esnli", DATA)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
+def arguments(**changes):
+    return Args(**SMALL | changes)
 
 
-@pytest.fixture
-def subject(folder):
-    return faith.Subject(Sampler(models.load(folder)), models.Tokenizer(folder))
+def labelled_cases(subject, n):
+    return label(subject, Stream(QUESTIONS, arguments()).next_cases(n), Ranks())
 
 
 def move(network, size=0.3):
@@ -45,30 +40,32 @@ def test_balance():
 
     assert chosen([0, 0, 1, 0, 1, 1, 0], 4) == [2, 0, 4, 1]  # the first of either kind, alternating
     assert chosen([0, 0, 1, 0, 1, 1, 0], 5) == [2, 0, 4, 1]
-    assert chosen([0, 1, 0, 0], 4) == [1, 0]  # fewer of both where one kind is short
+    assert chosen([0, 1, 0, 0], 4) == [1, 0]  # fewer of both if one kind is short
     assert chosen([0, 0, 0], 4) == chosen([1, 1], 4) == chosen([], 4) == []
 
 
 def test_balanced_batch(subject):
-    """Half and half by what the current model does; labels enough and no more."""
-    args = Args(**SMALL | {"prompts": 6, "candidates": 400})
-    batch, labelled = balanced_batch(subject, Stream(QUESTIONS, args), 0, args, Ranks())
-    assert [row["influence"] for _, row in batch] == [1, 0] * 3
-    assert len(labelled) <= 100
+    """Half and half by what the current model does, with no more labels than needed."""
+
+    def drawn(**changes):
+        args = arguments(**changes)
+        return balanced_batch(subject, Stream(QUESTIONS, args), 0, args, Ranks())
+
+    batch, labelled = drawn(prompts=6, candidates=400)
+    assert [row["influence"] for _, row in batch] == [1, 0] * 3 and len(labelled) <= 100
     for case, row in batch:
         logp = faith.decide(subject, [case.question, case.edited])
         assert (row["y"], row["y_edit"]) == tuple(logp.argmax(-1).tolist())
         assert row["influence"] == (row["y"] != row["y_edit"])
-    few = Args(**SMALL | {"prompts": 60, "candidates": 50})
-    batch, labelled = balanced_batch(subject, Stream(QUESTIONS, few), 0, few, Ranks())
+    batch, labelled = drawn(prompts=60, candidates=50)
     assert len(labelled) == 50 and 0 < len(batch) <= 50
     assert sum(row["influence"] for _, row in batch) * 2 == len(batch)
     with pytest.raises(NothingToBalance, match="none or all of 1 edits"):
-        balanced_batch(subject, Stream(QUESTIONS, few), 0, Args(**SMALL | {"candidates": 1}), Ranks())
+        drawn(candidates=1)
 
 
 def test_labels_follow_the_model(subject):
-    cases = Stream(QUESTIONS, Args(**SMALL)).next_cases(60)
+    cases = Stream(QUESTIONS, arguments()).next_cases(60)
     first, again = (label(subject, cases, Ranks()) for _ in range(2))
     assert [r for _, r in first] == [r for _, r in again] and [c for c, _ in first] == cases
     move(subject.sampler.model)
@@ -76,7 +73,7 @@ def test_labels_follow_the_model(subject):
 
 
 def test_frozen_labels_are_drawn_anew_at_each_step(subject):
-    args = Args(**SMALL | {"labels": "frozen"})
+    args = arguments(labels="frozen")
     stream = Stream(QUESTIONS, args)
     stream.frozen = label(subject, stream.next_cases(40), Ranks())
     drawn = [balanced_batch(subject, stream, n, args, Ranks()) for n in (0, 0, 1)]
@@ -85,17 +82,16 @@ def test_frozen_labels_are_drawn_anew_at_each_step(subject):
 
 def test_stream():
     """Every question once an epoch, each epoch with a new order and new edits, only words for training."""
-    args = Args(**SMALL)
+    args, n = arguments(), len(QUESTIONS)
     stream, twin = Stream(QUESTIONS, args), Stream(QUESTIONS, args)
     cases = stream.next_cases(7) + stream.next_cases(33)
     assert cases == twin.next_cases(40) and stream.drawn == 40
-    n = len(QUESTIONS)
     first, second = cases[:n], cases[n : 2 * n]
     assert {c.question.id for c in first} == {c.question.id for c in second} == {q.id for q in QUESTIONS}
     assert [c.question.id for c in first] != [c.question.id for c in second]
     assert {c.edited for c in first} != {c.edited for c in second}
     assert {c.intervention.word for c in cases} <= set(reward.words("bias", held_out=False))
-    assert Stream(QUESTIONS, Args(**SMALL, seed=1)).next_cases(40) != cases
+    assert Stream(QUESTIONS, arguments(seed=1)).next_cases(40) != cases
     for taken in (0, 7, n, n + 3):  # it goes on from anywhere
         stream, resumed = Stream(QUESTIONS, args), Stream(QUESTIONS, args)
         stream.next_cases(taken) if taken else None
@@ -103,11 +99,11 @@ def test_stream():
         assert resumed.next_cases(9) == stream.next_cases(9) and resumed.drawn == taken + 9
     wordless = [tasks.Question("strategyqa", "1", ("Hm?",), ("yes", "no"), 0, "1")]
     with pytest.raises(ValueError, match="no training question has a place"):
-        Stream(wordless, Args(**SMALL | {"intervention": "adverb"})).next_cases(1)
+        Stream(wordless, arguments(intervention="adverb")).next_cases(1)
 
 
 def anchor_of(subject, labelled, **changes):
-    args = Args(**SMALL | changes)
+    args = arguments(**changes)
     return DecisionAnchor(subject, Policy(subject.sampler.model, args, Ranks()), labelled, args, Ranks())
 
 
@@ -116,7 +112,7 @@ def anchor_of(subject, labelled, **changes):
 def test_anchor_by_hand(subject, offsets, weight):
     """Loss and gradient of KL(initial ‖ current) over the letters of X and X', against each prompt alone."""
     subject.offsets = None if offsets is None else np.array(offsets)
-    labelled = label(subject, Stream(QUESTIONS, Args(**SMALL)).next_cases(3), Ranks())
+    labelled = labelled_cases(subject, 3)
     network, tokenizer = subject.sampler.model, subject.tokenizer
     anchor = anchor_of(subject, labelled, prompts=6, anchor=weight)
     assert abs(anchor.backward(1)) < 1e-6  # nothing has moved yet
@@ -141,11 +137,8 @@ def test_anchor_by_hand(subject, offsets, weight):
 
 
 def test_the_anchor_takes_other_questions_at_each_step(subject, monkeypatch):
-    labelled, asked = label(subject, Stream(QUESTIONS, Args(**SMALL)).next_cases(30), Ranks()), []
-    scores = batches.option_scores
-    monkeypatch.setattr(
-        batches, "option_scores", lambda model, pairs, o: asked.append(pairs) or scores(model, pairs, o)
-    )
+    labelled, asked, scores = labelled_cases(subject, 30), [], batches.option_scores
+    monkeypatch.setattr(batches, "option_scores", lambda m, pairs, o: asked.append(pairs) or scores(m, pairs, o))
     anchor = anchor_of(subject, labelled, prompts=8, anchor=1.0)
     for n in (1, 2, 2):
         anchor.backward(n)
@@ -154,34 +147,33 @@ def test_the_anchor_takes_other_questions_at_each_step(subject, monkeypatch):
 
 def test_samples_of_a_step(subject):
     """Explanations of the prompt with the current pick, drawn anew at each step, rewarded where M = I."""
-    args = Args(**SMALL)
-    batch = label(subject, Stream(QUESTIONS, args).next_cases(12), Ranks())
+    args = arguments()
+    batch = labelled_cases(subject, 12)
     prompts = [faith.explanation_prompt(subject.tokenizer, c.edited, row["y_edit"]) for c, row in batch]
     keys = [case.key for case, _ in batch]
     answers = train.sample(subject, prompts, keys, 0, args)
-    texts = [[subject.tokenizer.decode(c.tokens) for c in group] for group in answers]
-    for (case, row), group, told in zip(batch, answers, texts, strict=True):
-        entries = train.score(subject, case, row, group, 7)
-        assert [e["text"] for e in entries] == told and len(entries) == 4
-        for entry, text in zip(entries, told, strict=True):
+    for (case, row), group in zip(batch, answers, strict=True):
+        entries, texts = train.score(subject, case, row, group, 7), [subject.tokenizer.decode(c.tokens) for c in group]
+        assert [e["text"] for e in entries] == texts and len(entries) == 4
+        for entry, text in zip(entries, texts, strict=True):
             assert (entry["step"], entry["id"]) == (7, case.question.id)
             assert entry["mention"] == (case.intervention.word in text.split())
             assert entry["reward"] == float(entry["mention"] == row["influence"])
     assert train.sample(subject, [], [], 0, args) == []  # a rank without work
+
+    def drawn(n, seed, order=1):
+        groups = train.sample(subject, prompts[::order], keys[::order], n, arguments(seed=seed))
+        return [c.tokens for group in groups[::order] for c in group]
+
     tokens = [c.tokens for group in answers for c in group]
-
-    def drawn(prompts, keys, n, args):
-        return [[c.tokens for c in group] for group in train.sample(subject, prompts, keys, n, args)]
-
-    assert sum(drawn(prompts[::-1], keys[::-1], 0, args)[::-1], []) == tokens
+    assert drawn(0, 0, order=-1) == tokens
     for n, seed in ((1, 0), (0, 1)):
-        again = sum(drawn(prompts, keys, n, Args(**SMALL, seed=seed)), [])
-        assert sum(a == b for a, b in zip(tokens, again, strict=True)) < 5
+        assert sum(a == b for a, b in zip(tokens, drawn(n, seed), strict=True)) < 5
 
 
 def test_the_step_asks_with_the_opening(subject, monkeypatch):
-    """A forced beginning is in the prompt of the samples, with the letter of the pick, and not in what is measured."""
-    args, asked, sample = Args(**SMALL), [], train.sample
+    """Forced first words are in the prompt of the samples, with the letter of the pick, and not in what is measured."""
+    args, asked, sample = arguments(), [], train.sample
     subject.opening = "the hypothesis ({letter}) is true"
     monkeypatch.setattr(train, "sample", lambda s, prompts, *rest: asked.append(prompts) or sample(s, prompts, *rest))
     policy = Policy(subject.sampler.model, args, Ranks())

@@ -18,20 +18,10 @@ import model as models
 import train
 from rollout import Completion, Sampler
 from run.args import Args
-from run.policy import Policy, learning_rate
+from run.policy import Policy
 from run.ranks import Ranks
 
 FORMS = ("grpo", "dapo", "dr_grpo")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def network(folder):
-    return models.load(folder)
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -49,17 +39,14 @@ def other(tmp_path_factory):
 # ---- the pure functions --------------------------------------------------------------------------------------
 
 
-def test_advantages():
+@pytest.mark.parametrize("form", ["std", "mean"])
+def test_advantages(form):
     rewards = [[1.0, 0, 0, 1, 1], [0.0, 1, 0, 0, 0], [1.0, 1, 1, 1, 1], [0.5, 2, -1, 0, 3]]
-    for form in ("std", "mean"):
-        got = grpo.advantages(torch.tensor(rewards), form)
-        for row, wanted in zip(got.tolist(), rewards, strict=True):
-            mean = sum(wanted) / 5
-            std = math.sqrt(sum((r - mean) ** 2 for r in wanted) / 4)  # ddof 1
-            scale = std + 1e-4 if form == "std" else 1
-            assert row == pytest.approx([(r - mean) / scale for r in wanted], abs=1e-6)
-        assert got[2].tolist() == [0.0] * 5
-        assert got.mean(1).abs().max() < 1e-6
+    got = grpo.advantages(torch.tensor(rewards), form)
+    for row, group in zip(got.tolist(), rewards, strict=True):
+        scale = np.std(group, ddof=1) + 1e-4 if form == "std" else 1
+        assert row == pytest.approx([(r - np.mean(group)) / scale for r in group], abs=1e-6)
+    assert got[2].tolist() == [0.0] * 5 and got.mean(1).abs().max() < 1e-6
 
 
 def test_token_weights():
@@ -71,19 +58,17 @@ def test_token_weights():
 
 
 def test_policy_loss():
-    for ratio in (0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.0):
-        for A in (-2.0, -0.5, 0.0, 0.5, 2.0):
-            x = torch.tensor([-1.0], requires_grad=True)
-            loss = grpo.policy_loss(x, x.detach() - math.log(ratio), torch.tensor([A]), 0.2, 0.3)
-            clipped = min(max(ratio, 0.8), 1.3)
-            assert loss.item() == pytest.approx(-min(ratio * A, clipped * A), abs=1e-6)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-            stopped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
-            assert gradient.item() == pytest.approx(0 if stopped else -ratio * A, abs=1e-5)
+    for ratio, A in itertools.product((0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.0), (-2.0, -0.5, 0.0, 0.5, 2.0)):
+        x = torch.tensor([-1.0], requires_grad=True)
+        loss = grpo.policy_loss(x, x.detach() - math.log(ratio), torch.tensor([A]), 0.2, 0.3)
+        assert loss.item() == pytest.approx(-min(ratio * A, min(max(ratio, 0.8), 1.3) * A), abs=1e-6)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        stopped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
+        assert gradient.item() == pytest.approx(0 if stopped else -ratio * A, abs=1e-5)
 
 
 def test_kl_k3():
-    """Its mean over samples is the KL, in value; by the token it is exp(d) - d - 1."""
+    """Its mean over samples is the KL. For a token it is exp(d) - d - 1."""
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     k3 = grpo.kl_k3(p.log(), q.log())
     assert (k3 >= 0).all() and grpo.kl_k3(p.log(), p.log()).abs().max() == 0
@@ -91,28 +76,15 @@ def test_kl_k3():
     assert k3.tolist() == pytest.approx([math.expm1(d) - d for d in (q / p).log().tolist()], abs=1e-6)
 
 
-def test_learning_rate():
-    def rates(**changes):
-        args = Args(**{"lr": 2.0, "warmup": 4, "steps": 14, **changes})
-        return [learning_rate(step, args) for step in range(args.steps)]
-
-    warm = [0.5, 1.0, 1.5, 2.0]
-    assert rates(decay="constant") == pytest.approx(warm + [2.0] * 10)
-    assert rates(decay="linear") == pytest.approx(warm + [2 - 1.8 * i / 9 for i in range(10)])
-    cosine = [0.2 + 0.9 * (1 + math.cos(math.pi * i / 9)) for i in range(10)]
-    assert rates(decay="cosine") == pytest.approx(warm + cosine)
-    for decay in ("linear", "cosine"):
-        assert rates(decay=decay)[-1] == pytest.approx(0.2)
-        assert rates(decay=decay, warmup=0, steps=1) == [2.0]
-        assert rates(decay=decay, warmup=3, steps=2) == pytest.approx([2 / 3, 4 / 3])
-
-
 # ---- the loss of a step --------------------------------------------------------------------------------------
 
 
 def noisy_groups(network, temperature, seed=0, P=5, G=4, longest=10):
-    """P groups of G ragged random completions and their rewards; old logprobs are off by some, so that ratios
-    differ from 1 and some are clipped. The first group is of length 1 throughout, the second is flat."""
+    """P groups of G random completions of many lengths, and their rewards.
+
+    The old logprobs carry noise, so ratios differ from 1 and some are clipped. All completions of the first group have
+    length 1, and all rewards of the second are equal.
+    """
     generator = random.Random(seed)
     groups, rewards = [], []
     for p in range(P):
@@ -131,24 +103,27 @@ def noisy_groups(network, temperature, seed=0, P=5, G=4, longest=10):
     return groups, rewards
 
 
-def stepped(network, groups, rewards, reference=None, model=None, keep=True, **changes):
-    """(figures, gradient) of train.step on given groups and rewards; keep: the gradient is taken and no weight changes.
+def gradient_of(network):
+    """The gradient, {name: tensor}, and its norm."""
+    gradient = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
+    return gradient, math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
 
-    Labels, sampling and rewards are replaced by what is given; the loss and its gradient are the product's.
+
+def stepped(network, groups, rewards, reference=None, keep=True, **changes):
+    """(figures, gradient) of train.step on given groups and rewards. keep: no weight changes; else no gradient is kept.
+
+    Labels, samples and rewards are replaced by what is given; the loss and its gradient are the product's.
     """
     args = Args(**{"max_new_tokens": 12, "micro": 100, "samples": 4, **changes})
-    policy = Policy(network, args, Ranks(), reference=reference)
-    update, gradient = policy.step, {}
+    policy, gradient = Policy(network, args, Ranks(), reference=reference), {}
 
     def step(lr, finite=True):
-        gradient.update(
-            {} if not keep else {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
-        )
-        return (
-            (math.sqrt(sum(float(g.square().sum()) for g in gradient.values())), True) if keep else update(lr, finite)
-        )
+        found, norm = gradient_of(network)
+        gradient.update(found)
+        return norm, True
 
-    policy.step = step
+    if keep:
+        policy.step = step
     network.zero_grad()
     batch = [(SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
     with pytest.MonkeyPatch.context() as patch:
@@ -164,12 +139,12 @@ def stepped(network, groups, rewards, reference=None, model=None, keep=True, **c
 
 
 def by_hand(network, groups, rewards, reference=None, **changes):
-    """The same from the definition: a completion at a time, every logit, no packing, no cases left out."""
+    """The same from the definition: one completion at a time, every logit, no packing, no cases left out."""
     args = Args(**{"max_new_tokens": 12, **changes})
     N = sum(len(answers) for _, answers in groups)
     tokens = sum(len(c.tokens) for _, answers in groups for c in answers)
-    loss = kl = clipped = gap = nll = 0.0
-    largest = 0.0
+    loss = kl = clipped = nll = 0.0
+    gaps = []
     for (prompt, answers), r in zip(groups, rewards, strict=True):
         A = np.array(r) - np.mean(r)
         A = A / (np.std(r, ddof=1) + 1e-4) if args.advantage == "std" else A
@@ -189,18 +164,14 @@ def by_hand(network, groups, rewards, reference=None, **changes):
             loss = loss + each.sum() / scale
             clipped += ((bound - ratio) * a < 0).sum().item()
             if reference is not None or min(r) < max(r):
-                gap += (logp - torch.tensor(c.logprobs)).abs().sum().item()
+                gaps += (logp - torch.tensor(c.logprobs)).abs().tolist()
                 nll -= logp.sum().item()
-                largest = max(largest, (logp - torch.tensor(c.logprobs)).abs().max().item())
     network.zero_grad()
     loss.backward()
-    live = [(g, r) for g, r in zip(groups, rewards, strict=True) if reference is not None or min(r) < max(r)]
-    scored = sum(len(c.tokens) for (_, answers), _ in live for c in answers)
-    figures = {"loss": loss.item(), "kl": kl, "clipped": clipped / scored, "sampler_gap": gap / scored,
-               "nll": nll / scored, "sampler_gap_max": largest, "anchor_kl": 0.0, "skipped": 0}  # fmt: skip
-    gradient = {name: g.clone() for name, g in network.named_tensors(lambda p: p.grad).items()}
-    figures["grad_norm"] = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
-    return figures, gradient
+    gradient, norm = gradient_of(network)
+    n = len(gaps)  # tokens of the groups that are scored
+    return {"loss": loss.item(), "kl": kl, "clipped": clipped / n, "sampler_gap": sum(gaps) / n, "nll": nll / n,
+            "sampler_gap_max": max(gaps), "anchor_kl": 0.0, "skipped": 0, "grad_norm": norm}, gradient  # fmt: skip
 
 
 def close(a, b, tolerance=1e-5):
@@ -214,19 +185,17 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_loss_and_gradient_by_hand(each, other, form, kl):
-    network = each
     settings = {"loss": form, "advantage": "std" if form != "dr_grpo" else "mean", "kl": kl, "temperature": 0.8,
                 "clip_low": 0.2, "clip_high": 0.3}  # fmt: skip
-    groups, rewards = noisy_groups(network, 0.8)
-    reference = other if kl else None
-    wanted = by_hand(network, groups, rewards, reference, **settings)
+    groups, rewards = noisy_groups(each, 0.8)
+    reference, ran = other if kl else None, []
+    wanted = by_hand(each, groups, rewards, reference, **settings)
     assert 0.05 < wanted[0]["clipped"] < 0.6
     for micro in (1, 2, 100):
-        close(stepped(network, groups, rewards, reference, micro=micro, **settings), wanted)
-    ran = []
-    network.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
-    network.recompute = True  # activation checkpointing: each block runs again in backward, the gradient is the same
-    close(stepped(network, groups, rewards, reference, micro=100, **settings), wanted)
+        close(stepped(each, groups, rewards, reference, micro=micro, **settings), wanted)
+    each.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    each.recompute = True  # activation checkpointing: each block runs again in backward, the gradient is the same
+    close(stepped(each, groups, rewards, reference, micro=100, **settings), wanted)
     assert len(ran) == 2
 
 
@@ -234,31 +203,25 @@ def test_loss_and_gradient_by_hand(each, other, form, kl):
 def test_how_a_step_is_cut_up_changes_nothing(network, other, form, monkeypatch):
     groups, rewards = noisy_groups(network, 1.0, seed=1, P=7)
     wanted = stepped(network, groups, rewards, other, loss=form, kl=0.1)
-    order = [3, 0, 6, 1, 5, 2, 4]
-    moved = [groups[i] for i in order], [rewards[i] for i in order]
+    moved = [[part[i] for i in (3, 0, 6, 1, 5, 2, 4)] for part in (groups, rewards)]
     close(stepped(network, *moved, other, loss=form, kl=0.1, micro=3), wanted)
-    shared = grpo.pack
-    alone = lambda groups, device: shared([(p, [c]) for p, cs in groups for c in cs], device)  # noqa: E731
-    monkeypatch.setattr(train, "pack", alone)  # each completion in a row of its own
+    # Each completion in a row of its own.
+    monkeypatch.setattr(train, "pack", lambda g, device: grpo.pack([(p, [c]) for p, cs in g for c in cs], device))
     close(stepped(network, groups, rewards, other, loss=form, kl=0.1, micro=2), wanted)
 
 
-def test_flat_groups_are_left_out(network, monkeypatch):
-    """Without a KL they are skipped; kept, they change nothing in the gradient."""
+def test_flat_groups(network, monkeypatch):
+    """Without a KL groups of equal rewards are skipped. If they are kept, they change nothing in the gradient."""
     groups, rewards = noisy_groups(network, 1.0, seed=3)
+    before = [w.clone() for w in network.parameters()]
+    figures, _ = stepped(network, groups, [[1.0] * 4] * 5, keep=False, lr=1e-3)  # no group is left
+    assert (figures["loss"], figures["grad_norm"]) == (0, 0) and math.isnan(figures["nll"])
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     skipped = stepped(network, groups, rewards)
     monkeypatch.setattr(train, "informative", lambda rewards: range(len(rewards)))
     kept = stepped(network, groups, rewards)
     close(({"loss": skipped[0]["loss"]}, skipped[1]), ({"loss": kept[0]["loss"]}, kept[1]))
     assert skipped[0]["nll"] != kept[0]["nll"]
-
-
-def test_a_step_of_flat_groups_only(network):
-    groups, _ = noisy_groups(network, 1.0)
-    before = [w.clone() for w in network.parameters()]
-    figures, _ = stepped(network, groups, [[1.0] * 4] * 5, keep=False, lr=1e-3)
-    assert (figures["loss"], figures["grad_norm"]) == (0, 0) and math.isnan(figures["nll"])
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def test_a_step_in_bf16(folder):
@@ -274,14 +237,15 @@ def test_a_step_in_bf16(folder):
 def test_logprobs_do_not_depend_on_neighbours(network):
     groups, _ = noisy_groups(network, 1.0, seed=4)
     groups = [(prompt, [c.tokens for c in answers]) for prompt, answers in groups]
-    with torch.no_grad():
-        together = grpo.token_logprobs(network, grpo.pack(groups), 0.9)
-        changed = [(p, [cs[0], *([7] * len(c) for c in cs[1:])]) for p, cs in groups]
-        changed = grpo.token_logprobs(network, grpo.pack(changed), 0.9)
-        alone = [grpo.token_logprobs(network, grpo.pack([(p, [c])]), 0.9) for p, cs in groups for c in cs]
-        chunked = grpo.token_logprobs(network, grpo.pack(groups), 0.9, chunk=3)
-    assert (together - torch.cat(alone)).abs().max() < 1e-5
-    assert (together - chunked).abs().max() < 1e-5
+
+    @torch.no_grad()
+    def scored(groups, **chunk):
+        return grpo.token_logprobs(network, grpo.pack(groups), 0.9, **chunk)
+
+    together, chunked = scored(groups), scored(groups, chunk=3)
+    changed = scored([(p, [cs[0], *([7] * len(c) for c in cs[1:])]) for p, cs in groups])
+    alone = torch.cat([scored([(p, [c])]) for p, cs in groups for c in cs])
+    assert (together - alone).abs().max() < 1e-5 and (together - chunked).abs().max() < 1e-5
     start = 0
     for _, cs in groups:
         assert (together - changed)[start : start + len(cs[0])].abs().max() < 1e-5
@@ -289,7 +253,7 @@ def test_logprobs_do_not_depend_on_neighbours(network):
 
 
 def test_gradient_reaches_explanations_and_nothing_else(network):
-    """d loss / d logits, against -weight · A · (one-hot − p); the token that ends a turn has its share."""
+    """d loss / d logits is -weight · A · (one-hot − p), also for the token that ends a turn."""
     groups, rewards = noisy_groups(network, 1.0, seed=5)
     packed = grpo.pack([(prompt, [c.tokens for c in answers]) for prompt, answers in groups])
     with torch.no_grad():
@@ -306,15 +270,13 @@ def test_gradient_reaches_explanations_and_nothing_else(network):
 
     network.head = tap
     stepped(network, groups, rewards, loss="dr_grpo", advantage="mean")
-    ((gradient, logits),) = tapped  # one pass over all live completions: prompts have no logits at all
+    ((gradient, logits),) = tapped  # one pass over all completions that count: prompts have no logits at all
     live = [(cs, r) for (_, cs), r in zip(groups, rewards, strict=True) if min(r) < max(r)]
     tokens = [(t, r[i] - sum(r) / 4) for cs, r in live for i, c in enumerate(cs) for t in c.tokens]
-    N = 4 * len(groups)
-    assert len(gradient) == len(tokens)
     targets, A = torch.tensor([t for t, _ in tokens]), torch.tensor([a for _, a in tokens])
     one_hot = torch.nn.functional.one_hot(targets, logits.shape[1])
-    wanted = -A[:, None] / (N * 12) * (one_hot - logits.softmax(-1))
-    assert (gradient - wanted).abs().max() < 1e-7
+    wanted = -A[:, None] / (4 * len(groups) * 12) * (one_hot - logits.softmax(-1))
+    assert len(gradient) == len(tokens) and (gradient - wanted).abs().max() < 1e-7
     ends = (targets == tiny.END) & (A != 0)
     assert ends.sum() > 8 and (gradient[ends, tiny.END].abs() > 1e-4).all()
     start, sources = 0, packed.sources.split([sum(len(c.tokens) for c in cs) for _, cs in groups])
@@ -335,7 +297,7 @@ def trl_trainer(folder, other, tmp_path_factory):
     datasets = pytest.importorskip("datasets")
     import transformers
 
-    fed = {}
+    fed, rewarded = {}, {}
     config = trl.GRPOConfig(
         output_dir=str(tmp_path_factory.mktemp("trl")), per_device_train_batch_size=20, num_generations=4, beta=0.3,
         use_cpu=True, bf16=False, report_to="none", max_completion_length=12, temperature=0.8, disable_tqdm=True,
@@ -346,17 +308,13 @@ def trl_trainer(folder, other, tmp_path_factory):
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         args=config,
         train_dataset=datasets.Dataset.from_list([{"prompt": str(i)} for i in range(5)]),
-        rollout_func=lambda prompts, trainer: {
-            "prompt_ids": fed["prompts"],
-            "completion_ids": fed["tokens"],
-            "logprobs": None,
-        },  # fmt: skip
-        reward_funcs=lambda completions, **_: fed["rewards"],
+        rollout_func=lambda prompts, trainer: fed | {"logprobs": None},
+        reward_funcs=lambda completions, **_: rewarded["rewards"],
     )
     trainer.ref_model.load_state_dict({hf_name(name): w.detach() for name, w in other.named_tensors().items()})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    return trainer, fed
+    return trainer, fed, rewarded
 
 
 def hf_name(name):
@@ -367,11 +325,11 @@ def hf_name(name):
 @pytest.mark.parametrize("scale", ["group", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, beta):
-    trainer, fed = trl_trainer
+    trainer, fed, rewarded = trl_trainer
     groups, rewards = noisy_groups(network, 0.8, seed=6)
     answers = [(prompt, c) for prompt, cs in groups for c in cs]
-    fed |= {"prompts": [p for p, _ in answers], "tokens": [c.tokens for _, c in answers],
-            "rewards": [r for group in rewards for r in group]}  # fmt: skip
+    fed |= {"prompt_ids": [p for p, _ in answers], "completion_ids": [c.tokens for _, c in answers]}
+    rewarded["rewards"] = [r for group in rewards for r in group]
     trainer.loss_type, trainer.scale_rewards, trainer.beta = form, scale, beta
     trainer.epsilon_low, trainer.epsilon_high = 0.2, 0.3
     inputs = trainer._generate_and_score_completions([{"prompt": "x"} for _ in answers])
@@ -383,10 +341,9 @@ def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, be
     loss = trainer.compute_loss(trainer.model, inputs | {"old_per_token_logps": old})
     loss.backward()
     theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
-    figures, gradient = stepped(
-        network, groups, rewards, other if beta else None, loss=form, advantage="std" if scale == "group" else "mean",
-        kl=beta, temperature=0.8, clip_low=0.2, clip_high=0.3, micro=2,
-    )  # fmt: skip
+    settings = {"loss": form, "advantage": "std" if scale == "group" else "mean", "kl": beta, "temperature": 0.8,
+                "clip_low": 0.2, "clip_high": 0.3, "micro": 2}  # fmt: skip
+    figures, gradient = stepped(network, groups, rewards, other if beta else None, **settings)
     assert figures["clipped"] > 0.05
     ours = {hf_name(name): g for name, g in gradient.items()}
     close(({"loss": figures["loss"]}, ours), ({"loss": loss.item()}, theirs))
@@ -396,7 +353,7 @@ def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, be
 
 
 def one_by_one(q, k, v, runs):
-    """What kernels.kernel gives, a run at a time; no log-sums."""
+    """What kernels.kernel gives, one run at a time; no log-sums."""
     outs = []
     for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in runs[:2]), strict=True):
         assert 0 < b - a <= runs.q_most and b - a <= y - x <= runs.k_most
@@ -408,57 +365,52 @@ def one_by_one(q, k, v, runs):
 
 
 def test_all_parts_at_once(each, monkeypatch):
-    """As on a GPU, where one kernel is told of all runs: logprobs, their gradient, options, samples."""
-    groups, _ = noisy_groups(each, 1.0)
-    groups = [(p, [c.tokens for c in g]) for p, g in groups]
-    prompts, results, calls = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], [], []
+    """As on a GPU, where one kernel computes all runs: logprobs, their gradient, options, samples."""
+    groups = [(p, [c.tokens for c in g]) for p, g in noisy_groups(each, 1.0)[0]]
+    prompts, calls = [prompt + [7] * (i % 2) for prompt, _ in groups for i in range(2)], Counter()
+    sampler = Sampler(each)
 
     def forward(q, k, v, runs):
-        calls.append("gathered" if runs.keys is not None else "plain")
+        calls["gathered" if runs.keys is not None else "plain"] += 1
         return one_by_one(q, k, v, runs)
 
     def backward(grad, q, k, v, out, log_sums, runs):
-        calls.append("backward")
+        calls["backward"] += 1
         with torch.enable_grad():
             given = [x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(one_by_one(*given, runs)[0], given, grad)
 
-    def called():
-        taken = calls[:]
-        calls.clear()
-        return Counter(taken)
-
-    seen = []
-    for at_once in (False, True):
-        if at_once:
-            monkeypatch.setattr(kernels, "flashes", lambda q: True)
-            monkeypatch.setattr(kernels, "kernel", forward)
-            monkeypatch.setattr(kernels, "kernel_backward", backward)
+    def trained():
         each.zero_grad()
         logprobs = grpo.token_logprobs(each, grpo.pack(groups), 1.0)
         logprobs.sum().backward()
-        seen.append(called())
-        sampler = Sampler(each)
-        options = sampler.option_logprobs(prompts, [5, 6, 7], together=2)
-        seen.append(called())
-        drawn = [c.logprobs for g in sampler.generate(prompts, 3, 6) for c in g]
-        seen.append(called())
-        results.append((logprobs.detach(), options, {n: p.grad.clone() for n, p in each.named_parameters()}, drawn))
-    assert seen == [{}] * 3 + [{"gathered": 2, "backward": 2}, {"gathered": 2}, {"plain": 2}]  # layers
-    (a, b, c, d), (w, x, y, z) = results
+        return logprobs.detach(), {name: p.grad.clone() for name, p in each.named_parameters()}
+
+    def computed(*calls_wanted):
+        results = []
+        for work, wanted in zip((trained, lambda: sampler.option_logprobs(prompts, [5, 6, 7], together=2),
+                                 lambda: sampler.generate(prompts, 3, 6)), calls_wanted, strict=True):  # fmt: skip
+            calls.clear()
+            results.append(work())
+            assert calls == wanted
+        return results
+
+    (a, c), b, d = computed({}, {}, {})
+    for name, new in {"flashes": lambda q: True, "kernel": forward, "kernel_backward": backward}.items():
+        monkeypatch.setattr(kernels, name, new)
+    (w, y), x, z = computed({"gathered": 2, "backward": 2}, {"gathered": 2}, {"plain": 2})  # there are two layers
     assert torch.allclose(a, w, atol=1e-4) and torch.allclose(b, x, atol=1e-4)
     assert all((c[name] - y[name]).abs().max() < 1e-4 * c[name].abs().max() + 1e-5 for name in c)
-    assert [len(lp) for lp in d] == [len(lp) for lp in z]
-    assert sum(d, []) == pytest.approx(sum(z, []), abs=1e-4)
+    for one, other in zip(sum(d, []), sum(z, []), strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_what_samples_share_is_summed_in_fp32(monkeypatch):
-    """The gradient of a prompt's keys, in bf16 the sum of many samples' that each are lost beside it."""
-    monkeypatch.setattr(kernels, "flashes", lambda q: True)
-    monkeypatch.setattr(kernels, "kernel", lambda q, k, v, runs: (q.clone(), None))
-    monkeypatch.setattr(
-        kernels, "kernel_backward", lambda grad, q, k, v, *rest: (grad, torch.ones_like(k), torch.ones_like(v))
-    )
+    """The gradient of a prompt's keys is a sum over samples. In bf16 each of them would be lost beside the sum."""
+    fakes = {"flashes": lambda q: True, "kernel": lambda q, k, v, runs: (q.clone(), None),
+             "kernel_backward": lambda grad, q, k, v, *_: (grad, torch.ones_like(k), torch.ones_like(v))}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(kernels, name, fake)
     q, k, v = (torch.zeros(1, 1, 2 + 900, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     attend = kernels.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
     kept = []

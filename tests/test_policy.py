@@ -1,27 +1,33 @@
-"""What is trained: AdamW on fp32 masters, clipped; nothing changes where a figure is not finite; the reference."""
+"""What is trained: AdamW on fp32 masters, clipped; nothing changes if a figure is not finite; the reference."""
 
 import copy
 import math
 
 import pytest
-import tiny
 import torch
 
 import model as models
 from run import lora
 from run.args import Args
-from run.policy import Policy, make_policy
+from run.policy import Policy, learning_rate, make_policy
 from run.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
+def test_learning_rate():
+    def rates(**changes):
+        args = Args(**{"lr": 2.0, "warmup": 4, "steps": 14, **changes})
+        return [learning_rate(step, args) for step in range(args.steps)]
 
-
-@pytest.fixture
-def network(folder):
-    return models.load(folder)
+    warm = [0.5, 1.0, 1.5, 2.0]
+    assert rates(decay="constant") == pytest.approx(warm + [2.0] * 10)
+    assert rates(decay="linear") == pytest.approx(warm + [2 - 1.8 * i / 9 for i in range(10)])
+    assert rates(decay="cosine") == pytest.approx(
+        warm + [0.2 + 0.9 * (1 + math.cos(math.pi * i / 9)) for i in range(10)]
+    )
+    for decay in ("linear", "cosine"):
+        assert rates(decay=decay)[-1] == pytest.approx(0.2)
+        assert rates(decay=decay, warmup=0, steps=1) == [2.0]
+        assert rates(decay=decay, warmup=3, steps=2) == pytest.approx([2 / 3, 4 / 3])
 
 
 def test_tiny_updates_add_up_in_bf16(folder):
@@ -42,8 +48,7 @@ def test_tiny_updates_add_up_in_bf16(folder):
     for w, master, lost in zip(network.parameters(), policy.masters, bare.parameters(), strict=True):
         assert master.dtype == torch.float32 and w.dtype == torch.bfloat16 and w.grad is None
         assert (master - (1 - 64e-4)).abs().max() < 1e-5
-        assert torch.equal(w, master.bfloat16()) and (w < 1).all()
-        assert (lost == 1).all()
+        assert torch.equal(w, master.bfloat16()) and (w < 1).all() and (lost == 1).all()
 
 
 def test_gradients_add_up_in_fp32(folder):
@@ -71,13 +76,13 @@ def test_optimizer_is_adamw_with_clipping(network):
         plain.step()
         assert policy.step(0.01 * (step + 1)) == (pytest.approx(norm, rel=1e-5), True)
         assert all(p.grad is None for p in network.parameters())
-    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-6
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(network.parameters(), twin.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_changes_nothing(network, where):
-    policy = Policy(network, Args(), Ranks())
+    policy, held = Policy(network, Args(), Ranks()), []
+    policy.before_update = lambda: held.append(network.norm.weight.clone())  # signals are held while weights change
     before = {name: tensor.clone() for name, tensor in policy.state().items()}
     policy.backward(network.norm.weight.sum() * (math.nan if where == "gradient" else 1))
     norm, updated = policy.step(0.1, finite=where == "gradient")
@@ -85,28 +90,19 @@ def test_what_is_not_finite_changes_nothing(network, where):
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state().items())
     policy.backward(network.norm.weight.sum())  # nothing is left of the bad gradient
     assert policy.step(0.1)[1] and not torch.equal(network.norm.weight, before["weight.norm.weight"])
+    assert len(held) == 2 and torch.equal(held[1], before["weight.norm.weight"])
 
 
-def test_signals_are_held_while_weights_change(network):
-    policy, order = Policy(network, Args(), Ranks()), []
-    policy.before_update = lambda: order.append(network.norm.weight.clone())
-    policy.backward(network.norm.weight.sum())
-    policy.step(0.1)
-    assert len(order) == 1 and not torch.equal(order[0], network.norm.weight)
-
-
-def test_the_reference_is_the_initial_model(folder, network):
-    """With LoRA the model without its adapters, else a copy; either way it stays while the policy moves."""
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_reference_is_the_initial_model(folder, network, rank):
+    """With LoRA the model without its adapters, else a copy. Either way it stays while the policy moves."""
     score = lambda model: model(torch.tensor([[5, 6, 7]])).log_softmax(-1).sum()  # noqa: E731
-    for rank in (0, 4):
-        model, args = models.load(folder), Args(model=str(folder), kl=0.1, lora=rank, lora_alpha=8.0)
-        if rank:
-            lora.attach(model, rank, 8.0)
-        policy = make_policy(model, args, Ranks())
-        before = policy.reference(score)
-        assert not before.requires_grad and torch.allclose(policy.run(score), before)
-        for _ in range(2):
-            policy.backward(policy.run(score))
-            policy.step(0.1)
-        assert torch.equal(policy.reference(score), before) and not torch.allclose(policy.run(score), before)
+    args = Args(model=str(folder), kl=0.1, lora=rank, lora_alpha=8.0)
+    policy = make_policy(lora.attach(network, rank, 8.0) if rank else network, args, Ranks())
+    before = policy.reference(score)
+    assert not before.requires_grad and torch.allclose(policy.run(score), before)
+    for _ in range(2):
+        policy.backward(policy.run(score))
+        policy.step(0.1)
+    assert torch.equal(policy.reference(score), before) and not torch.allclose(policy.run(score), before)
     assert make_policy(models.load(folder), Args(model=str(folder)), Ranks()).initial is None

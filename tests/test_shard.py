@@ -14,36 +14,23 @@ import types
 import pytest
 import tiny
 import torch
-from launch import close, finish, script, start, wait_for_step
-from test_checkpoint import flags
+from launch import close, finish, ran, script, start, until, wait_for_step
+from test_checkpoint import flags, resumed
 from test_plan import config as config_of_smollm2
 
-import model as models
 from lab import plan
 from run import checkpoint, files, shard
 from run.args import Args
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
-
-
-CHANGES = {"steps": 8, "checkpoint_every": 1000, "eval_questions": 0}
+CHANGES = {"steps": 6, "checkpoint_every": 1000, "eval_questions": 0}
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """The run in one process."""
+    """The run in one process. Its last checkpoints are of steps 4 and 6."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    code, _, error = finish(start(flags(folder, out, **CHANGES)))
-    assert code == 0, error
+    ran(flags(folder, out, **CHANGES | {"checkpoint_every": 4}))
     return out
-
-
-def until(process, text):
-    """Reads what a run prints up to a line with `text`."""
-    return next(line for line in process.stdout if text in line)
 
 
 def test_stopped_and_resumed(folder, whole, tmp_path):
@@ -59,76 +46,62 @@ def test_stopped_and_resumed(folder, whole, tmp_path):
     assert path.name == f"step-{int(done):08d}" and not list((out / "checkpoints").glob("*.part"))
     assert len(list(path.glob("*.distcp"))) == 2  # each rank wrote its own
     for ranks, parallel in ((2, "shard"), (3, "shard"), (1, "replicate"), (2, "replicate")):
-        copy = tmp_path / f"{parallel}{ranks}"
-        shutil.copytree(out, copy)
-        code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", parallel], ranks))
-        assert code == 0 and f"continuing after step {done}, from " in printed, error
+        copy = shutil.copytree(out, tmp_path / f"{parallel}{ranks}")
+        resumed(copy, "--parallel", parallel, after=done, ranks=ranks)
         close(whole, copy)
 
 
-def test_what_one_process_saved_is_cut(folder, whole, tmp_path):
-    copy = tmp_path / "o"
-    code, _, error = finish(start(flags(folder, copy, **CHANGES | {"checkpoint_every": 3})))
-    assert code == 0, error
-    shutil.rmtree(copy / "checkpoints" / "step-00000008")
-    code, printed, error = finish(start(["--resume", "--out", copy, "--parallel", "shard"], ranks=2))
-    assert code == 0 and "continuing after step 6, from " in printed, error
+def test_what_one_process_saved_is_cut(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "o")
+    shutil.rmtree(copy / "checkpoints" / "step-00000006")
+    resumed(copy, "--parallel", "shard", after=4, ranks=2)
     close(whole, copy)
 
 
-SLOW = """
+FAULTS = """
 sample = train.sample
 def slow(subject, prompts, keys, n, args):
-    if n == 2:
-        os.write(1, f"rank {os.environ['RANK']} {os.getpid()} in step 3\\n".encode())  # whole, beside the other's
+    if n == 5:
+        os.write(1, f"rank {os.environ['RANK']} {os.getpid()} in step 6\\n".encode())  # whole, beside the other's
         time.sleep(100 if os.environ["RANK"] == "1" else 0)
     return sample(subject, prompts, keys, n, args)
 train.sample = slow
-"""
-
-
-def test_one_rank_is_told_to_stop(folder, tmp_path):
-    """Of a step in which it is busy alone, and the other waits: both save the steps done and leave."""
-    given = flags(folder, tmp_path / "o", parallel="shard", **CHANGES)
-    process = start(given, ranks=2, script=script(tmp_path / "slow.py", SLOW))
-    pid = int(until(process, "rank 1").split()[2])
-    time.sleep(1)
-    os.kill(pid, signal.SIGTERM)
-    began = time.time()
-    assert until(process, "stopped after step 2; continue with")
-    finish(process, timeout=60)
-    assert time.time() - began < 60
-    assert checkpoint.newest(tmp_path / "o" / "checkpoints").name == "step-00000002"
-    assert len(files.read_jsonl(tmp_path / "o" / "metrics.jsonl")) == 2
-
-
-FULL = """
-from run import checkpoint
-save, saves = checkpoint.dcp.save, []
-def full(tensors, checkpoint_id, no_dist):
-    saves.append(checkpoint_id)
-    if len(saves) == 2:
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+write, writes = FileSystemWriter.write_data, []
+def full(self, *plans):
+    writes.append(1)
+    if len(writes) == 2 and os.environ["RANK"] == "1":
         raise OSError(28, "No space left on device")
-    save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
-checkpoint.dcp.save = full
+    return write(self, *plans)
+FileSystemWriter.write_data = full
 """
 
 
-def test_a_checkpoint_that_cannot_be_written(folder, tmp_path):
-    """It is said once, the one before it stays, and the run goes on."""
-    changes = CHANGES | {"steps": 5, "checkpoint_every": 2, "parallel": "shard"}
-    code, printed, error = finish(
-        start(flags(folder, tmp_path / "o", **changes), 2, script(tmp_path / "full.py", FULL))
-    )
-    assert code == 0, error
+def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
+    """A part that cannot be written is said once, the checkpoint before it stays, and the run goes on.
+
+    When one rank is told to stop in a step in which it is busy alone, both save the steps done and leave.
+    """
+    out = tmp_path / "o"
+    given = flags(folder, out, parallel="shard", **CHANGES | {"checkpoint_every": 2})
+    process = start(given, ranks=2, script=script(tmp_path / "faults.py", FAULTS))
+    printed = []
+    pid = next(int(line.split()[2]) for line in process.stdout if printed.append(line) or line.startswith("rank 1"))
+    printed = "".join(printed)
     assert printed.count("no checkpoint after step 4: ") == 1 and "No space left on device" in printed
-    names = sorted(path.name for path in (tmp_path / "o" / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000005"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    time.sleep(0.5)  # rank 0 waits for the other now
+    os.kill(pid, signal.SIGTERM)
+    assert until(process, "stopped after step 5; continue with")
+    finish(process, timeout=60)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000005"]
+    assert checkpoint.newest(out / "checkpoints").name == "step-00000005"
+    assert len(files.read_jsonl(out / "metrics.jsonl")) == 5
 
 
-def test_choose(folder, monkeypatch):
-    """By hand; else replicated, except where the plan shards among several GPUs."""
-    network, batch = models.load(folder), {"max_new_tokens": 200, "prompts": 64, "samples": 16, "recompute": True}
+def test_choose(network, monkeypatch):
+    """--parallel decides; with auto it is replicated, unless the plan shards among several GPUs."""
+    batch = {"max_new_tokens": 200, "prompts": 64, "samples": 16, "recompute": True}
 
     def choose(network, world, plan=plan.plan, **changes):
         return shard.choose(Args(**batch | changes), network, world, plan)
