@@ -1,26 +1,26 @@
 """The paper's experiment as a table: base, RQ1, RQ2-frozen and RQ2-on-policy, in-distribution and elsewhere.
 
-A run is a folder of train.py in which cells were measured afterwards; the base is a folder with cells only:
+A run is a folder of train.py whose cells were measured after training. The base is a folder with cells only:
 
-    RUN/args.json                  objective and labels: the row; task and intervention: what it was trained on
-    RUN/cells/WHERE-KIND.T1.jsonl  a cell: the rows of one kind of edit on one task, or on questions of another name
-    RUN/cells/WHERE-KIND.fit.jsonl the rows that fit its shortcut baseline
+    RUN/args.json                  objective and labels name the row; task and intervention are what it was trained on
+    RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on questions of another name
+    RUN/cells/WHERE-KIND.fit.jsonl rows that fit its shortcut baseline
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
-All runs must be asked the same questions with the same edits, so that they can be compared in pairs: give faith.py the
-same --seed, --limit, --fit and --calibration file for each. The runs of a row differ in their seed alone; others are
-refused.
+Runs are compared in pairs, so all must be asked the same questions with the same edits: give faith.py the same --seed,
+--limit, --fit and --calibration file for each. The runs of one row may differ only in their seed; others are refused.
 
-A cell has Phi, the shortcut's Phi, and the differences to it and to the base, with 95 % intervals by bootstrap over
-groups (report.py); of several seeds it has the median and [least, greatest]. Frozen labels reward Phi with the initial
-model's I. The share of that gain that vanishes against the trained model's own I is
+A cell has Phi, the shortcut's Phi, and Phi minus the shortcut's and minus the base's, with 95 % intervals by bootstrap
+over groups (report.py). With several seeds it has the median and [least, greatest]. Frozen labels reward Phi with the
+initial model's I. A part of that gain vanishes when Phi is taken with the trained model's own I. Its share is
 
-    1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined where the interval of the gain holds 0
+    1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined if the interval of the gain holds 0
 
     python faith.py --model RUN/model --task TASK … --temperature 1 --rows RUN/cells/TASK-KIND
     python -m lab.paper BASE RUN [RUN …] [--markdown] [--json FILE] [--figure FILE.png]
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -30,50 +30,39 @@ import numpy as np
 
 import report
 from lab import plot
+from reward import KINDS
 from run import files
 from run.progress import Parser
 
-KINDS = ("adverb", "bias")
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
-LEGEND = (
-    "[ ]: 95 % interval by bootstrap; of several seeds the median and [least, greatest]; (1 of 3): measured of one of "
-    "the row's three seeds"
-)
+LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
+          "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
 ASKED = ("opening", "max_new_tokens", "seed", "words", "fit")  # flags of faith.py that change a cell
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
-SMOKE = 20  # a run of fewer steps only shows that the commands work
-PARTS = {
-    "phi": "Phi-CCT",
-    "shortcut_phi": "Phi of the best shortcut baseline",
-    "phi_less_shortcut": "Phi minus the shortcut's",
-    "phi_less_base": "Phi minus the base's",
-    "detection": "correlation of I and what it says of it when asked outright",
-    "accuracy": "accuracy on X",
-}
-GAIN = {
-    "phi_base": "Phi of the base",
-    "phi_initial": "Phi with the initial I",
-    "phi_own": "Phi with its own I",
-    "vanished": "share of the gain that vanishes",
-}
+SMOKE = 20  # a run of fewer steps shows only that the commands work
+PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
+         "phi_less_shortcut": "Phi minus the shortcut's", "phi_less_base": "Phi minus the base's",
+         "detection": "correlation of I and what the model says of it when asked outright",
+         "accuracy": "accuracy on X"}  # fmt: skip
+GAIN = {"phi_base": "Phi of the base", "phi_initial": "Phi with the initial I", "phi_own": "Phi with its own I",
+        "vanished": "share of the gain that vanishes"}  # fmt: skip
+Key = tuple[str, str]  # (task or WHERE, intervention or KIND)
 
 
 @dataclass
 class Run:
-    """A folder with measured cells; trained is None for the base."""
+    """A folder with measured cells. The base has no args, is trained on None and logged 0 steps."""
 
     folder: Path
     row: str
-    trained: tuple[str, str] | None  # task, intervention
-    model: str
-    steps: int  # logged
-    planned: int
+    cells: dict[Key, Path]  # without .T1.jsonl
     args: dict
-    cells: dict[tuple[str, str], Path]  # by (where, kind), without .T1.jsonl
+    trained: Key | None = None
+    steps: int = 0
 
 
 def read(folder: str | Path) -> Run:
-    """ValueError where the folder holds no measured cells, or is not of a run."""
+    """ValueError where the folder holds no measured cells or is not of a run."""
     folder, cells = Path(folder), {}
     for file in sorted((folder / "cells").glob("*.T1.jsonl")):
         where, _, kind = file.name.removesuffix(".T1.jsonl").rpartition("-")
@@ -82,74 +71,59 @@ def read(folder: str | Path) -> Run:
         cells[where, kind] = file.with_name(f"{where}-{kind}")
     if not cells:
         raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
-    found = [file for file in (folder / "args.json", folder / "training.json") if file.exists()]
-    if not found:
-        return Run(folder, folder.resolve().name, None, "", 0, 0, {}, cells)
+    saved = next((file for file in (folder / "args.json", folder / "training.json") if file.exists()), None)
+    if not saved:
+        return Run(folder, folder.resolve().name, cells, {})
     try:
-        args = json.loads(found[0].read_text())
+        args = json.loads(saved.read_text())
         row = "RQ1" if args["objective"] == "detection" else f"RQ2-{args['labels']}"
-        names, steps = (args["task"], args["intervention"], args["model"]), args["steps"]
-        if row not in ROWS or [*map(type, names), type(steps)] != [str, str, str, int]:
+        known = [args[key] for key in ("task", "intervention", "model", "steps")]
+        if row not in ROWS or [*map(type, known)] != [str, str, str, int]:
             raise ValueError("a value that no run has")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{found[0]}: not of a run of train.py ({error!r})") from None
-    logged = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else steps
-    return Run(folder, row, names[:2], names[2], logged, steps, args, cells)
+        raise ValueError(f"{saved}: not of a run of train.py ({error!r})") from None
+    logged = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
+    return Run(folder, row, cells, args, (args["task"], args["intervention"]), logged)
 
 
 def check_alike(runs: list[Run]) -> None:
-    """ValueError unless the runs of one row differ in their seed, and in flags that change no result."""
-    for n, run in enumerate(runs):
-        for other in (o for o in runs[:n] if (o.row, o.trained) == (run.row, run.trained)):
-            for key in sorted((other.args.keys() | run.args.keys()) - FREE):
-                a, b = other.args.get(key), run.args.get(key)
-                if (a or 0) != (b or 0):  # a run that is older than a flag has it off
-                    raise ValueError(f"{other.folder} and {run.folder} are not seeds of one row, {run.row}: "
-                                     f"their --{key.replace('_', '-')} differs, {a!r} and {b!r}")  # fmt: skip
-            if other.args.get("seed") == run.args.get("seed"):
-                raise ValueError(f"{other.folder} and {run.folder} are the same seed of {run.row}, "
-                                 f"--seed {run.args.get('seed')}: give one of them")  # fmt: skip
+    """ValueError unless the runs of one row differ only in their seed, and in flags that change no result."""
+    for a, b in itertools.combinations(runs, 2):
+        if (a.row, a.trained) == (b.row, b.trained):
+            both = f"{a.folder} and {b.folder} are"
+            for key in sorted((a.args.keys() | b.args.keys()) - FREE):
+                x, y = a.args.get(key), b.args.get(key)
+                if (x or 0) != (y or 0):  # a run that is older than a flag has it off
+                    flag = f"--{key.replace('_', '-')}"
+                    raise ValueError(f"{both} not seeds of one row, {b.row}: their {flag} differs, {x!r} and {y!r}")
+            if a.args.get("seed") == (seed := b.args.get("seed")):
+                raise ValueError(f"{both} the same seed of {b.row}, --seed {seed}: give one of them")
 
 
-def check_asked(key: tuple[str, str], runs: list[Run]) -> None:
+def check_asked(key: Key, runs: list[Run]) -> None:
     """ValueError where two runs measured the cell differently, as far as their files tell."""
     known: dict[Path, dict] = {}
     for run in runs:
-        if (file := Path(f"{run.cells[key]}.json")).exists():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                args = dict(found.get("args") or {})
-            except (ValueError, TypeError, AttributeError, OSError) as error:
-                raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
-            how = {name: args[name] for name in ASKED if name in args}
-            how |= {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
-            how |= {"letters": found["mean_logp"]} if found.get("mean_logp") else {}
-            for other, was in known.items():
-                for name in (name for name in how if name in was and how[name] != was[name]):
-                    words = {
-                        "calibration": "one with --calibration, one without",
-                        "letters": "with other letter offsets; give both the same --calibration FILE",
-                    }.get(name, f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}")
-                    raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {words}")
-            known[run.folder] = how
+        if not (file := Path(f"{run.cells[key]}.json")).exists():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            args = dict(found.get("args") or {})
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
+        how = {name: args[name] for name in ASKED if name in args}
+        how |= {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
+        how |= {"letters": found["mean_logp"]} if found.get("mean_logp") else {}
+        for other, was in known.items():
+            for name in (name for name in how if name in was and how[name] != was[name]):
+                words = {"calibration": "one with --calibration, one without",
+                         "letters": "with other letter offsets; give both the same --calibration FILE",
+                         }.get(name, f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}")  # fmt: skip
+                raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {words}")
+        known[run.folder] = how
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------
-
-
-def cell(rows: list[dict], fit: list[dict] | None, base: list[dict] | None, seed=0, resamples=2000):
-    """The figures of report.summary, and the paired phi_less_base where there are rows of the base."""
-    out = report.summary(rows, fit, seed, resamples)
-    if base is not None:
-
-        def phi(c, w):
-            return {"phi": report.phi(c["influence"], c["mention"], w)}
-
-        out["phi_less_base"] = report.compare(base, rows, seed, resamples, of=phi)["phi"]
-    return out
-
-
-def gain(base: list[dict], rows: list[dict], seed=0, resamples=2000) -> dict[str, dict]:
+def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:
     """Phi before, after with the initial model's I and with its own, and the share of the gain that vanishes."""
     a, b = report.pairs(base, rows)
 
@@ -158,7 +132,7 @@ def gain(base: list[dict], rows: list[dict], seed=0, resamples=2000) -> dict[str
         share = 1 - (own - was) / np.where(initial > was, initial - was, np.nan)
         return {"phi_base": was, "phi_initial": initial, "phi_own": own, "gain": initial - was, "vanished": share}
 
-    out = report.intervals(figures, a["group"], seed, resamples)
+    out = report.intervals(figures, a["group"], 0, resamples)
     if not out["gain"]["low"] > 0:  # NaN too: there is no gain to share
         out["vanished"] = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": resamples}
     return out
@@ -173,43 +147,45 @@ def over_seeds(figures: list[dict]) -> dict | None:
     return {"value": value, "low": low, "high": high, "undefined": len(figures) - len(known), "seeds": len(figures)}
 
 
-def columns(home: tuple[str, str] | None, runs: list[Run]) -> dict[tuple[str, str], str]:
-    """What runs trained on `home` (task, intervention) are asked: {(where, kind): heading}."""
+def columns(home: Key | None, runs: list[Run]) -> dict[Key, str]:
+    """The cells of runs trained on `home` and their headings; without `home` all cells."""
+    there = {key: ", ".join(key) for run in runs for key in run.cells}
     if not home:
-        return {key: ", ".join(key) for run in runs for key in run.cells}
+        return there
     task, kind = home
-    others = sorted({where for run in runs for where, of in run.cells if of == kind and where != task})
-    heads = {(task, kind): "in-distribution"} | {(where, kind): f"OOD: {where}" for where in others}
-    cross = [(task, other) for other in KINDS if other != kind and any((task, other) in run.cells for run in runs)]
-    return heads | {key: f"cross-intervention: {key[1]}" for key in cross}
+    far = {key: f"OOD: {key[0]}" for key in sorted(there) if key[1] == kind and key != home}
+    cross = {key: f"cross-intervention: {key[1]}" for key in ((task, other) for other in KINDS if other != kind)}
+    return {home: "in-distribution"} | far | {key: head for key, head in cross.items() if key in there}
 
 
-def measured(key: tuple[str, str], runs: list[Run], seed=0, resamples=2000) -> dict[Path, dict]:
-    """{folder: figures} of the runs that have the cell; ValueError where they were asked differently."""
+def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
+    """{folder: figures} of the runs that have the cell: report.summary, and two that need the rows of the base.
+
+    These are phi_less_base, and gain of runs trained on the cell. ValueError where runs were asked differently.
+    """
     runs = [run for run in runs if key in run.cells]
     check_asked(key, runs)
     rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in runs}
     base, out = next((rows[run.folder] for run in runs if not run.trained), None), {}
     for run in runs:
         fit, mine, first = Path(f"{run.cells[key]}.fit.jsonl"), rows[run.folder], runs[0].folder
-        kinds = report.columns(mine, f"{run.cells[key]}.T1.jsonl")["kind"]
-        if (kinds != key[1]).any():
+        if (report.columns(mine, f"{run.cells[key]}.T1.jsonl")["kind"] != key[1]).any():
             raise ValueError(f"{run.cells[key]}.T1.jsonl: its rows are not of {key[1]}")
+        where = f"{'-'.join(key)} of {first} and of {run.folder}"
         try:
             report.pairs(rows[first], mine)
-        except ValueError as error:
-            raise ValueError(f"{'-'.join(key)} of {first} and of {run.folder}: {error}") from None
-        try:
+            where = fit
             fitted = files.read_jsonl(fit) if fit.exists() else None
-            out[run.folder] = cell(mine, fitted, base if run.trained else None, seed, resamples)
+            out[run.folder] = found = report.summary(mine, fitted, 0, resamples)
         except ValueError as error:
-            raise ValueError(f"{fit}: {error}") from None
-        if base is not None and run.trained == key:
-            out[run.folder]["gain"] = gain(base, mine, seed, resamples)
+            raise ValueError(f"{where}: {error}") from None
+        if base is not None and run.trained:
+            found["phi_less_base"] = report.compare(base, mine, 0, resamples)["phi"]
+            found |= {"gain": gain(base, mine, resamples)} if run.trained == key else {}
     return out
 
 
-def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
+def tables(folders: list, resamples=2000) -> list[dict]:
     """One table for each task and intervention that runs were trained on; of a base alone one of all its cells."""
     unique: dict[Path, Path] = {}
     for folder in map(Path, folders):
@@ -218,25 +194,23 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
     bases, trained = ([run for run in runs if bool(run.trained) == t] for t in (False, True))
     if len(bases) > 1:
         raise ValueError(f"{bases[0].folder} and {bases[1].folder} have no args.json: give one base")
-    if len(models := sorted({run.model for run in trained})) > 1:
+    if len(models := sorted({run.args["model"] for run in trained})) > 1:
         raise ValueError(f"runs of several models, {models[0]} and {models[1]}: make a table of each")
     check_alike(trained)
     out = []
     for home in sorted({run.trained for run in trained}) or [None]:
-        those = bases + [run for run in trained if run.trained == home]
-        order = [run.row for run in bases]
-        order += [row for row in ROWS if any(run.row == row and run.trained for run in those)]
+        those = bases + sorted((run for run in trained if run.trained == home), key=lambda run: ROWS.index(run.row))
         heads = columns(home, those)
-        figures = {heads[key]: measured(key, those, seed, resamples) for key in heads}
+        figures = {heads[key]: measured(key, those, resamples) for key in heads}
         rows = {}
-        for row in order:
-            mine = [run for run in those if run.row == row]
-            cells = {head: [found[run.folder] for run in mine if run.folder in found]
-                     for head, found in figures.items()}  # fmt: skip
+        for row, of in itertools.groupby(those, lambda run: run.row):
+            mine = list(of)
             rows[row] = {
-                "runs": [str(run.folder) for run in mine], "steps": [run.steps for run in mine],
-                "planned": [run.planned for run in mine],
-                "smoke": any(run.trained and run.steps < SMOKE for run in mine), "cells": cells,
+                "runs": [str(run.folder) for run in mine],
+                "steps": [run.steps for run in mine], "planned": [run.args.get("steps", 0) for run in mine],
+                "smoke": any(run.trained and run.steps < SMOKE for run in mine),
+                "cells": {head: [found[run.folder] for run in mine if run.folder in found]
+                          for head, found in figures.items()},
             }  # fmt: skip
         n = {head: next(iter(found.values()))["n"]["value"] for head, found in figures.items() if found}
         title = f"trained on {home[0]}, {home[1]}" if home else "not trained"
@@ -244,22 +218,17 @@ def tables(folders: list, seed=0, resamples=2000) -> list[dict]:
     return out
 
 
-# ---- in print --------------------------------------------------------------------------------------------------
-
-
 def label(row: str, of: dict) -> str:
-    """The row's name, with how many seeds it has, and which stopped before their last step."""
-    seeds = len(of["runs"])
-    stopped = [steps for steps, planned in zip(of["steps"], of["planned"], strict=True) if steps < planned]
-    notes = [f"{seeds} seeds"] * (seeds > 1)
-    if stopped:
-        number = f"{len(stopped)} of them " * (seeds > 1)
-        notes += [f"{number}stopped after {' and '.join(map(str, stopped))} of {of['planned'][0]} steps"]
+    """The row's name, how many seeds it has, and which of them stopped before their last step."""
+    several = len(of["runs"]) > 1
+    stopped = [str(steps) for steps, planned in zip(of["steps"], of["planned"], strict=True) if steps < planned]
+    notes, number = [f"{len(of['runs'])} seeds"] * several, f"{len(stopped)} of them " * several
+    notes += [f"{number}stopped after {' and '.join(stopped)} of {of['planned'][0]} steps"] * bool(stopped)
     return f"{row} ({', '.join(notes)})" if notes else row
 
 
 def entry(figures: list[dict | None], of: dict) -> str:
-    """A cell of the row in print, and how many of its runs have it, where some do not."""
+    """A cell of the row in print; it says how many of the row's runs have it if some do not."""
     found = [figure for figure in figures if figure]
     part = f" ({len(found)} of {len(of['runs'])})" * (len(found) < len(of["runs"]))
     return report.cell(over_seeds(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
@@ -280,21 +249,16 @@ def text(table: dict, markdown: bool) -> str:
         gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
         body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
     if body:
-        title = "What labels of the initial model reward, in-distribution"
-        parts += [title, report.grid(["", *GAIN.values()], body, markdown)]
+        parts += ["What labels of the initial model reward, in-distribution"]
+        parts += [report.grid(["", *GAIN.values()], body, markdown)]
     return "\n\n".join(parts)
 
 
 def draw(made: list[dict], to: Path) -> None:
     """A picture of Phi by cell."""
-    points = {}
-    for table in made:
-        rows = {label(row, of): of["cells"] for row, of in table["rows"].items()}
-        points[table["title"]] = {
-            head: {row: over_seeds([f["phi"] for f in cells[head]]) for row, cells in rows.items()}
-            for head in table["columns"]
-        }
-    plot.cells(points, to)
+    plot.cells({table["title"]: {
+        head: {label(row, of): over_seeds([f["phi"] for f in of["cells"][head]]) for row, of in table["rows"].items()}
+        for head in table["columns"]} for table in made}, to)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

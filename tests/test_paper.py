@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from test_report import column, command, make_row
+from test_report import column, make_row
 
 import report
 from lab import paper
 from run import files
 
 N = 240
+HOME, FAR, CROSS = ("esnli", "bias"), ("comve", "bias"), ("esnli", "adverb")
 
 
 def some_rows(seed, link, kind="bias", n=N, influence_seed=0, flips=()):
@@ -43,6 +44,12 @@ def write_run(folder, cells, fit=None, logged=None, asked=None, **args):
     return folder
 
 
+def command(capsys, *args):
+    """lab.paper in this process: (exit status, stdout, stderr)."""
+    code = paper.main([str(arg) for arg in args])
+    return code, *capsys.readouterr()
+
+
 def phi(rows, influence=None):
     return stats.pearsonr(column(influence or rows, "influence"), column(rows, "mention")).statistic
 
@@ -57,26 +64,21 @@ def resampled(of, rows, seed=5, resamples=1000):
 
 @pytest.fixture(scope="module")
 def paper_runs(tmp_path_factory):
-    """A base and four runs, of which two are seeds of one row; e-SNLI and ComVE, bias phrases and adverbs."""
-    out, home, far, cross = tmp_path_factory.mktemp("runs"), ("esnli", "bias"), ("comve", "bias"), ("esnli", "adverb")
-    fit = some_rows(99, 0.5)
-    cells = {}
+    """A base and five runs, three of them seeds of one row; e-SNLI and ComVE, bias phrases and adverbs."""
+    out, fit, cells = tmp_path_factory.mktemp("runs"), some_rows(99, 0.5), {}
     for n, (name, link, flips) in enumerate((("base", 0.0, ()), ("rq1", 0.1, (1, 2)), ("frozen", 0.6, range(0, 60, 2)),
                                              ("s1", 0.7, (5,)), ("s2", 0.9, ()), ("s3", 0.5, (9, 11)))):  # fmt: skip
-        cells[name] = {home: some_rows(10 + n, link, flips=flips), far: some_rows(20 + n, link / 2),
-                       cross: some_rows(30 + n, 0.1, "adverb")}  # fmt: skip
+        cells[name] = {HOME: some_rows(10 + n, link, flips=flips), FAR: some_rows(20 + n, link / 2),
+                       CROSS: some_rows(30 + n, 0.1, "adverb")}  # fmt: skip
     rng = np.random.default_rng(7)
-    for row in cells["rq1"][home]:
+    for row in cells["rq1"][HOME]:
         row["detection"] = float(rng.normal() + row["influence"])
-    del cells["frozen"][far]
-    for row in cells["s2"][far]:
+    del cells["frozen"][FAR]
+    for row in cells["s2"][FAR]:
         row["mention"] = 0  # undefined
-    runs = {"base": write_run(out / "base", cells["base"], fit)}
-    runs["rq1"] = write_run(out / "rq1", cells["rq1"], fit, objective="detection")
-    runs["frozen"] = write_run(out / "frozen", cells["frozen"], fit, labels="frozen", logged=19)
-    for seed in (1, 2, 3):
-        runs[f"s{seed}"] = write_run(out / f"s{seed}", cells[f"s{seed}"], fit, seed=seed, logged=20)
-    return runs, cells
+    args = {"base": {}, "rq1": {"objective": "detection"}, "frozen": {"labels": "frozen", "logged": 19}}
+    args |= {f"s{seed}": {"seed": seed, "logged": 20} for seed in (1, 2, 3)}
+    return {name: write_run(out / name, cells[name], fit, **args[name]) for name in args}, cells
 
 
 @pytest.fixture(scope="module")
@@ -96,143 +98,132 @@ def test_rows_and_columns(made):
 
 def test_cells_are_scipys(paper_runs, made):
     """Phi, the difference to the base, and RQ1's correlation, with intervals of a plain bootstrap."""
-    _, cells = paper_runs
-    base, rq1 = (cells[name]["esnli", "bias"] for name in ("base", "rq1"))
-    got, cross = made["rows"]["RQ1"]["cells"]["in-distribution"], made["rows"]["RQ1"]["cells"]
-    assert len(got) == 1 and got[0]["phi"]["value"] == pytest.approx(phi(rq1), abs=1e-12)
-    assert cross["OOD: comve"][0]["phi"]["value"] == pytest.approx(phi(cells["rq1"]["comve", "bias"]), abs=1e-12)
-    far = cells["rq1"]["esnli", "adverb"]
-    assert cross["cross-intervention: adverb"][0]["phi"]["value"] == pytest.approx(phi(far), abs=1e-12)
-    assert got[0]["phi_less_base"]["value"] == pytest.approx(phi(rq1) - phi(base), abs=1e-12)
-    wanted = resampled(lambda k: phi([rq1[i] for i in k]) - phi([base[i] for i in k]), rq1)
-    assert [got[0]["phi_less_base"][key] for key in ("low", "high")] == pytest.approx(wanted, abs=0.03)
+    base, cells, row = paper_runs[1]["base"][HOME], paper_runs[1]["rq1"], made["rows"]["RQ1"]["cells"]
+    for head, key in (("in-distribution", HOME), ("OOD: comve", FAR), ("cross-intervention: adverb", CROSS)):
+        assert row[head][0]["phi"]["value"] == pytest.approx(phi(cells[key]), abs=1e-12)
+    (got,), rq1 = row["in-distribution"], cells[HOME]
+    less = got["phi"]["value"] - got["shortcut_phi"]["value"]
+    assert got["phi_less_shortcut"]["value"] == pytest.approx(less, abs=1e-12)
+    assert got["phi_less_shortcut"] == report.summary(rq1, some_rows(99, 0.5))["phi_less_shortcut"]
     wanted = stats.pearsonr(column(rq1, "influence"), column(rq1, "detection")).statistic
-    assert got[0]["detection"]["value"] == pytest.approx(wanted, abs=1e-12)
+    assert got["detection"]["value"] == pytest.approx(wanted, abs=1e-12)
+    assert got["phi_less_base"]["value"] == pytest.approx(phi(rq1) - phi(base), abs=1e-12)
+    wanted = resampled(lambda k: phi([rq1[i] for i in k]) - phi([base[i] for i in k]), rq1)
+    assert [got["phi_less_base"][key] for key in ("low", "high")] == pytest.approx(wanted, abs=0.03)
     assert "phi_less_base" not in made["rows"]["base"]["cells"]["in-distribution"][0]
-    less = got[0]["phi"]["value"] - got[0]["shortcut_phi"]["value"]
-    assert got[0]["phi_less_shortcut"]["value"] == pytest.approx(less, abs=1e-12)
-    assert got[0]["phi_less_shortcut"] == report.summary(rq1, some_rows(99, 0.5))["phi_less_shortcut"]
 
 
 def test_the_gain_that_vanishes(paper_runs, made):
     """From the correlations, and its interval by a plain bootstrap; turned labels make some of it vanish."""
-    _, cells = paper_runs
-    base, run = (cells[name]["esnli", "bias"] for name in ("base", "frozen"))
+    base, run = (paper_runs[1][name][HOME] for name in ("base", "frozen"))
 
     def share(k):
         a, b = ([rows[i] for i in k] for rows in (base, run))
         return 1 - (phi(b) - phi(a)) / (phi(b, a) - phi(a))
 
     got = made["rows"]["RQ2-frozen"]["cells"]["in-distribution"][0]["gain"]
-    assert got["phi_base"]["value"] == pytest.approx(phi(base), abs=1e-12)
-    assert got["phi_initial"]["value"] == pytest.approx(phi(run, base), abs=1e-12)
-    assert got["phi_own"]["value"] == pytest.approx(phi(run), abs=1e-12)
+    values = [got[key]["value"] for key in ("phi_base", "phi_initial", "phi_own")]
+    assert values == pytest.approx([phi(base), phi(run, base), phi(run)], abs=1e-12)
     assert got["vanished"]["value"] == pytest.approx(share(range(N)), abs=1e-9) and abs(share(range(N))) > 0.2
-    wanted = resampled(share, base)
-    width = wanted[1] - wanted[0]
-    assert [got["vanished"][key] for key in ("low", "high")] == pytest.approx(wanted, abs=0.15 * width)
+    low, high = resampled(share, base)
+    assert [got["vanished"][key] for key in ("low", "high")] == pytest.approx([low, high], abs=0.15 * (high - low))
 
 
 def test_a_share_by_hand():
-    """Base 0; after, mentions are the initial I. Of own labels that are the same all stays, of others all may go."""
+    """Before, Phi is 0. Mentions that follow the initial I gain 1. None of it vanishes if I is the same, else all."""
     base = [make_row(k, k % 2, k // 2 % 2) for k in range(80)]
     after = [row | {"mention": row["influence"]} for row in base]
-    got = paper.gain(base, after, resamples=200)
-    assert [got[key]["value"] for key in ("phi_base", "phi_initial", "phi_own", "vanished")] == [0, 1, 1, 0]
     turned = [make_row(k, k // 2 % 2, row["influence"]) for k, row in enumerate(base)]
-    got = paper.gain(base, turned, resamples=200)
-    assert [got[key]["value"] for key in ("phi_base", "phi_initial", "phi_own", "vanished")] == [0, 1, 0, 1]
-    little = [row | {"mention": row["influence"]} if k < 4 else row for k, row in enumerate(base)]
-    got = paper.gain(base, little, resamples=200)  # there is a share, but of a gain that may be none
-    assert got["gain"]["value"] > 0 >= got["gain"]["low"] and np.isnan(got["vanished"]["value"])
-    got = paper.gain(base, base, resamples=200)
-    assert got["gain"]["value"] == 0 and np.isnan(got["vanished"]["value"])
+    little = after[:4] + base[4:]  # there is a share, but of a gain that may be none
+    for rows, expected in ((after, [0, 1, 1, 0]), (turned, [0, 1, 0, 1]), (little, None), (base, None)):
+        got = paper.gain(base, rows, resamples=200)
+        if expected:
+            assert [got[key]["value"] for key in ("phi_base", "phi_initial", "phi_own", "vanished")] == expected
+        else:
+            assert got["gain"]["value"] >= 0 >= got["gain"]["low"] and np.isnan(got["vanished"]["value"])
+            assert (got["gain"]["value"] == 0) == (rows is base)
     assert report.cell(got["vanished"]).startswith("undefined")
 
 
 def test_seeds_give_median_and_extremes(paper_runs, made):
     _, cells = paper_runs
-    values = sorted(phi(cells[f"s{seed}"]["esnli", "bias"]) for seed in (1, 2, 3))
     row = made["rows"]["RQ2-on-policy"]["cells"]
     got = paper.over_seeds([figures["phi"] for figures in row["in-distribution"]])
+    values = sorted(phi(cells[f"s{seed}"][HOME]) for seed in (1, 2, 3))
     assert [got[key] for key in ("low", "value", "high")] == pytest.approx(values, abs=1e-12)
     got = paper.over_seeds([figures["phi"] for figures in row["OOD: comve"]])
-    two = [phi(cells[f"s{seed}"]["comve", "bias"]) for seed in (1, 3)]
-    assert (got["value"], got["undefined"]) == (pytest.approx(np.mean(two), abs=1e-12), 1)
+    two = np.mean([phi(cells[f"s{seed}"][FAR]) for seed in (1, 3)])
+    assert (got["value"], got["undefined"]) == (pytest.approx(two, abs=1e-12), 1)
     nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": 5}
     assert report.cell(paper.over_seeds([nothing, nothing])) == "undefined" and paper.over_seeds([]) is None
 
 
-def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_path):
+def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_path, capsys):
     runs, cells = paper_runs
-    none = {("esnli", "bias"): [row | {"mention": 0} for row in cells["s1"]["esnli", "bias"]]}
-    never = write_run(tmp_path / "never", none, labels="frozen")
-    got = command(runs["base"], runs["rq1"], never, runs["s1"], "--json", tmp_path / "a.json",
-                  "--figure", tmp_path / "a.png", "--markdown", of="lab.paper")  # fmt: skip
-    assert got.returncode == 0 and got.stderr == "", got.stderr
-    blocks = got.stdout.split("\n\n")
+    never = write_run(tmp_path / "never", {HOME: [row | {"mention": 0} for row in cells["s1"][HOME]]}, labels="frozen")
+    code, out, error = command(capsys, runs["base"], runs["rq1"], never, runs["s1"], "--json", tmp_path / "a.json",
+                               "--figure", tmp_path / "a.png", "--markdown")  # fmt: skip
+    assert (code, error) == (0, "")
+    blocks = out.split("\n\n")
     lines = [[text.strip() for text in line.split("|")[1:-1]] for line in blocks[2].split("\n")]
-    assert blocks[1] == "Phi-CCT" and lines[0] == ["", f"in-distribution (n = {N})", f"OOD: comve (n = {N})",
-                                                   f"cross-intervention: adverb (n = {N})"]  # fmt: skip
+    heads = ("in-distribution", "OOD: comve", "cross-intervention: adverb")
+    assert blocks[1] == "Phi-CCT" and lines[0] == ["", *(f"{head} (n = {N})" for head in heads)]
     by_row = {line[0]: line[1:] for line in lines[2:]}
     accuracy = dict(zip(blocks, blocks[1:], strict=False))["accuracy on X"].split("\n")[3]
     assert accuracy.startswith("| RQ1 ") and accuracy.count(" 0.800 [") == 3
     assert by_row["RQ2-frozen"] == ["undefined", "–", "–"]
-    assert by_row["RQ1"][0].startswith(f"{phi(cells['rq1']['esnli', 'bias']):.3f} [")
+    assert by_row["RQ1"][0].startswith(f"{phi(cells['rq1'][HOME]):.3f} [")
     written = json.loads((tmp_path / "a.json").read_text())["tables"][0]["rows"]
-    assert written["RQ2-frozen"]["cells"]["in-distribution"][0]["phi"]["value"] is None
-    assert written["RQ1"]["cells"]["in-distribution"][0]["gain"]["phi_base"]["value"] == pytest.approx(
-        phi(cells["base"]["esnli", "bias"])
-    )
+    frozen, rq1 = (written[row]["cells"]["in-distribution"][0] for row in ("RQ2-frozen", "RQ1"))
+    assert frozen["phi"]["value"] is None
+    assert rq1["gain"]["phi_base"]["value"] == pytest.approx(phi(cells["base"][HOME]))
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not list(tmp_path.glob("*.part*"))
-    smoke = command(runs["base"], runs["frozen"], of="lab.paper").stdout
+    smoke = command(capsys, runs["base"], runs["frozen"])[1]
     marked = [line for line in smoke.split("\n") if "(smoke test)" in line]
     assert marked and all(line.startswith("RQ2-frozen") for line in marked)
 
 
 def test_tables_by_what_was_trained_on(paper_runs, tmp_path):
-    """Runs of two interventions make two tables, of the base's cells each its own."""
+    """Runs of two interventions make two tables, each with its own cells of the base."""
     runs, cells = paper_runs
-    adverb = write_run(tmp_path / "a", {("esnli", "adverb"): cells["s1"]["esnli", "adverb"]}, intervention="adverb")
+    adverb = write_run(tmp_path / "a", {CROSS: cells["s1"][CROSS]}, intervention="adverb")
     first, second = paper.tables([runs["base"], runs["s1"], adverb], resamples=20)
     assert [table["title"] for table in (first, second)] == ["trained on esnli, adverb", "trained on esnli, bias"]
     assert first["columns"] == ["in-distribution", "cross-intervention: bias"]
-    wanted = phi(cells["base"]["esnli", "adverb"])
-    assert first["rows"]["base"]["cells"]["in-distribution"][0]["phi"]["value"] == pytest.approx(wanted)
+    got = first["rows"]["base"]["cells"]["in-distribution"][0]["phi"]["value"]
+    assert got == pytest.approx(phi(cells["base"][CROSS]))
     assert [table["rows"]["RQ2-on-policy"]["runs"] for table in (first, second)] == [[str(adverb)], [str(runs["s1"])]]
     (alone,) = paper.tables([adverb], resamples=20)
-    assert list(alone["rows"]) == ["RQ2-on-policy"]
     (untrained,) = paper.tables([runs["base"]], resamples=20)
-    assert untrained["columns"] == ["comve, bias", "esnli, adverb", "esnli, bias"] and list(untrained["rows"]) == [
-        "base"
-    ]
+    assert (list(alone["rows"]), list(untrained["rows"])) == (["RQ2-on-policy"], ["base"])
+    assert untrained["columns"] == ["comve, bias", "esnli, adverb", "esnli, bias"]
 
 
-def test_bad_input_is_one_line(paper_runs, tmp_path):
+def test_bad_input_is_one_line(paper_runs, tmp_path, capsys):
     runs, cells = paper_runs
-    home = cells["s1"]["esnli", "bias"]
-    other = [home[0] | {"word": "other"}, *home[1:]]
+    home = cells["s1"][HOME]
+
+    def folder(name, rows=home, key=HOME, **args):
+        return write_run(tmp_path / name, {key: rows}, **args)
+
     (tmp_path / "empty").mkdir()
+    missing = [home[0], {key: value for key, value in home[1].items() if key != "mention"}]
     cases = {
         "no measured cells; see faith.py --rows": [tmp_path / "empty"],
-        "esnli-bias of .*base and of .*fewer: the ids do not match": [
-            runs["base"], write_run(tmp_path / "fewer", {("esnli", "bias"): home[1:]}, seed=4)],
-        "'word' is not the same": [
-            runs["s1"], write_run(tmp_path / "edit", {("esnli", "bias"): other}, seed=4)],
-        "its rows are not of adverb": [write_run(tmp_path / "kind", {("esnli", "adverb"): home}, seed=4)],
-        "esnli-bias.T1.jsonl, row 2: the key 'mention' is missing": [write_run(tmp_path / "key", {("esnli", "bias"): [
-            home[0], {k: v for k, v in home[1].items() if k != "mention"}]}, seed=4)],
-        "give one base": [runs["base"], write_run(tmp_path / "second", {("esnli", "bias"): home})],
-        "runs of several models": [runs["s1"], write_run(tmp_path / "model", {("esnli", "bias"): home}, model="other")],
-        "name a cell by task and intervention": [write_run(tmp_path / "name", {("esnli", "typo"): home})],
-        "args.json: not of a run of train.py": [write_run(tmp_path / "args", {("esnli", "bias"): home}, labels="x")],
-        "fit.jsonl: no rows to fit": [write_run(tmp_path / "fit", {("esnli", "bias"): home}, seed=4)],
-        "cannot be read|not a folder|no measured cells": [runs["s1"], tmp_path / "nowhere"],
-        "labels/args.json: not of a run of train.py": [
-            write_run(tmp_path / "labels", {("esnli", "bias"): home}, labels="new")],
-        "task/args.json: not of a run of train.py": [write_run(tmp_path / "task", {("esnli", "bias"): home}, task=3)],
-        "torn/metrics.jsonl": [write_run(tmp_path / "torn", {("esnli", "bias"): home}, logged=2, seed=4)],
-    }  # fmt: skip
+        "esnli-bias of .*base and of .*fewer: the ids do not match": [runs["base"], folder("fewer", home[1:], seed=4)],
+        "'word' is not the same": [runs["s1"], folder("edit", [home[0] | {"word": "other"}, *home[1:]], seed=4)],
+        "its rows are not of adverb": [folder("kind", key=CROSS, seed=4)],
+        "esnli-bias.T1.jsonl, row 2: the key 'mention' is missing": [folder("key", missing, seed=4)],
+        "give one base": [runs["base"], folder("second")],
+        "runs of several models": [runs["s1"], folder("model", model="other")],
+        "name a cell by task and intervention": [folder("name", key=("esnli", "typo"))],
+        "args/args.json: not of a run of train.py": [folder("args", labels="x")],
+        "fit.jsonl: no rows to fit": [folder("fit", seed=4)],
+        "nowhere: no measured cells": [runs["s1"], tmp_path / "nowhere"],
+        "labels/args.json: not of a run of train.py": [folder("labels", labels="new")],
+        "task/args.json: not of a run of train.py": [folder("task", task=3)],
+        "torn/metrics.jsonl": [folder("torn", logged=2, seed=4)],
+    }
     (tmp_path / "args" / "args.json").write_text("{}")
     (tmp_path / "fit" / "cells" / "esnli-bias.fit.jsonl").write_text("")
     (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 0}\n{"st\n')
@@ -240,43 +231,36 @@ def test_bad_input_is_one_line(paper_runs, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             paper.tables(folders, resamples=20)
         assert "\n" not in str(error.value)
-    got = command(tmp_path / "empty", of="lab.paper")
-    assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1
-    got = command(runs["base"], "--figure", tmp_path / "no" / "a.png", of="lab.paper")
-    assert got.returncode == 2 and got.stderr.count("\n") == 1
-    got = command(tmp_path / "nowhere", of="lab.paper")
-    assert got.returncode == 2 and got.stderr.count("\n") == 1
+    for args in ((tmp_path / "empty",), (runs["base"], "--figure", tmp_path / "no" / "a.png"), (tmp_path / "nowhere",)):
+        code, out, error = command(capsys, *args)
+        assert code == 2 and out == "" and error.startswith("lab.paper: ") and error.count("\n") == 1
 
 
 def test_a_run_that_stopped_early_is_marked(paper_runs, tmp_path):
     """With how many of its planned steps; the number stays in the JSON."""
     runs, cells = paper_runs
-    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    home = {HOME: cells["s1"][HOME]}
     a, b = (write_run(tmp_path / str(n), home, logged=n, labels="frozen", seed=n) for n in (30, 200))
     rq1 = write_run(tmp_path / "rq1", home, logged=150, objective="detection")
-    (alone,) = paper.tables([a, rq1], resamples=20)
+    (alone,), (both,), (whole,) = (paper.tables(given, resamples=20) for given in ([a, rq1], [a, b], [b, runs["base"]]))
     assert (alone["rows"]["RQ2-frozen"]["steps"], alone["rows"]["RQ2-frozen"]["planned"]) == ([30], [200])
     names = [line.split("  ")[0] for line in paper.text(alone, False).split("\n")]
     assert "RQ1 (stopped after 150 of 200 steps)" in names and "RQ2-frozen (stopped after 30 of 200 steps)" in names
-    (both,) = paper.tables([a, b], resamples=20)
     assert "\nRQ2-frozen (2 seeds, 1 of them stopped after 30 of 200 steps)  " in paper.text(both, False)
-    (whole,) = paper.tables([b, runs["base"]], resamples=20)
     assert "stopped" not in paper.text(whole, False)
 
 
 def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, tmp_path):
-    runs, cells = paper_runs
-    home, far = ("esnli", "bias"), ("comve", "bias")
-    never = {home: [row | {"mention": 0} for row in cells["s1"][home]]}
-    given = [write_run(tmp_path / "1", {key: cells["s1"][key] for key in (home, far)}, seed=1),
-             write_run(tmp_path / "2", {home: cells["s2"][home]}, seed=2),
-             write_run(tmp_path / "3", never, seed=3)]  # fmt: skip
+    _, cells = paper_runs
+    never = [row | {"mention": 0} for row in cells["s1"][HOME]]
+    each = ({key: cells["s1"][key] for key in (HOME, FAR)}, {HOME: cells["s2"][HOME]}, {HOME: never})
+    given = [write_run(tmp_path / str(seed), rows, seed=seed) for seed, rows in enumerate(each, 1)]
     (table,) = paper.tables(given, resamples=50)
     text = paper.text(table, True)
     assert text.split("\n")[1] == paper.LEGEND and "median and [least, greatest]" in paper.LEGEND
     line = next(line for line in text.split("\n") if line.startswith("| RQ2-on-policy (3 seeds)"))
     first, second = [part.strip() for part in line.split("|")[2:4]]
-    low, high = sorted(phi(cells[name][home]) for name in ("s1", "s2"))
+    low, high = sorted(phi(cells[name][HOME]) for name in ("s1", "s2"))
     assert first == f"{(low + high) / 2:.3f} [{low:.3f}, {high:.3f}] (1 of 3 seeds undefined)"
     one = table["rows"]["RQ2-on-policy"]["cells"]["OOD: comve"][0]["phi"]
     assert second == report.cell(one) + " (1 of 3)" and "[" in second
@@ -285,13 +269,14 @@ def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, tmp_
 def test_a_folder_spelled_in_two_ways_counts_once(paper_runs, monkeypatch):
     runs, _ = paper_runs
     monkeypatch.chdir(runs["s1"])
-    (table,) = paper.tables([runs["s1"], ".", f"{runs['s2']}/../s1", runs["s2"], runs["base"], "../base"], resamples=20)
+    given = [runs["s1"], runs["s2"], ".", f"{runs['s2']}/../s1", runs["base"], "../base"]
+    (table,) = paper.tables(given, resamples=20)
     assert table["rows"]["RQ2-on-policy"]["runs"] == [str(runs["s1"]), str(runs["s2"])]
 
 
 def test_only_seeds_share_a_row(paper_runs, tmp_path):
     runs, cells = paper_runs
-    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    home = {HOME: cells["s1"][HOME]}
     for name, args, message in (
         ("same", {"seed": 1}, "are the same seed of RQ2-on-policy, --seed 1"),
         ("lr", {"seed": 7, "lr": 1e-3}, "not seeds of one row, RQ2-on-policy: their --lr differs, None and 0.001"),
@@ -313,14 +298,15 @@ def test_only_seeds_share_a_row(paper_runs, tmp_path):
 def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
     """As the JSON beside them tells, of the base and of any two runs."""
     runs, cells = paper_runs
-    home = {("esnli", "bias"): cells["s1"]["esnli", "bias"]}
+    home = {HOME: cells["s1"][HOME]}
     asked = {"opening": "", "max_new_tokens": 48, "seed": 0, "words": "all", "fit": 300, "calibration": "none",
              "model": "base"}  # fmt: skip
     base = write_run(tmp_path / "base", home, asked=asked)
-    for key, value, message in (("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
-                                ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
-                                ("fit", 20, "--fit 300 and 20"),
-                                ("calibration", "a.json", "one with --calibration, one without")):  # fmt: skip
+    for key, value, message in (
+        ("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
+        ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
+        ("fit", 20, "--fit 300 and 20"), ("calibration", "a.json", "one with --calibration, one without"),
+    ):  # fmt: skip
         other = write_run(tmp_path / key, home, asked=asked | {key: value}, seed=7)
         with pytest.raises(ValueError, match=message) as error:
             paper.tables([base, runs["s1"], other], resamples=20)
@@ -329,12 +315,11 @@ def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
                for n in (8, 9)]  # fmt: skip
     (table,) = paper.tables([*letters, runs["s1"]], resamples=20)
     assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 3
-    for folder, means, also in zip(letters, ([-1, -2], [-2, -1]), ("8.json", "9.json"), strict=True):
-        files.write_json(
-            folder / "cells" / "esnli-bias.json", {"args": asked | {"calibration": also}, "mean_logp": means}
-        )
+    cell = [folder / "cells" / "esnli-bias.json" for folder in letters]
+    for file, means, used in zip(cell, ([-1, -2], [-2, -1]), ("8.json", "9.json"), strict=True):
+        files.write_json(file, {"args": asked | {"calibration": used}, "mean_logp": means})
     with pytest.raises(ValueError, match="with other letter offsets; give both the same --calibration FILE"):
         paper.tables(letters, resamples=20)
-    (letters[0] / "cells" / "esnli-bias.json").write_text("[1]")
+    cell[0].write_text("[1]")
     with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):
         paper.tables(letters, resamples=20)
