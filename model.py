@@ -145,11 +145,8 @@ def plain_attention(mask: Tensor | None = None):
     Every layer calls attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D). The other forms of `attend` are
     in kernels.py, for texts laid end to end, and in rollout.py, for the KV cache.
     """
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-
-    return attend
+    options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
+    return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class Attention(nn.Module):
@@ -248,9 +245,8 @@ class Transformer(nn.Module):
         positions (B, T): of each token in its text, 0, 1, … by default. mask (B, 1, T, T) bool: True where a query may
         see a key, causal by default. attend: in place of the mask, see `plain_attention`.
         """
-        B, T = tokens.shape
         if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
         args = angles.cos(), angles.sin(), attend or plain_attention(mask)
         x = self.embed_tokens(tokens)
@@ -269,9 +265,8 @@ class Transformer(nn.Module):
 
 
 def read_config(folder: Path) -> Config:
-    generation = folder / "generation_config.json"
-    generation = read_json(generation) if generation.exists() else None
-    return Config.from_json(read_json(folder / "config.json"), generation, str(folder / "config.json"))
+    config, generation = folder / "config.json", folder / "generation_config.json"
+    return Config.from_json(read_json(config), read_json(generation) if generation.exists() else None, str(config))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -313,17 +308,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         lora.read_tensors(model, folder)
         return model
     model = empty(folder, device, dtype)
-    places, seen, head = model.named_tensors(lambda parameter: parameter.data), set(), {}
-    embedding = places["embed_tokens.weight"]
-    if model.config.tied:
-        head = {"lm_head.weight": torch.empty_like(embedding)}  # old files hold it too
+    places, seen = model.named_tensors(lambda parameter: parameter.data), set()
+    embedding = places["embed_tokens.weight"]  # old files of a tied model hold the head too
+    head = {"lm_head.weight": torch.empty_like(embedding)} if model.config.tied else {}
     for file in weight_files(folder):
         try:
             with safetensors.safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
                     short = name.removeprefix("model.")
                     if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old files hold it; we compute it
+                        continue  # in old files; we compute it
                     if short in seen:
                         raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
                     if (place := places.get(short, head.get(short))) is None:
@@ -335,9 +329,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
                     seen.add(short)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from None
-    if missing := [name for name in places if name not in seen]:
-        shape = tuple(places[missing[0]].shape)
-        raise ValueError(f"{folder} lacks the tensor {missing[0]} {shape}; fetch the weights again")
+    if missing := [f"{name} {tuple(place.shape)}" for name, place in places.items() if name not in seen]:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}; fetch the weights again")
     if head.keys() & seen and not torch.equal(head["lm_head.weight"], embedding):
         raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     model.source = folder

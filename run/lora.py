@@ -32,8 +32,8 @@ class LoRA(nn.Module):
         super().__init__()
         self.base, self.rows, self.scale, self.on = base.requires_grad_(False), rows, scale, True
         kind = dict(dtype=torch.float32, device=base.weight.device)
-        self.A = nn.ParameterDict({p: nn.Parameter(torch.zeros(rank, base.in_features, **kind)) for p in targets})
-        self.B = nn.ParameterDict({p: nn.Parameter(torch.zeros(rows[p], rank, **kind)) for p in targets})
+        self.A = nn.ParameterDict({part: torch.zeros(rank, base.in_features, **kind) for part in targets})
+        self.B = nn.ParameterDict({part: torch.zeros(rows[part], rank, **kind) for part in targets})
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         y = self.base(x)
@@ -81,11 +81,8 @@ def without(network: nn.Module):
             adapter.on = True
 
 
-# ---- PEFT's files ----------------------------------------------------------------------------------------------
-
-
 def peft_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors under PEFT's names."""
+    """The adapters' tensors under the names of PEFT's files."""
     pattern = re.compile(r"(.+)\.\w+\.([AB])\.(\w+)")  # layers.0.mlp.gate_up_proj.A.up_proj
     found = ((pattern.fullmatch(name), weight.data) for name, weight in network.named_parameters())
     return {f"base_model.model.model.{m[1]}.{m[3]}.lora_{m[2]}.weight": weight for m, weight in found if m}
@@ -107,12 +104,11 @@ def peft_config(network: nn.Module) -> dict:
 def read_config(folder: Path) -> tuple[str, int, float, list[str]]:
     """(base model, rank, alpha, targets) of a PEFT adapter; ValueError for what is not implemented here."""
     settings, file = files.read_json(folder / "adapter_config.json"), f"{folder}: adapter_config.json"
-    allowed = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-    refused = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "rank_pattern",
-               "alpha_pattern", "layers_to_transform", "layer_replication", "target_parameters",
-               "alora_invocation_tokens", "lora_bias")  # fmt: skip
-    for key, known in (allowed | dict.fromkeys(refused, ())).items():
-        if settings.get(key) and settings[key] not in known:
+    known = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+    refused = ("use_rslora use_dora use_qalora fan_in_fan_out modules_to_save rank_pattern alpha_pattern lora_bias "
+               "layers_to_transform layer_replication target_parameters alora_invocation_tokens").split()  # fmt: skip
+    for key in (*known, *refused):
+        if settings.get(key) and settings[key] not in known.get(key, ()):
             raise ValueError(f"{file} asks for {key} {settings[key]!r}, which is not implemented; merge it with PEFT")
     keys = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
     base, rank, alpha, targets = values = [settings.get(key) for key in keys]
@@ -136,7 +132,6 @@ def read_tensors(network: nn.Module, folder: Path) -> None:
         verb = "holds" if odd[0] in found else "lacks"
         raise ValueError(f"{folder}: adapter_model.safetensors {verb} {odd[0]}, unlike its config; fetch both again")
     for name, place in places.items():
-        shape, wanted = tuple(found[name].shape), tuple(place.shape)
-        if shape != wanted:
+        if (shape := tuple(found[name].shape)) != (wanted := tuple(place.shape)):
             raise ValueError(f"{folder}: {name} has shape {shape}, not {wanted}; fetch both again")
         place.copy_(found[name])
