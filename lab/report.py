@@ -1,6 +1,6 @@
-"""Every figure of two measurements and their paired differences, or of a run.
+"""Every figure of two measurements with their paired differences, or of a run.
 
-The statistics are in report.py at the root; the paper's table of several runs is lab/paper.py.
+The statistics are in report.py of the root. lab/paper.py makes the paper's table of several runs.
 
     python -m lab.report BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
     python -m lab.report RUN                                   a folder that train.py wrote
@@ -23,7 +23,7 @@ def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
 
 
 def of_run(run: Path) -> dict[str, dict]:
-    """{"T=0": {"before", "after", "difference"}, "T=1": …} as the run wrote them; a run may lack what is before."""
+    """{"T=0": {"before", "after", "difference"}, "T=1": …}, without the parts that the run did not write."""
     out: dict[str, dict] = {}
     for phase in ("before", "after"):
         if (file := run / f"{phase}.json").exists():
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files.check_writable(args.json)
         if len(args.paths) == 1 and not args.fit:
-            figures = of_run(Path(args.paths[0]))
-            tables = figures
+            figures = tables = of_run(Path(args.paths[0]))
         elif len(args.paths) == 2:
             figures = of_rows(*args.paths, args.fit)
             tables = {"": figures}

@@ -1,7 +1,7 @@
 """Which adverbs and personas does a model use by itself, when nothing was inserted? Those make bad probes.
 
-Samples explanations of unedited questions at T = 1 and prints every word that more than 0.5 % of them have
-in any form (the paper's matching counts them as mentions, so words.py should not have them).
+Samples explanations of unedited questions at T = 1, and prints every word that more than 0.5 % of them have in any
+form. The matching of the paper counts such words as mentions, so words.py should not have them.
 
     python runs/common_words.py MODEL_DIR TASK DATA QUESTIONS SAMPLES
 """
