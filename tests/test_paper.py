@@ -87,12 +87,34 @@ def made(paper_runs):
     return table
 
 
+@pytest.fixture
+def folder(paper_runs, tmp_path):
+    """Writes a run whose one cell, if not given, has the rows of s1 in e-SNLI with bias phrases."""
+
+    def write(name, rows=None, key=HOME, **args):
+        return write_run(tmp_path / str(name), {key: rows or paper_runs[1]["s1"][HOME]}, **args)
+
+    return write
+
+
+def table_of(*folders):
+    (table,) = paper.tables(folders, resamples=20)
+    return table
+
+
+def refused(message, *folders):
+    """The error of a table that cannot be made, which is one line."""
+    with pytest.raises(ValueError, match=message) as error:
+        paper.tables(folders, resamples=20)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def test_rows_and_columns(made):
     assert list(made["rows"]) == ["base", "RQ1", "RQ2-frozen", "RQ2-on-policy"]
     assert made["columns"] == ["in-distribution", "OOD: comve", "cross-intervention: adverb"]
     assert (made["title"], set(made["n"].values())) == ("trained on esnli, bias", {N})
-    assert {row: of["smoke"] for row, of in made["rows"].items()} == {
-        "base": False, "RQ1": False, "RQ2-frozen": True, "RQ2-on-policy": False}  # fmt: skip
+    assert [row for row, of in made["rows"].items() if of["smoke"]] == ["RQ2-frozen"]
     assert len(made["rows"]["RQ2-on-policy"]["runs"]) == 3 and made["rows"]["RQ2-frozen"]["steps"] == [19]
 
 
@@ -146,180 +168,155 @@ def test_a_share_by_hand():
 
 
 def test_seeds_give_median_and_extremes(paper_runs, made):
-    _, cells = paper_runs
-    row = made["rows"]["RQ2-on-policy"]["cells"]
-    got = paper.over_seeds([figures["phi"] for figures in row["in-distribution"]])
+    cells, row = paper_runs[1], made["rows"]["RQ2-on-policy"]["cells"]
+    home, far = (paper.over_seeds([f["phi"] for f in row[head]]) for head in ("in-distribution", "OOD: comve"))
     values = sorted(phi(cells[f"s{seed}"][HOME]) for seed in (1, 2, 3))
-    assert [got[key] for key in ("low", "value", "high")] == pytest.approx(values, abs=1e-12)
-    got = paper.over_seeds([figures["phi"] for figures in row["OOD: comve"]])
+    assert [home[key] for key in ("low", "value", "high")] == pytest.approx(values, abs=1e-12)
     two = np.mean([phi(cells[f"s{seed}"][FAR]) for seed in (1, 3)])
-    assert (got["value"], got["undefined"]) == (pytest.approx(two, abs=1e-12), 1)
+    assert (far["value"], far["undefined"]) == (pytest.approx(two, abs=1e-12), 1)
     nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": 5}
     assert report.cell(paper.over_seeds([nothing, nothing])) == "undefined" and paper.over_seeds([]) is None
 
 
-def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, tmp_path, capsys):
+def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, folder, tmp_path, capsys):
     runs, cells = paper_runs
-    never = write_run(tmp_path / "never", {HOME: [row | {"mention": 0} for row in cells["s1"][HOME]]}, labels="frozen")
+    never = folder("never", [row | {"mention": 0} for row in cells["s1"][HOME]], labels="frozen")
     code, out, error = command(capsys, runs["base"], runs["rq1"], never, runs["s1"], "--json", tmp_path / "a.json",
                                "--figure", tmp_path / "a.png", "--markdown")  # fmt: skip
     assert (code, error) == (0, "")
     blocks = out.split("\n\n")
-    lines = [[text.strip() for text in line.split("|")[1:-1]] for line in blocks[2].split("\n")]
-    heads = ("in-distribution", "OOD: comve", "cross-intervention: adverb")
-    assert blocks[1] == "Phi-CCT" and lines[0] == ["", *(f"{head} (n = {N})" for head in heads)]
-    by_row = {line[0]: line[1:] for line in lines[2:]}
-    accuracy = dict(zip(blocks, blocks[1:], strict=False))["accuracy on X"].split("\n")[3]
-    assert accuracy.startswith("| RQ1 ") and accuracy.count(" 0.800 [") == 3
+    heads, _, *lines = [[text.strip() for text in line.split("|")[1:-1]] for line in blocks[2].split("\n")]
+    assert blocks[1] == "Phi-CCT"
+    assert heads == [
+        "",
+        *(f"{head} (n = {N})" for head in ("in-distribution", "OOD: comve", "cross-intervention: adverb")),
+    ]
+    by_row = {row: texts for row, *texts in lines}
     assert by_row["RQ2-frozen"] == ["undefined", "–", "–"]
     assert by_row["RQ1"][0].startswith(f"{phi(cells['rq1'][HOME]):.3f} [")
+    accuracy = blocks[blocks.index("accuracy on X") + 1].split("\n")[3]
+    assert accuracy.startswith("| RQ1 ") and accuracy.count(" 0.800 [") == 3
     written = json.loads((tmp_path / "a.json").read_text())["tables"][0]["rows"]
     frozen, rq1 = (written[row]["cells"]["in-distribution"][0] for row in ("RQ2-frozen", "RQ1"))
     assert frozen["phi"]["value"] is None
     assert rq1["gain"]["phi_base"]["value"] == pytest.approx(phi(cells["base"][HOME]))
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not list(tmp_path.glob("*.part*"))
     smoke = command(capsys, runs["base"], runs["frozen"])[1]
-    marked = [line for line in smoke.split("\n") if "(smoke test)" in line]
-    assert marked and all(line.startswith("RQ2-frozen") for line in marked)
+    assert {line.split()[0] for line in smoke.split("\n") if "(smoke test)" in line} == {"RQ2-frozen"}
 
 
-def test_tables_by_what_was_trained_on(paper_runs, tmp_path):
+def test_tables_by_what_was_trained_on(paper_runs, folder):
     """Runs of two interventions make two tables, each with its own cells of the base."""
     runs, cells = paper_runs
-    adverb = write_run(tmp_path / "a", {CROSS: cells["s1"][CROSS]}, intervention="adverb")
+    adverb = folder("a", cells["s1"][CROSS], CROSS, intervention="adverb")
     first, second = paper.tables([runs["base"], runs["s1"], adverb], resamples=20)
     assert [table["title"] for table in (first, second)] == ["trained on esnli, adverb", "trained on esnli, bias"]
     assert first["columns"] == ["in-distribution", "cross-intervention: bias"]
     got = first["rows"]["base"]["cells"]["in-distribution"][0]["phi"]["value"]
     assert got == pytest.approx(phi(cells["base"][CROSS]))
     assert [table["rows"]["RQ2-on-policy"]["runs"] for table in (first, second)] == [[str(adverb)], [str(runs["s1"])]]
-    (alone,) = paper.tables([adverb], resamples=20)
-    (untrained,) = paper.tables([runs["base"]], resamples=20)
+    alone, untrained = table_of(adverb), table_of(runs["base"])
     assert (list(alone["rows"]), list(untrained["rows"])) == (["RQ2-on-policy"], ["base"])
     assert untrained["columns"] == ["comve, bias", "esnli, adverb", "esnli, bias"]
 
 
-def test_bad_input_is_one_line(paper_runs, tmp_path, capsys):
-    runs, cells = paper_runs
-    home = cells["s1"][HOME]
-
-    def folder(name, rows=home, key=HOME, **args):
-        return write_run(tmp_path / name, {key: rows}, **args)
-
-    (tmp_path / "empty").mkdir()
+def test_bad_input_is_one_line(paper_runs, folder, tmp_path, capsys):
+    runs, home = paper_runs[0], paper_runs[1]["s1"][HOME]
     missing = [home[0], {key: value for key, value in home[1].items() if key != "mention"}]
-    cases = {
-        "no measured cells; see faith.py --rows": [tmp_path / "empty"],
-        "esnli-bias of .*base and of .*fewer: the ids do not match": [runs["base"], folder("fewer", home[1:], seed=4)],
-        "'word' is not the same": [runs["s1"], folder("edit", [home[0] | {"word": "other"}, *home[1:]], seed=4)],
-        "its rows are not of adverb": [folder("kind", key=CROSS, seed=4)],
-        "esnli-bias.T1.jsonl, row 2: the key 'mention' is missing": [folder("key", missing, seed=4)],
-        "give one base": [runs["base"], folder("second")],
-        "runs of several models": [runs["s1"], folder("model", model="other")],
-        "name a cell by task and intervention": [folder("name", key=("esnli", "typo"))],
-        "args/args.json: not of a run of train.py": [folder("args", labels="x")],
-        "fit.jsonl: no rows to fit": [folder("fit", seed=4)],
-        "nowhere: no measured cells": [runs["s1"], tmp_path / "nowhere"],
-        "labels/args.json: not of a run of train.py": [folder("labels", labels="new")],
-        "task/args.json: not of a run of train.py": [folder("task", task=3)],
-        "torn/metrics.jsonl": [folder("torn", logged=2, seed=4)],
-    }
-    (tmp_path / "args" / "args.json").write_text("{}")
-    (tmp_path / "fit" / "cells" / "esnli-bias.fit.jsonl").write_text("")
-    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 0}\n{"st\n')
-    for message, folders in cases.items():
-        with pytest.raises(ValueError, match=message) as error:
-            paper.tables(folders, resamples=20)
-        assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    broken = {name: folder(name, seed=4, logged=2) for name in ("args", "fit", "torn")}
+    (broken["args"] / "args.json").write_text("{}")
+    (broken["fit"] / "cells" / "esnli-bias.fit.jsonl").write_text("")
+    (broken["torn"] / "metrics.jsonl").write_text('{"step": 0}\n{"st\n')
+    for message, *folders in (
+        ("no measured cells; see faith.py --rows", tmp_path / "empty"),
+        ("esnli-bias of .*base and of .*fewer: the ids do not match", runs["base"], folder("fewer", home[1:], seed=4)),
+        ("'word' is not the same", runs["s1"], folder("edit", [home[0] | {"word": "other"}, *home[1:]], seed=4)),
+        ("its rows are not of adverb", folder("kind", key=CROSS, seed=4)),
+        ("esnli-bias.T1.jsonl, row 2: the key 'mention' is missing", folder("key", missing, seed=4)),
+        ("give one base", runs["base"], folder("second")),
+        ("runs of several models", runs["s1"], folder("model", model="other")),
+        ("name a cell by task and intervention", folder("name", key=("esnli", "typo"))),
+        ("args/args.json: not of a run of train.py", broken["args"]),
+        ("labels/args.json: not of a run of train.py", folder("labels", labels="new")),
+        ("task/args.json: not of a run of train.py", folder("task", task=3)),
+        ("fit.jsonl: no rows to fit", broken["fit"]), ("torn/metrics.jsonl", broken["torn"]),
+        ("nowhere: no measured cells", runs["s1"], tmp_path / "nowhere"),
+    ):  # fmt: skip
+        refused(message, *folders)
     for args in ((tmp_path / "empty",), (runs["base"], "--figure", tmp_path / "no" / "a.png"), (tmp_path / "nowhere",)):
         code, out, error = command(capsys, *args)
         assert code == 2 and out == "" and error.startswith("lab.paper: ") and error.count("\n") == 1
 
 
-def test_a_run_that_stopped_early_is_marked(paper_runs, tmp_path):
+def test_a_run_that_stopped_early_is_marked(paper_runs, folder):
     """With how many of its planned steps; the number stays in the JSON."""
-    runs, cells = paper_runs
-    home = {HOME: cells["s1"][HOME]}
-    a, b = (write_run(tmp_path / str(n), home, logged=n, labels="frozen", seed=n) for n in (30, 200))
-    rq1 = write_run(tmp_path / "rq1", home, logged=150, objective="detection")
-    (alone,), (both,), (whole,) = (paper.tables(given, resamples=20) for given in ([a, rq1], [a, b], [b, runs["base"]]))
+    a, b = (folder(n, logged=n, labels="frozen", seed=n) for n in (30, 200))
+    alone = table_of(a, folder("rq1", logged=150, objective="detection"))
     assert (alone["rows"]["RQ2-frozen"]["steps"], alone["rows"]["RQ2-frozen"]["planned"]) == ([30], [200])
     names = [line.split("  ")[0] for line in paper.text(alone, False).split("\n")]
     assert "RQ1 (stopped after 150 of 200 steps)" in names and "RQ2-frozen (stopped after 30 of 200 steps)" in names
-    assert "\nRQ2-frozen (2 seeds, 1 of them stopped after 30 of 200 steps)  " in paper.text(both, False)
-    assert "stopped" not in paper.text(whole, False)
+    two = "\nRQ2-frozen (2 seeds, 1 of them stopped after 30 of 200 steps)  "
+    assert two in paper.text(table_of(a, b), False)
+    assert "stopped" not in paper.text(table_of(b, paper_runs[0]["base"]), False)
 
 
-def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, tmp_path):
-    _, cells = paper_runs
-    never = [row | {"mention": 0} for row in cells["s1"][HOME]]
-    each = ({key: cells["s1"][key] for key in (HOME, FAR)}, {HOME: cells["s2"][HOME]}, {HOME: never})
-    given = [write_run(tmp_path / str(seed), rows, seed=seed) for seed, rows in enumerate(each, 1)]
-    (table,) = paper.tables(given, resamples=50)
-    text = paper.text(table, True)
-    assert text.split("\n")[1] == paper.LEGEND and "median and [least, greatest]" in paper.LEGEND
-    line = next(line for line in text.split("\n") if line.startswith("| RQ2-on-policy (3 seeds)"))
+def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, folder, tmp_path):
+    cells = paper_runs[1]
+    one = write_run(tmp_path / "1", {key: cells["s1"][key] for key in (HOME, FAR)}, seed=1)
+    never = folder(3, [row | {"mention": 0} for row in cells["s1"][HOME]], seed=3)
+    table = table_of(one, folder(2, cells["s2"][HOME], seed=2), never)
+    lines = paper.text(table, True).split("\n")
+    assert lines[1] == paper.LEGEND and "median and [least, greatest]" in paper.LEGEND
+    line = next(line for line in lines if line.startswith("| RQ2-on-policy (3 seeds)"))
     first, second = [part.strip() for part in line.split("|")[2:4]]
     low, high = sorted(phi(cells[name][HOME]) for name in ("s1", "s2"))
     assert first == f"{(low + high) / 2:.3f} [{low:.3f}, {high:.3f}] (1 of 3 seeds undefined)"
-    one = table["rows"]["RQ2-on-policy"]["cells"]["OOD: comve"][0]["phi"]
-    assert second == report.cell(one) + " (1 of 3)" and "[" in second
+    (alone,) = table["rows"]["RQ2-on-policy"]["cells"]["OOD: comve"]
+    assert second == report.cell(alone["phi"]) + " (1 of 3)" and "[" in second
 
 
 def test_a_folder_spelled_in_two_ways_counts_once(paper_runs, monkeypatch):
-    runs, _ = paper_runs
-    monkeypatch.chdir(runs["s1"])
-    given = [runs["s1"], runs["s2"], ".", f"{runs['s2']}/../s1", runs["base"], "../base"]
-    (table,) = paper.tables(given, resamples=20)
-    assert table["rows"]["RQ2-on-policy"]["runs"] == [str(runs["s1"]), str(runs["s2"])]
+    base, s1, s2 = (paper_runs[0][name] for name in ("base", "s1", "s2"))
+    monkeypatch.chdir(s1)
+    table = table_of(s1, s2, ".", f"{s2}/../s1", base, "../base")
+    assert table["rows"]["RQ2-on-policy"]["runs"] == [str(s1), str(s2)]
 
 
-def test_only_seeds_share_a_row(paper_runs, tmp_path):
-    runs, cells = paper_runs
-    home = {HOME: cells["s1"][HOME]}
+def test_only_seeds_share_a_row(paper_runs, folder):
+    s1 = paper_runs[0]["s1"]
     for name, args, message in (
         ("same", {"seed": 1}, "are the same seed of RQ2-on-policy, --seed 1"),
         ("lr", {"seed": 7, "lr": 1e-3}, "not seeds of one row, RQ2-on-policy: their --lr differs, None and 0.001"),
         ("steps", {"seed": 7, "steps": 100}, "their --steps differs, 200 and 100"),
         ("open", {"seed": 7, "anchor_questions": 1}, "their --anchor-questions differs"),
     ):
-        other = write_run(tmp_path / name, home, **args)
-        with pytest.raises(ValueError, match=message) as error:
-            paper.tables([runs["s1"], other], resamples=20)
-        assert str(error.value).startswith(f"{runs['s1']} and {other} are ") and "\n" not in str(error.value)
-    labelled = [write_run(tmp_path / labels, home, objective="detection", labels=labels) for labels in ("frozen", "x")]
-    with pytest.raises(ValueError, match="of one row, RQ1: their --labels differs"):
-        paper.tables(labelled, resamples=20)
-    free = write_run(tmp_path / "free", home, seed=7, out="there", note="hm", checkpoint_every=5, lora=0)
-    (table,) = paper.tables([runs["s1"], free], resamples=20)
-    assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 2
+        other = folder(name, **args)
+        assert refused(message, s1, other).startswith(f"{s1} and {other} are ")
+    labelled = [folder(labels, objective="detection", labels=labels) for labels in ("frozen", "x")]
+    refused("of one row, RQ1: their --labels differs", *labelled)
+    free = folder("free", seed=7, out="there", note="hm", checkpoint_every=5, lora=0)
+    assert len(table_of(s1, free)["rows"]["RQ2-on-policy"]["runs"]) == 2
 
 
-def test_cells_measured_unlike_are_refused(paper_runs, tmp_path):
+def test_cells_measured_unlike_are_refused(paper_runs, folder):
     """As the JSON beside them tells, of the base and of any two runs."""
-    runs, cells = paper_runs
-    home = {HOME: cells["s1"][HOME]}
+    s1 = paper_runs[0]["s1"]
     asked = {"opening": "", "max_new_tokens": 48, "seed": 0, "words": "all", "fit": 300, "calibration": "none",
              "model": "base"}  # fmt: skip
-    base = write_run(tmp_path / "base", home, asked=asked)
+    base = folder("base", asked=asked)
     for key, value, message in (
         ("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
         ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
         ("fit", 20, "--fit 300 and 20"), ("calibration", "a.json", "one with --calibration, one without"),
     ):  # fmt: skip
-        other = write_run(tmp_path / key, home, asked=asked | {key: value}, seed=7)
-        with pytest.raises(ValueError, match=message) as error:
-            paper.tables([base, runs["s1"], other], resamples=20)
-        assert f"esnli-bias of {base} and of {other}: measured differently, " in str(error.value)
-    letters = [write_run(tmp_path / f"c{n}", home, asked=asked | {"calibration": f"{n}.json", "model": f"{n}"}, seed=n)
-               for n in (8, 9)]  # fmt: skip
-    (table,) = paper.tables([*letters, runs["s1"]], resamples=20)
-    assert len(table["rows"]["RQ2-on-policy"]["runs"]) == 3
-    cell = [folder / "cells" / "esnli-bias.json" for folder in letters]
-    for file, means, used in zip(cell, ([-1, -2], [-2, -1]), ("8.json", "9.json"), strict=True):
-        files.write_json(file, {"args": asked | {"calibration": used}, "mean_logp": means})
-    with pytest.raises(ValueError, match="with other letter offsets; give both the same --calibration FILE"):
-        paper.tables(letters, resamples=20)
-    cell[0].write_text("[1]")
-    with pytest.raises(ValueError, match="esnli-bias.json: not of a measurement"):
-        paper.tables(letters, resamples=20)
+        other = folder(key, asked=asked | {key: value}, seed=7)
+        assert f"esnli-bias of {base} and of {other}: measured differently, " in refused(message, base, s1, other)
+    letters = [folder(n, asked=asked | {"calibration": f"{n}.json", "model": f"{n}"}, seed=n) for n in (8, 9)]
+    assert len(table_of(*letters, s1)["rows"]["RQ2-on-policy"]["runs"]) == 3
+    eight, nine = (run / "cells" / "esnli-bias.json" for run in letters)
+    files.write_json(eight, {"args": asked | {"calibration": "8.json"}, "mean_logp": [-1, -2]})
+    files.write_json(nine, {"args": asked | {"calibration": "9.json"}, "mean_logp": [-2, -1]})
+    refused("with other letter offsets; give both the same --calibration FILE", *letters)
+    eight.write_text("[1]")
+    refused("esnli-bias.json: not of a measurement", *letters)
