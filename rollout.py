@@ -83,9 +83,6 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
     return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
 
 
-# ---- many texts in one pass ----------------------------------------------------------------------------------
-
-
 def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
     """Cuts `items`, from the last to the first, into lists of `room` tokens at most, or of one item of size(item)."""
     while items:
@@ -410,17 +407,15 @@ class Schedule:
         self.busy: dict[int, Sample] = {}  # {lane in use: its sample}
 
     def fill_free_slots(self) -> None:
-        """Prefills prompts in free slots. A sample that ends with its first token never takes a lane."""
+        """Puts prompts into free slots and prefills them."""
         free = [p for p in range(self.slots.P) if p not in self.waiting]
         placed = [(p, self.todo.pop()) for p in free[: len(self.todo)]]
         for some in passes(placed, lambda pair: len(self.prompts[pair[1]]), self.sampler.room):
-            for (p, i), firsts in zip(some, self.prefill(some), strict=True):
-                samples = [Sample(i, j, token, logprob) for j, (token, logprob) in enumerate(firsts)]
-                self.waiting[p] = [x for x in reversed(samples) if not self.finish(x, [x.token], [x.logprob])]
+            self.prefill(some)
 
-    def prefill(self, some: list[tuple[int, int]]) -> list[list[tuple[int, float]]]:
-        """Runs the prompts of (slot, prompt) pairs in one pass; for each, every sample's first token and logprob."""
-        s, model, firsts = self.slots, self.sampler.model, []
+    def prefill(self, some: list[tuple[int, int]]) -> None:
+        """Runs the prompts of (slot, prompt) pairs in one pass, and draws the first token of all their samples."""
+        s, model = self.slots, self.sampler.model
         tokens, positions, parts, last = end_to_end([[self.prompts[i]] for _, i in some], model.device)
         over = over_parts(parts, model.device)
 
@@ -435,10 +430,11 @@ class Schedule:
             if not logits.isfinite().all():
                 raise self.not_finite(0)
             u = uniforms(s.seed, s.step, torch.full_like(number, self.keys[i]), number, 0)
-            token, logprob = sample_tokens(logits.repeat(len(number), 1), self.temperatures, u)
-            firsts.append(list(zip(token.tolist(), logprob.tolist(), strict=True)))
+            first = (x.tolist() for x in sample_tokens(logits.repeat(len(number), 1), self.temperatures, u))
+            samples = [Sample(i, j, *pair) for j, pair in enumerate(zip(*first, strict=True))]
+            # A sample that ends with its first token never takes a lane.
+            self.waiting[p] = [x for x in reversed(samples) if not self.finish(x, [x.token], [x.logprob])]
             s.length[p] = len(self.prompts[i])
-        return firsts
 
     def begin_samples(self) -> None:
         """Puts waiting samples into idle lanes of their prompt's slot. A slot without samples becomes free."""

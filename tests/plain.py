@@ -1,7 +1,7 @@
-"""The plain sampler: every sample a row with a copy of its prompt's keys and values, all rows to the end.
+"""The plain sampler: every sample is a row with a copy of its prompt's keys and values, and all rows run to the end.
 
-The first that the loop ran with, slow and easy to see through; rollout.py must draw the same samples. Its
-token from logits is the first one too, a softmax written out.
+It is slow and easy to see through; rollout.py must draw the same samples. Its token from logits is a softmax written
+out. Axes: P prompts, G samples of each, R = P · G rows, T prompt tokens, N new tokens, S cache positions, V vocabulary.
 """
 
 import torch
@@ -13,43 +13,34 @@ from rollout import Completion, uniforms
 
 
 class KVCache:
-    """Keys and values of all layers, (layers, B, K, S, D), allocated once and written in place.
+    """Keys and values of all layers, (layers, R, K, S, D), allocated once and written in place.
 
-    Row b's token at position t lies at index t, so rows of unequal length need no common clock: what
-    lies past a row's own position is stale, and masked.
+    A row's token at position t lies at index t, so rows of unequal length need no common clock. What lies past a row's
+    own position is stale, and masked.
     """
 
-    def __init__(self, config, rows: int, length: int, device=None, dtype=None):
+    def __init__(self, model: Transformer, rows: int, length: int):
+        config = model.config
         shape = (config.layers, rows, config.kv_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in range(2))
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v (B, K, T, D) go to positions (B, T) of their own rows."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
-        self.k[layer, rows, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
-        self.v[layer, rows, :, positions] = v.transpose(1, 2)
+    def attention(self, positions: Tensor, length: int):
+        """Attention for `Transformer.hidden`: writes at `positions` (R, T), sees `length` entries up to them."""
+        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]  # (R, 1, T, S)
+        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (R, 1)
 
-    def attend(self, positions: Tensor, length: int):
-        """Attention for `Transformer.hidden`: writes at `positions` (B, T), sees `length` entries up to them."""
-        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-
-        def look(layer, q, k, v):
-            self.write(layer, positions, k, v)
+        def attend(layer, q, k, v):  # k, v (R, K, T, D)
+            self.k[layer, rows, :, positions], self.v[layer, rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
             k, v = self.k[layer, :, :, :length], self.v[layer, :, :, :length]
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-        return look
-
-
-def positions_of(tokens: Tensor) -> Tensor:
-    return torch.arange(tokens.shape[1]).expand(tokens.shape)
+        return attend
 
 
 def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32.
 
-    temperature (R,) fp32; rows at 0 take the argmax, and their logprobs are those at T = 1.
+    temperature (R,) fp32. Rows at 0 take the argmax, and their logprobs are those at T = 1.
     """
     greedy = temperature == 0
     logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
@@ -60,105 +51,50 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-def padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Prompts of unequal length as one (P, T) int64, padded on the right, and their lengths (P,)."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    return tokens.to(device), lengths.to(device)
-
-
 class Sampler:
-    """Generates from `model`, whose weights may change between calls.
+    """Generates from `model`. rows: how many samples are decoded together."""
 
-    end_of_turn: token ids that end an answer, the model's own by default. rows: how many are decoded together.
-    """
-
-    def __init__(self, model: Transformer, end_of_turn: list[int] | None = None, rows: int = 128):
-        self.model, self.rows = model, rows
-        self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
-        if not self.end_of_turn:
-            raise ValueError("the model names no eos_token_id; add it to generation_config.json")
-
-    def check(self, prompts: list[list[int]], new: int) -> None:
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty")
-            if len(prompt) + new > self.model.config.context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and {new} more are asked for, but the model's context "
-                    f"is {self.model.config.context}; shorten the question or lower --max-new-tokens"
-                )
+    def __init__(self, model: Transformer, rows: int = 128):
+        self.model, self.rows, self.end_of_turn = model, rows, sorted(model.config.end_of_turn)
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        samples: int = 1,
-        max_new_tokens: int = 64,
-        temperature: float | list[float] = 1.0,
-        seed: int = 0,
-        step: int = 0,
-        keys: list[int] | None = None,
-    ) -> list[list[Completion]]:
-        """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
-
-        keys: an integer (below 2^63) that names each prompt's question in the hash, its index by default.
-        temperature: one for all, or one per sample; 0 takes the most probable token. ValueError for a prompt
-        that does not fit the context.
-        """
-        if samples < 1 or max_new_tokens < 1:
-            raise ValueError("samples and max_new_tokens must be at least 1")
+    def generate(self, prompts, samples=1, max_new_tokens=64, temperature=1.0, seed=0, step=0) -> list:
+        """As rollout.Sampler.generate; a question's key is its index."""
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
-        if len(temperatures) != samples or not all(t >= 0 for t in temperatures):  # NaN, too, fails
-            raise ValueError(f"temperature must be one number or one per sample, none below 0, not {temperature}")
-        self.check(prompts, max_new_tokens)
-        keys = list(range(len(prompts))) if keys is None else keys
-        # Prompts of like length share a batch, so that little is padding; the results do not depend on it.
+        # Prompts of like length share a batch, so that little is padding. The results do not depend on it.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        chunk = max(1, self.rows // samples)
-        results: list = [None] * len(prompts)
-        for start in range(0, len(order), chunk):
-            some = order[start : start + chunk]
-            answers = self.decode(
-                [prompts[i] for i in some], [keys[i] for i in some], temperatures, max_new_tokens, seed, step
-            )
-            for i, answer in zip(some, answers, strict=True):
-                results[i] = answer
-        return results
+        chunk, results = max(1, self.rows // samples), {}
+        for some in (order[i : i + chunk] for i in range(0, len(order), chunk)):
+            answers = self.decode([prompts[i] for i in some], some, temperatures, max_new_tokens, seed, step)
+            results |= zip(some, answers, strict=True)
+        return [results[i] for i in range(len(prompts))]
 
     def decode(self, prompts, keys, temperatures, N, seed, step) -> list[list[Completion]]:
-        """One batch of `generate`: prefill P prompts, decode R = P · G rows."""
-        model, device, G = self.model, self.model.device, len(temperatures)
-        tokens, lengths = padded(prompts, device)  # (P, T), (P,)
-        P, T = tokens.shape
-        cache = KVCache(model.config, P, T, device, model.dtype)
-        states = model.hidden(tokens, attend=cache.attend(positions_of(tokens), T))[
-            torch.arange(P, device=device), lengths - 1
-        ]
-        logits = model.head(states).repeat_interleave(G, 0)  # (R, V)
-        rows = KVCache(model.config, P * G, T + N, device, model.dtype)
-        rows.k[:, :, :, :T] = cache.k.repeat_interleave(G, 1)
-        rows.v[:, :, :, :T] = cache.v.repeat_interleave(G, 1)
+        """One batch of `generate`: prefills P prompts, then decodes R rows."""
+        model, device, P, G = self.model, self.model.device, len(prompts), len(temperatures)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (P,)
+        T = int(lengths.max())
+        tokens = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=device)  # (P, T)
+        cache, rows = KVCache(model, P, T), KVCache(model, P * G, T + N)
+        states = model.hidden(tokens, attend=cache.attention(torch.arange(T, device=device).expand(P, T), T))
+        logits = model.head(states[torch.arange(P), lengths - 1]).repeat_interleave(G, 0)  # (R, V)
+        rows.k[:, :, :, :T], rows.v[:, :, :, :T] = (x.repeat_interleave(G, 1) for x in (cache.k, cache.v))
         positions = lengths.repeat_interleave(G)  # (R,) where the next token goes
         question = torch.tensor(keys, device=device).repeat_interleave(G)
         sample = torch.arange(G, device=device).repeat(P)
-        temperature = torch.tensor(temperatures, device=device).repeat(P)
-        end = torch.tensor(self.end_of_turn, device=device)
-        drawn = torch.zeros(P * G, N, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(P * G, N, device=device)
-        ended = torch.zeros(P * G, dtype=torch.bool, device=device)
-        counts = torch.zeros(P * G, dtype=torch.int64, device=device)
+        temperature, end = torch.tensor(temperatures, device=device).repeat(P), torch.tensor(self.end_of_turn)
+        drawn, logprobs = torch.zeros(P * G, N, dtype=torch.int64), torch.zeros(P * G, N)
+        ended, counts = torch.zeros(P * G, dtype=torch.bool), torch.zeros(P * G, dtype=torch.int64)
         for t in range(N):
             token, logprobs[:, t] = sample_tokens(logits, temperature, uniforms(seed, step, question, sample, t))
             drawn[:, t] = token
             counts += ~ended  # by length, not by token value: padding may equal the end-of-turn token
-            ended |= torch.isin(token, end)
+            ended |= torch.isin(drawn[:, t], end)
             if t == N - 1 or bool(ended.all()):
                 break
-            logits = model(token[:, None], positions[:, None], attend=rows.attend(positions[:, None], T + t + 1))[:, 0]
+            attend = rows.attention(positions[:, None], T + t + 1)
+            logits = model(token[:, None], positions[:, None], attend=attend)[:, 0]
             positions += 1
-        drawn, logprobs, counts, ended = drawn.tolist(), logprobs.tolist(), counts.tolist(), ended.tolist()
-        flat = [Completion(drawn[r][:n], logprobs[r][:n], ended[r]) for r, n in enumerate(counts)]
+        flat = [Completion(drawn[r, :n].tolist(), logprobs[r, :n].tolist(), bool(ended[r]))
+                for r, n in enumerate(counts.tolist())]  # fmt: skip
         return [flat[i : i + G] for i in range(0, len(flat), G)]
