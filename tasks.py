@@ -97,9 +97,9 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
         while (size == -1 or len(rows) < size) and (key := next(waiting, None)):
             rows += groups[key]
         if len(rows) < abs(size):  # the rest must also hold something
-            few = f"too few: split {name!r} asks for {size if size > 0 else 'the rest'}, but {len(rows)} of"
-            few = f"{few} {len(questions)} questions (in {len(groups)} groups) are left"
-            raise ValueError(f"{few}; lower one of {sizes}, or load more files")
+            wants = f"split {name!r} asks for {size if size > 0 else 'the rest'}"
+            left = f"{len(rows)} of {len(questions)} questions (in {len(groups)} groups) are left"
+            raise ValueError(f"too few: {wants}, but {left}; lower one of {sizes}, or load more files")
         splits[name] = shuffled(rows[:size] if size >= 0 else rows, seed)
     return splits
 
@@ -206,7 +206,8 @@ def _cells(file: Path) -> list[tuple[int, list[str]]]:
     reader, rows, line = csv.reader(io.StringIO(_text(file), newline=None), strict=True), [], 1
     try:
         for cells in reader:
-            rows += [(line, cells)] if cells else []
+            if cells:
+                rows.append((line, cells))
             line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
     except csv.Error as error:
         raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None

@@ -179,11 +179,14 @@ def agree(figure, expected):
     return (figure["low"], figure["high"]) == pytest.approx(expected, abs=0.08 * (expected.high - expected.low))
 
 
-def test_intervals_are_scipys():
+def test_intervals_are_scipys_have_the_known_width_and_depend_on_the_seed():
     rows = random_rows(300, 21, group_size=1)
     s = report.summary(rows, resamples=4000)
     again, other = (report.summary(rows, seed=seed, resamples=4000)["phi"] for seed in (0, 6))
     assert again == s["phi"] != other
+    rate = s["mention_rate"]
+    error = math.sqrt(rate["value"] * (1 - rate["value"]) / 300)
+    assert (rate["high"] - rate["low"]) / (2 * 1.96 * error) == pytest.approx(1, abs=0.06)
     i, m = column(rows, "influence"), column(rows, "mention")
     distance = np.array([cityblock(r["p"], r["p_edit"]) / 2 for r in rows])
     assert agree(s["phi"], resampled((i, m), lambda a, b: np.corrcoef(a, b)[0, 1]))
@@ -242,7 +245,7 @@ def test_logistic_regression_agrees_with_sklearn(l2):
 
 
 def leaky_rows(n, seed, offset=0):
-    """Every flip goes to the suggested option C, and nothing else is suggested C with y' = C."""
+    """Every flip goes to the suggested option C. In no other row is C both y' and the suggestion."""
     rng = random.Random(seed)
     rows = []
     for k in range(n):
@@ -264,7 +267,7 @@ def test_shortcut_finds_a_leak_and_the_model_is_compared_with_it():
 
 
 def test_fitted_threshold_finds_what_one_half_misses():
-    """The word tells of a flip rate of 30 % against 2 %: never more likely than not, yet telling."""
+    """One word flips 30 % of the answers, the others 2 %: P(I=1) is never above 1/2, but the word predicts I."""
     rng = random.Random(3)
 
     def rows(n, offset):
@@ -284,7 +287,7 @@ def test_fitted_threshold_finds_what_one_half_misses():
 
 
 def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
-    """Encoding, fit and thresholds anew, with scikit-learn's parts, on rows where word and y' tell a part of I."""
+    """Encoding, fit and thresholds again, made of scikit-learn's parts, on rows where word and y' predict I in part."""
 
     def rows(n, seed):
         rng = random.Random(seed)
@@ -314,7 +317,7 @@ def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
         cuts = (levels[1:] + levels[:-1]) / 2
         best = cuts[np.argmax([matthews_corrcoef(i_fit, p_fit > cut, sample_weight=w) for cut in cuts])]
         assert (got[name] == (p > best)).mean() > 0.99
-        assert got[name].std() > 0.2  # it does tell
+        assert got[name].std() > 0.2  # it predicts something
 
 
 def test_what_the_shortcut_is_fitted_on():
