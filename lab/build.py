@@ -1,15 +1,16 @@
-"""A data set of frozen labels: edited questions, half of which moved the model's answer, as the paper's 6,000.
+"""Builds a data set of frozen labels, like the paper's 6,000: half of the edits moved the model's answer, half did not.
 
-Questions are split by group (premise, context, …) exactly as train.py splits them. Test and fit questions get one edit
-each and keep the model's own influence rate. Training questions are edited and labelled, I = [y' ≠ y], one edit of each
-before the second of any, until half of the wanted size has influence and half has none.
+Questions are split by group (premise, context, …) as train.py splits them. Test and fit questions get one edit each and
+keep the model's own influence rate. Training questions are edited and labelled, I = [y' ≠ y], until half of the wanted
+size has influence and half has none. Every question gets its first edit before any gets a second. Test edits insert all
+words; fit and training edits insert training words only, so that held-out words stay unseen.
 
     train.jsonl             balanced, for `train.py --labels frozen --dataset FOLDER`
     test.jsonl, fit.jsonl   one edit per question; no group is in two of the three files
     manifest.json           the model's hash, the seed, counts and rates, what was dropped and why
 
 A line holds what faith.decision_row knows of a case, the question, and its edited fields. Labels are saved block by
-block and no block depends on another: a build that was killed continues when it is started with the same flags, and
+block, and no block depends on another. A build that was killed continues when it is started with the same flags, and it
 ends with the same bytes.
 
 Paper (arXiv 2607.21090): labels of the initial model, balanced, about 6,000. Ours: all the rest.
@@ -44,24 +45,16 @@ BLOCK = 32  # cases labelled and saved at a time
 EDITABLE = ("parts", "options", "appeal")  # fields of a question that an edit may change
 
 
-# ---- what a data set and a run must have in common -------------------------------------------------------------
-
-
-def model_hash(path: str | Path) -> str:
-    """sha256 over the model's safetensors files, in the order of their names."""
+def identity(args, questions: list[Question]) -> dict:
+    """Everything that fixes the splits and the labels: flags of a build or of a train.py run, the model, the data."""
     digest = hashlib.sha256()
-    for file in weight_files(locate(path)):
+    for file in weight_files(locate(args.model)):  # in the order of their names
         with file.open("rb") as data:
             while chunk := data.read(1 << 24):
                 digest.update(chunk)
-    return digest.hexdigest()
-
-
-def identity(args, questions: list[Question]) -> dict:
-    """What fixes the splits and the labels, from the flags of a build or of a train.py run and from the data."""
     texts = json.dumps([(q.id, q.parts, q.options, q.gold, q.group) for q in questions])
     return {
-        "model_sha256": model_hash(args.model), "task": args.task,
+        "model_sha256": digest.hexdigest(), "task": args.task,
         "data_sha256": hashlib.sha256(texts.encode()).hexdigest(), "intervention": args.intervention,
         "eval_questions": args.eval_questions, "fit_questions": args.fit_questions,
         "calibration_questions": args.calibration_questions if args.calibrate else 0,
@@ -75,22 +68,22 @@ def record(case: Case, row: dict) -> dict:
     return row | question | {"edited": changed}
 
 
-def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelled:
-    """The training cases of a data set and their rows, for a run whose `identity` is `wanted`.
+def read_dataset(args, questions: list[Question], trainable: list[Question]) -> Labelled:
+    """The training cases of --dataset and their rows, for a train.py run with these flags and questions.
 
-    questions: those that the run may train on. ValueError where the data set is unfinished, was built with another
-    model, task, intervention, calibration or split, or holds other questions.
+    trainable: the questions that the run may train on. ValueError where the data set is unfinished, was built with
+    another model, task, intervention, calibration or split, or holds other questions.
     """
-    folder, known, labelled = Path(folder), {q.id: q for q in questions}, []
+    folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
     if not (folder / "manifest.json").exists():
         raise ValueError(f"--dataset {folder} is no data set; python -m lab.build makes one")
     manifest = files.read_json(folder / "manifest.json")
     if not manifest.get("complete"):
         raise ValueError(f"--dataset {folder} is not finished; start its python -m lab.build again")
-    for name, value in wanted.items():
+    for name, value in identity(args, questions).items():
         if manifest.get(name) != value:
-            problem = f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}"
-            raise ValueError(f"{problem}; change the run's flags, or build another")
+            raise ValueError(f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}; "
+                             "change the run's flags, or build another")  # fmt: skip
     for number, line in enumerate(files.read_jsonl(folder / "train.jsonl"), 1):
         where = f"{folder / 'train.jsonl'}, line {number}"
         try:
@@ -106,22 +99,16 @@ def read(folder: str | Path, questions: list[Question], wanted: dict) -> Labelle
             raise ValueError(f"{where}: {line['id']} is another question there, or is not edited; build it anew")
         labelled.append((case, line))
     if len(labelled) != ((manifest.get("splits") or {}).get("train") or {}).get("rows"):
-        raise ValueError(
-            f"{folder / 'train.jsonl'} has {len(labelled)} lines, not what its manifest says; build it anew"
-        )
+        where = f"{folder / 'train.jsonl'} has {len(labelled)} lines"
+        raise ValueError(f"{where}, not what its manifest says; build it anew")
     return labelled
 
 
-def read_dataset(args, questions: list[Question], trainable: list[Question]) -> Labelled:
-    """The frozen labels of --dataset, for a train.py run with these flags and questions."""
-    return read(args.dataset, trainable, identity(args, questions))
-
-
-# ---- collecting ------------------------------------------------------------------------------------------------
-
-
 def candidates(questions: list[Question], kind: str, seed: int, edits: int, dropped: Counter) -> Iterator[Case]:
-    """Up to `edits` different edits per question with training words: one of each question, then a second of each."""
+    """Up to `edits` different edits per question, with training words: first one of each question, then a second.
+
+    dropped counts the edits that are left out, by reason.
+    """
     words, seen = reward.words(kind, held_out=False), set()
     for turn in range(edits):
         for question in tasks.shuffled(questions, seed + turn):
@@ -136,11 +123,11 @@ def candidates(questions: list[Question], kind: str, seed: int, edits: int, drop
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
     """Labels cases block by block until `size` of them are balanced, or none is left.
 
-    log: one line per labelled block; blocks that it holds are not labelled again. most: number of cases, at most.
+    log: one line per labelled block. Blocks in it are not labelled again. most: the largest possible number of cases.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
-    known, labelled = iter(files.read_jsonl(log) if log.exists() else ()), []
-    moved, progress = 0, Progress(log.stem, unit="edits", lines=10)
+    known, labelled, moved = iter(files.read_jsonl(log) if log.exists() else ()), [], 0
+    progress = Progress(log.stem, unit="edits", lines=10)
     while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
         rows = next(known, {}).get("rows")
         if new := rows is None:
@@ -175,28 +162,26 @@ def rates(labelled: Labelled) -> dict:
 
 def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple[dict[str, Labelled], dict]:
     """The labelled cases of each split, and what the manifest says of them."""
-    kind, collected, dropped = args.intervention, {}, {}
+    kind, collected, dropped, lost = args.intervention, {}, {}, Counter()
     for name, words in (("test", None), ("fit", reward.words(kind, held_out=False))):  # the edits that train.py draws
         cases = faith.draw_cases(parts[name], kind, args.seed, words)
         dropped[name] = {"no place for an edit": len(parts[name]) - len(cases)}
         collected[name] = label(subject, iter(cases), logs[name], len(cases))
-    lost: Counter = Counter()
     cases, most = candidates(parts["train"], kind, args.seed, args.edits, lost), len(parts["train"]) * args.edits
     labelled = label(subject, cases, logs["train"], most, args.size)
     collected["train"] = train = balance(labelled, args.size)
-    moved = sum(row["influence"] for _, row in labelled)
-    found = f"{moved} of {len(labelled)} edits moved it"
-    advice = "raise --edits, give more data, or try --calibrate or another --intervention"
+    moved, asked = sum(row["influence"] for _, row in labelled), len({case.question.id for case, _ in labelled})
+    found = f"{moved} of {len(labelled)} edits moved it; raise --edits, give more data, or try --calibrate or another "
+    found += "--intervention"
     if not train:
-        raise ValueError(f"the model gives nothing to balance: {found}; {advice}")
-    asked = len({case.question.id for case, _ in labelled})
+        raise ValueError(f"the model gives nothing to balance: {found}")
     dropped["train"] = dict(lost) | {
         "influence, beyond the balance": moved - len(train) // 2,
         "no influence, beyond the balance": len(labelled) - moved - len(train) // 2,
         "questions not needed": len(parts["train"]) - asked - lost["no place for an edit"],
     }
     often = "rarely" if 2 * moved < len(labelled) else "often"
-    short = f"{len(train)} of {args.size} rows, since the model flips too {often}: {found}; {advice}"
+    short = f"{len(train)} of {args.size} rows, since the model flips too {often}: {found}"
     return collected, {
         "splits": {name: rates(collected[name]) for name in collected}, "labelled": rates(labelled),
         "dropped": dropped, "short": short * (len(train) < args.size),
@@ -206,8 +191,8 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
 def build(args: argparse.Namespace) -> dict:
     """Makes the data set in args.out, or continues it; returns its manifest. Its `short` says why it is not full.
 
-    ValueError for a folder of something else or of a build with other flags, and for a model that no edit moves, or
-    all.
+    ValueError for a folder of something else or of a build with other flags, and where no edit or every edit moves the
+    model.
     """
     out, file = Path(args.out), Path(args.out) / "manifest.json"
     questions = tasks.load(args.task, args.data)
@@ -221,8 +206,8 @@ def build(args: argparse.Namespace) -> dict:
         manifest = files.read_json(file)
         for name, value in settings.items():
             if manifest.get(name) != value:
-                problem = f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}"
-                raise ValueError(f"{problem}; give the same flags, or another --out")
+                raise ValueError(f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}; give the same "
+                                 "flags, or another --out")  # fmt: skip
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
         raise ValueError(f"{out} already holds something; choose another --out or remove it")
     else:

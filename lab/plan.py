@@ -3,19 +3,19 @@
 Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
 
     replicate   weights 2, fp32 masters 4, Adam's moments 8, fp32 sum of gradients 4, gradients of one pass 2
-    shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy that samples 2
+    shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy for sampling 2
     LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters
 
-The KL's reference is one more copy, except with LoRA. The KV cache stays: CUDA graphs hold its address.
+The KL's reference is one more copy, except with LoRA. The KV cache stays, since CUDA graphs hold its address.
 
 Activations need no formula. The network is built on the meta device, where tensors have shapes and no storage. The code
 that trains runs there, and `Live` counts each new storage until it is freed. All blocks are alike, so the bytes of one
 and of two blocks give those of any number. Attention is one kernel, which keeps q, k, v, its output and a log-sum per
-query: FlashAttention in bf16, the CPU's with the mask as numbers in fp32. GPUs before Ampere have neither; there torch
-keeps all scores (--attention math).
+query: FlashAttention in bf16, the CPU's kernel in fp32, with the mask as numbers. GPUs before Ampere have neither, and
+torch keeps all scores there (--attention math).
 
-GB are 1e9 bytes. On a GPU sold as 80 GB torch finds about 85 of them; we count on 80, minus the headroom. Seconds are
-those of the matrix products at the peak rate, or of reading the bytes where that takes longer.
+GB are 1e9 bytes. On a GPU sold as 80 GB torch finds about 85 GB; we count 80 GB, minus the headroom. Seconds are the
+time of the matrix products at the peak rate, or the time to read the bytes where that is longer.
 
     python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute
 """
@@ -94,9 +94,6 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + field.name.removesuffix("_bytes").replace("_", "-")
 
 
-# ---- bytes, on the meta device -------------------------------------------------------------------------------
-
-
 class Live(TorchDispatchMode):
     """Bytes of the storages that operations make, while they live: `now`, and `peak`, the most so far."""
 
@@ -138,7 +135,7 @@ def flash_workspace(q: Tensor, k: Tensor, ends: Tensor) -> int:
 
 
 class Fused(TorchFunctionMode):
-    """Keeps fp32 attention one kernel. On the meta device torch would split it into products."""
+    """Keeps fp32 attention as one kernel. On the meta device torch would split it into products."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention:
@@ -170,7 +167,7 @@ def hidden_bytes(config: models.Config, setup: Setup, sizes: tuple[int, int, int
             packed = live.pack(*sizes)
             over = over_parts(packed.parts, "meta", flash=fused)
 
-            def attend(*qkv, over=over) -> Tensor:
+            def attend(*qkv, over=over) -> Tensor:  # the mode is set in here, since recomputation calls this again
                 with Fused() if fused else contextlib.nullcontext():
                     return over(*qkv)
 
@@ -182,28 +179,23 @@ def hidden_bytes(config: models.Config, setup: Setup, sizes: tuple[int, int, int
     return keep, peak - keep
 
 
-def logits_bytes(config: models.Config, setup: Setup, tokens: int) -> int:
-    """Most bytes alive while `tokens` tokens are scored, forward and backward, with the gradient of the head."""
-    network = meta_network(config, setup, layers=0, tied=False)
-    weights = [network.norm.weight.requires_grad_()] + [w for w in [network.lm_head.weight] if w.requires_grad]
-    with Live() as live:
-        torch.autograd.grad(grpo.token_logprobs(network, live.pack(1, 1, 1, tokens), 1.0).sum(), weights)
-    return live.peak
-
-
 def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
-    """Bytes that come and go with a micro-batch. Shards or not, they are the same."""
-    micro = min(setup.micro, setup.share)
+    """Bytes that come and go with a micro-batch. They are the same with shards and without."""
+    micro, item = min(setup.micro, setup.share), DTYPES[setup.dtype].itemsize
     sizes = [(micro, setup.prompt_tokens, setup.samples, setup.new)]
     if setup.anchor:  # the two texts of a question are equal up to the edit; we assume it is half way
         half = setup.prompt_tokens // 2 + 1
         sizes.append((-(-(setup.prompts // 2) // setup.gpus), half, 2, half))
     kept, working = max((hidden_bytes(config, setup, some) for some in sizes), key=sum)
-    scored, item = micro * setup.samples * setup.new, DTYPES[setup.dtype].itemsize
-    chunk = inspect.signature(grpo.token_logprobs).parameters["chunk"].default
+    scored, score = micro * setup.samples * setup.new, grpo.token_logprobs
+    chunk = inspect.signature(score).parameters["chunk"].default
+    network = meta_network(config, setup, layers=0, tied=False)
+    weights = [network.norm.weight.requires_grad_()] + [w for w in [network.lm_head.weight] if w.requires_grad]
+    with Live() as live:
+        torch.autograd.grad(score(network, live.pack(1, 1, 1, min(scored, chunk)), 1.0).sum(), weights)
     # The head's gradient is summed over chunks. In bf16 the sum is already among the gradients of one pass.
     head_sums = 0 if setup.lora else (scored > chunk) - (item < 4)
-    logits = logits_bytes(config, setup, min(scored, chunk)) + head_sums * config.vocab_size * config.hidden_size * item
+    logits = live.peak + head_sums * config.vocab_size * config.hidden_size * item
     return {"activations": kept, "a block's backward": working, "logits chunk": logits}
 
 
@@ -212,34 +204,25 @@ def sampler_slots(config: models.Config, setup: Setup) -> Slots:
     dtype, usual = DTYPES[setup.dtype], inspect.signature(Sampler).parameters
     rows, lanes = usual["rows"].default, usual["lanes"].default
     G = min(setup.samples, lanes, rows)
-    P = min(setup.share, rows // G)
     T = cache_length(setup.prompt_tokens, static=dtype != torch.float32)
-    return Slots(config, P, G, T, setup.new, "meta", dtype)
+    return Slots(config, min(setup.share, rows // G), G, T, setup.new, "meta", dtype)
 
 
 def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[str, int]) -> dict:
     """{"bytes": per GPU by purpose, "total": at the peak, "parameters", "trained": how many}."""
-    without, with_one = (list(meta_network(config, setup, layers=n).parameters()) for n in (0, 1))
-
-    def sums(size) -> tuple[int, int, int]:
-        """size(weight) summed outside the blocks (root), in one block, and over all."""
-        root, both = (sum(map(size, weights)) for weights in (without, with_one))
-        return root, both - root, root + config.layers * (both - root)
-
-    item, sharded = DTYPES[setup.dtype].itemsize, parallel == "shard"
-    N, copy = setup.gpus if sharded else 1, sums(lambda w: w.nbytes)[2]
-    root, block, parameters = sums(Tensor.numel)
-    root_trained, block_trained, trained = sums(lambda w: w.numel() * w.requires_grad)
+    network, item, sharded = meta_network(config, setup), DTYPES[setup.dtype].itemsize, parallel == "shard"
+    modules = network, network.layers[0]
+    parameters, block = (sum(w.numel() for w in module.parameters()) for module in modules)
+    trained, block_trained = (sum(w.numel() for w in module.parameters() if w.requires_grad) for module in modules)
+    root, root_trained = parameters - config.layers * block, trained - config.layers * block_trained  # not in a block
+    copy, N = sum(w.nbytes for w in network.parameters()), setup.gpus if sharded else 1
     masters = trained if item < 4 and not setup.lora and not sharded else 0
     stay = {
-        "weights": 4 * parameters // N if sharded else copy,
-        "masters": 4 * masters,
-        "reference": copy if setup.kl and not setup.lora else 0,
-        "optimizer": 8 * trained // N,
-        "gradients": 4 * trained // N + item * masters,
-        "inference copy": copy if sharded else 0,
+        "weights": 4 * parameters // N if sharded else copy, "masters": 4 * masters,
+        "reference": copy if setup.kl and not setup.lora else 0, "optimizer": 8 * trained // N,
+        "gradients": 4 * trained // N + item * masters, "inference copy": copy if sharded else 0,
         "KV cache": sampler_slots(config, setup).kv_bytes(),
-    }
+    }  # fmt: skip
     # The root stays gathered. Of the blocks, the next one is gathered too, and the gradient of one is summed.
     gather = sharded * (item * (root + root_trained + 2 * block) + (item + 4) * block_trained)
     # After the micro-batch: the embedding's gradient comes last. Then AdamW on a GPU takes all tensors at once. Where
@@ -251,9 +234,6 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
     total = sum(stay.values()) + max(kept + max(working, logits) + gather, end)
     rows = stay | micro_batch | {"gather buffers": gather, "end of the update": end}
     return {"bytes": rows, "total": total, "parameters": parameters, "trained": trained}
-
-
-# ---- seconds -------------------------------------------------------------------------------------------------
 
 
 def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trained: int) -> dict[str, float]:
@@ -276,18 +256,14 @@ def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trai
     if sharded:  # per pass: weights gathered twice, gradients summed. Per step: fp32 weights gathered for the copy
         sent = -(-share // setup.micro) * (2 * item * parameters + 4 * trained) + 4 * parameters
     out = {
-        "labels": 4 * prefill,  # two questions are labelled for each one kept, as X and X'
-        "prefill": prefill,
+        "labels": 4 * prefill, "prefill": prefill,  # two questions are labelled for each one kept, as X and X'
         "decode": -(-share * samples // rows) * (new - 1) * max(decode_step, reading),
         "forward, backward": share * update / rate,
         "communication": sent * (N - 1) / N / (setup.gpu_link * 1e12),
         "optimizer": (28 + item) * trained / (N if sharded else 1) / bandwidth,
-    }
+    }  # fmt: skip
     hidden = min(out["forward, backward"], out["communication"])  # at best they run at the same time
     return out | {"step": sum(out.values()) - hidden}
-
-
-# ---- the plan ------------------------------------------------------------------------------------------------
 
 
 def plan(config: models.Config, **settings) -> dict:
@@ -305,9 +281,9 @@ def plan(config: models.Config, **settings) -> dict:
         made = count(config, setup, parallel, micro_batch)
         if made["total"] <= usable:
             break
-    spent = seconds(config, setup, parallel, made["parameters"], made["trained"])
     return {"parallel": parallel, **made, "headroom": round(HEADROOM * setup.gpu_memory_bytes),
-            "fits": made["total"] <= usable, "seconds": spent}  # fmt: skip
+            "fits": made["total"] <= usable,
+            "seconds": seconds(config, setup, parallel, made["parameters"], made["trained"])}  # fmt: skip
 
 
 def advice(config: models.Config, setup: Setup) -> tuple[str, dict] | None:
@@ -318,13 +294,11 @@ def advice(config: models.Config, setup: Setup) -> tuple[str, dict] | None:
         changes = [{"parallel": "shard"} | change for change in [{}, *changes]]
     if not setup.lora:
         smallest = {"recompute": True, "micro": 1}
-        more_gpus = [{"gpus": setup.gpus << i} | smallest for i in range(1, 8)]
-        changes += [{"lora": 16}, {"lora": 16} | smallest, *more_gpus]
+        changes += [{"lora": 16}, {"lora": 16} | smallest, *({"gpus": setup.gpus << i} | smallest for i in range(1, 8))]
     for change in changes:
         made = plan(config, **dataclasses.asdict(setup) | {"parallel": "auto"} | change)
         if made["fits"]:
-            flags = (f"--{key}" if value is True else f"--{key} {value}" for key, value in change.items())
-            return " ".join(flags), made
+            return " ".join(f"--{key}" + f" {value}" * (value is not True) for key, value in change.items()), made
     return None
 
 
@@ -333,16 +307,15 @@ def show(made: dict, setup: Setup) -> str:
     notes = {"logits chunk": "only the larger of this line and the one above counts",
              "end of the update": "after the four lines above are freed",
              "headroom": f"{HEADROOM:.0%}, kept free"}  # fmt: skip
-    rows = made["bytes"] | {"total": made["total"], "headroom": made["headroom"]}
+    rows, trained = made["bytes"] | {key: made[key] for key in ("total", "headroom")}, made["trained"] / 1e9
     return "\n".join([
-        f"{made['parameters'] / 1e9:.3f} billion weights, {made['trained'] / 1e9:.3f} of them trained "
+        f"{made['parameters'] / 1e9:.3f} billion weights, {trained:.3f} of them trained "
         f"({f'LoRA {setup.lora}' if setup.lora else 'all weights'})",
         f"{setup.gpus} x {setup.gpu_memory_bytes / 1e9:g} GB, {made['parallel']}, {setup.dtype}, "
         f"{min(setup.micro, setup.share)} groups a pass, {setup.attention} attention\n\nGB per GPU",
         *(f"  {name:18}{value / 1e9:8.2f}  {notes.get(name, '')}".rstrip() for name, value in rows.items()),
         f"fits, {-over / 1e9:.2f} GB left" if made["fits"] else f"DOES NOT FIT: {over / 1e9:.2f} GB too much",
-        "\nseconds, at least",
-        *(f"  {name:18}{value:8.2f}" for name, value in made["seconds"].items()),
+        "\nseconds, at least", *(f"  {name:18}{value:8.2f}" for name, value in made["seconds"].items()),
     ])  # fmt: skip
 
 
@@ -367,8 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     args["gpu_memory_bytes"] *= 1e9
     try:
         setup, config = Setup(**args), read(path)
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file} cannot be written: make the folder {Path(file).parent} first")
+        files.check_writable(file)
         try:
             made = plan(config, **args)
         except (RuntimeError, TypeError) as error:
