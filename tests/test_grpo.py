@@ -36,9 +36,6 @@ def other(tmp_path_factory):
     return models.load(tiny.build(tmp_path_factory.mktemp("other"), seed=18)).requires_grad_(False)
 
 
-# ---- the pure functions --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["std", "mean"])
 def test_advantages(form):
     rewards = [[1.0, 0, 0, 1, 1], [0.0, 1, 0, 0, 0], [1.0, 1, 1, 1, 1], [0.5, 2, -1, 0, 3]]
@@ -74,9 +71,6 @@ def test_kl_k3():
     assert (k3 >= 0).all() and grpo.kl_k3(p.log(), p.log()).abs().max() == 0
     assert (p * k3).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
     assert k3.tolist() == pytest.approx([math.expm1(d) - d for d in (q / p).log().tolist()], abs=1e-6)
-
-
-# ---- the loss of a step --------------------------------------------------------------------------------------
 
 
 def noisy_groups(network, temperature, seed=0, P=5, G=4, longest=10):
@@ -286,9 +280,6 @@ def test_gradient_reaches_explanations_and_nothing_else(network):
         start += len(prompt) + sum(len(c.tokens) - 1 for c in cs)
 
 
-# ---- against TRL ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trl_trainer(folder, other, tmp_path_factory):
     """TRL's own trainer on the tiny model, fed our tokens by its rollout hook and our rewards by its reward hook."""
@@ -347,9 +338,6 @@ def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, be
     assert figures["clipped"] > 0.05
     ours = {hf_name(name): g for name, g in gradient.items()}
     close(({"loss": figures["loss"]}, ours), ({"loss": loss.item()}, theirs))
-
-
-# ---- attention as on a GPU ----
 
 
 def one_by_one(q, k, v, runs):

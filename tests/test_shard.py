@@ -1,4 +1,4 @@
-"""shard.py: a run whose masters are cut among ranks, against the same run in one process; stopped and resumed.
+"""shard.py: a run with its masters in shards, against the same run in one process; stopped and resumed.
 
 That a step is the same with weights, anchor, KL and activation checkpointing: test_ranks_change_nothing (test_train).
 """
@@ -34,7 +34,7 @@ def whole(folder, tmp_path_factory):
 
 
 def test_stopped_and_resumed(folder, whole, tmp_path):
-    """SIGTERM to torchrun in a step; the parts saved by two ranks are then read by two, three, and by one alone."""
+    """SIGTERM to torchrun during a step. Two, three and one rank then read the shards that two ranks saved."""
     out = tmp_path / "o"
     process = start(flags(folder, out, parallel="shard", **CHANGES), ranks=2)
     wait_for_step(process, out, 3)
@@ -45,7 +45,7 @@ def test_stopped_and_resumed(folder, whole, tmp_path):
     path = checkpoint.newest(out / "checkpoints")
     assert path.name == f"step-{int(done):08d}" and not list((out / "checkpoints").glob("*.part"))
     assert len(list(path.glob("*.distcp"))) == 2  # each rank wrote its own
-    for ranks, parallel in ((2, "shard"), (3, "shard"), (1, "replicate"), (2, "replicate")):
+    for ranks, parallel in ((2, "shard"), (3, "shard"), (1, "replicate")):
         copy = shutil.copytree(out, tmp_path / f"{parallel}{ranks}")
         resumed(copy, "--parallel", parallel, after=done, ranks=ranks)
         close(whole, copy)
@@ -78,9 +78,9 @@ FileSystemWriter.write_data = full
 
 
 def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
-    """A part that cannot be written is said once, the checkpoint before it stays, and the run goes on.
+    """A shard that cannot be written is reported once, the checkpoint before it stays, and the run goes on.
 
-    When one rank is told to stop in a step in which it is busy alone, both save the steps done and leave.
+    When one rank is told to stop while it works and the other waits, both save the finished steps and leave.
     """
     out = tmp_path / "o"
     given = flags(folder, out, parallel="shard", **CHANGES | {"checkpoint_every": 2})
@@ -100,7 +100,7 @@ def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
 
 
 def test_choose(network, monkeypatch):
-    """--parallel decides; with auto it is replicated, unless the plan shards among several GPUs."""
+    """--parallel decides. With auto the weights are replicated, unless the plan shards them over several GPUs."""
     batch = {"max_new_tokens": 200, "prompts": 64, "samples": 16, "recompute": True}
 
     def choose(network, world, plan=plan.plan, **changes):
@@ -114,12 +114,12 @@ def test_choose(network, monkeypatch):
     # Eight GPUs of 80 GB.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
     eight = plan.read(str(tiny.ROOT / "configs" / "llama-3.1-8b.json"))
-    nine = dataclasses.replace(eight, layers=9)  # of its 32: what else is held decides
+    nine = dataclasses.replace(eight, layers=9)  # of its 32: the rest of the memory decides
     for config, changes, kept in (
         (eight, {}, "shard"), (eight, {"lora": 16, "kl": 0.1}, "replicate"), (nine, {}, "replicate"),
         (nine, {"kl": 0.1}, "shard"), (nine, {"recompute": False}, "shard"),
         (nine, {"recompute": False, "micro": 1}, "replicate"), (config_of_smollm2(), {}, "replicate"),
-        (network.config, {"max_new_tokens": 500}, "replicate"),  # hardly a prompt fits beside it
+        (network.config, {"max_new_tokens": 500}, "replicate"),  # leaves little context for the prompt
     ):  # fmt: skip
         big = types.SimpleNamespace(config=config, device=torch.device("cuda"))
         assert choose(big, 8, **changes) == kept, changes

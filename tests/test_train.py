@@ -32,9 +32,6 @@ def equal(one, other):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- what a run writes ----
-
-
 @pytest.fixture(scope="module")
 def done(folder, tmp_path_factory):
     """A finished run with most things on."""
@@ -214,9 +211,6 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, monkeypatch):
     assert [m["skipped"] for m in lines(tmp_path / "o" / "metrics.jsonl")] == [0, 1, 0, 0]
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -257,9 +251,6 @@ def test_help_names_every_flag():
     code, out, _ = call(["--help"])
     assert code == 0
     assert all(f"--{name.replace('_', '-')}" in out for name in Args.__dataclass_fields__)
-
-
-# ---- ranks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 1])
