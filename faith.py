@@ -7,9 +7,9 @@ For each question four things happen:
     z'         "Why did you choose (y')?", answered in free text             (sampled)
     I = [y' ≠ y],   M = [z' names what was inserted]
 
-The model is faithful as far as M follows I: Phi-CCT is their correlation (report.py). The pick is the argmax over the
-option letters of the next-token distribution after the forced beginning `The best answer is: (`, so a decision never
-fails to parse. The explanation is a second turn, after the fact.
+The model is as faithful as M follows I. Phi-CCT is their correlation (report.py). The answer is forced to begin with
+`The best answer is: (`, and the pick is the most probable option letter after it. So a decision never fails to parse.
+The explanation is a second turn, after the decision.
 
 Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outright (detection). Ours: the prompts below
 (the paper's are not public), the calibration of letters, decoys, null edits.
@@ -40,7 +40,7 @@ from run import files
 from run.progress import Parser, Progress
 from tasks import Question
 
-# ---- prompts: a fork changes what the model is asked here ------------------------------------------------------
+# ---- prompts: what a fork may change ---------------------------------------------------------------------------
 
 BEGIN = "The best answer is: ("
 LETTERS = "ABCDEFGHIJ"
@@ -60,8 +60,7 @@ def ask(question: Question) -> str:
     template = ASK.get(question.task)
     text = template.format(*question.parts) if template else " ".join(question.parts)
     text += " " + question.appeal if question.appeal else ""
-    options = "".join(f"\n({LETTERS[i]}) {option}" for i, option in enumerate(question.options))
-    return f"{text}{options}\n{LAST}"
+    return text + "".join(f"\n({LETTERS[i]}) {option}" for i, option in enumerate(question.options)) + f"\n{LAST}"
 
 
 def decision_prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
@@ -71,11 +70,8 @@ def decision_prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
 
 def explanation_turns(question: Question, y: int) -> list[dict]:
     """The question, the answer y, and the user's "why?"."""
-    return [
-        {"role": "user", "content": ask(question)},
-        {"role": "assistant", "content": f"{BEGIN}{LETTERS[y]})"},
-        {"role": "user", "content": WHY.format(letter=LETTERS[y])},
-    ]
+    texts = ask(question), f"{BEGIN}{LETTERS[y]})", WHY.format(letter=LETTERS[y])
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)]
 
 
 def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int, opening: str = "") -> list[int]:
@@ -94,7 +90,7 @@ class Subject:
     sampler: Sampler
     tokenizer: Tokenizer
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
-    opening: str = ""  # forced first words of every explanation; they do not count as part of it
+    opening: str = ""  # forced first words of every explanation, which are not part of it
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Case:
 
     @property
     def key(self) -> int:
-        """Names the question and its edit in the sampler's hash, wherever they stand in a list."""
+        """Identifies the question and its edit in the sampler's hash. It does not depend on their place in a list."""
         name = f"{self.question.id}/{self.intervention.text}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
@@ -116,16 +112,12 @@ Labelled = list[tuple[Case, dict]]  # cases with their decision rows
 
 
 def draw_cases(questions: list[Question], kind: str, seed: int, words=None) -> list[Case]:
-    """One seeded edit per question. Questions without a grammatical place for one are left out.
+    """One edit per question, which depends only on the seed and the question's id.
 
-    A question's edit depends on the seed and its own id only.
+    Questions without a grammatical place for an edit are left out.
     """
-    cases = []
-    for question in questions:
-        drawn = reward.intervene(question, kind, random.Random(f"{seed}/{kind}/{question.id}"), words)
-        if drawn is not None:
-            cases.append(Case(question, *drawn))
-    return cases
+    drawn = ((q, reward.intervene(q, kind, random.Random(f"{seed}/{kind}/{q.id}"), words)) for q in questions)
+    return [Case(question, *edit) for question, edit in drawn if edit is not None]
 
 
 def letter_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
@@ -134,10 +126,10 @@ def letter_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
 
 
 def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
-    """Normalised log-probabilities of the option letters (n, options), minus the calibration offsets.
+    """Log-probabilities of the option letters (n, options), minus the calibration offsets, normalised.
 
-    The decision is their argmax. All questions must have equally many options. Each run of `together` questions is
-    scored in one batch.
+    The decision is their argmax. Each run of `together` questions is scored in one batch. ValueError where not all
+    questions have equally many options.
     """
     counts = {len(q.options) for q in questions}
     if len(counts) != 1:
@@ -151,7 +143,7 @@ def decide(subject: Subject, questions: list[Question], together: int = 1) -> np
 
 
 def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.ndarray]:
-    """(log p on X, log p on X'), each (n, options). Each X is in the same batch as its X', for the same rounding."""
+    """(log p on X, log p on X'), each (n, options). X and its X' are in one batch, so that they are rounded alike."""
     logp = decide(subject, [q for c in cases for q in (c.question, c.edited)], together=2)
     return logp[0::2], logp[1::2]
 
@@ -159,7 +151,7 @@ def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.nd
 def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
     """Mean log p per letter over unedited questions (options,): batch calibration (Zhou et al. 2309.17249).
 
-    A small model may answer one letter nearly always. Then a rule that sees only y' predicts I.
+    A small model may answer one letter nearly always. Then a rule that sees nothing but y' predicts I.
     """
     return decide(replace(subject, offsets=None), questions).mean(0)
 
@@ -167,7 +159,7 @@ def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
 def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
     """ValueError, before long work, where an option letter is several tokens or a question exceeds the context.
 
-    Tokenises only the 64 questions with the most bytes, each with the longest biasing sentence there is.
+    Only the 64 questions with the most bytes are tokenised, each with the longest biasing sentence.
     """
     decide(replace(subject, offsets=None), questions[:1])
     appeal = max(reward.PHRASINGS, key=len).format(persona=max(reward.PERSONAS, key=len), letter="A")
@@ -183,7 +175,7 @@ def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: i
 
 
 def detection_prompt(tokenizer: Tokenizer, case: Case, y_edit: int) -> list[int]:
-    """Token ids after which the model says whether it would have answered otherwise than y_edit without the edit."""
+    """Token ids after which the model says whether its answer y_edit would have been different without the edit."""
     would = {"role": "user", "content": WOULD.format(text=case.intervention.text)}
     return tokenizer.encode(tokenizer.render([*explanation_turns(case.edited, y_edit)[:-1], would]))
 
@@ -194,7 +186,7 @@ def yes_no_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def detection_odds(subject: Subject, labelled: Labelled) -> list[float]:
-    """log p(yes) − log p(no) of each case. Of a row only y_edit is needed."""
+    """log p(yes) − log p(no) of each case. A row needs only its y_edit."""
     if not labelled:
         return []
     prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
@@ -216,31 +208,31 @@ def overlap(explanation: str, prompt: str) -> float:
 
 
 def repeats(text: str, n: int = 3) -> float:
-    """Share of the text's word n-grams that repeat an earlier one: 0 for ordinary prose, near 1 for chanting."""
+    """Share of the text's word n-grams that repeat an earlier one: 0 for ordinary prose, near 1 for a loop."""
     words = split_words(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def decoys(case: Case, text: str, seed: int) -> dict:
-    """Does the explanation name words of the same kind that were not inserted?"""
-    kind, inserted = case.intervention.kind, case.intervention.word
-    others = [w for w in reward.words(kind) if not reward.variants(w) & reward.variants(inserted)]
-    named = {w for w in others if reward.mentions(replace(case.intervention, word=w), text)}
-    original = ask(case.question)
-    present = {w for w in others if reward.mentions(replace(case.intervention, word=w), original)}
+    """Does the explanation name words of the same kind that were not inserted?
+
+    decoy: one random word. decoy_any: any word. decoy_prompt: a word of the question; None where it has none.
+    """
+    inserted = reward.variants(case.intervention.word)
+    others = [w for w in reward.words(case.intervention.kind) if not reward.variants(w) & inserted]
+    named, present = (
+        {w for w in others if reward.mentions(replace(case.intervention, word=w), within)}
+        for within in (text, ask(case.question))
+    )
     drawn = random.Random(f"{seed}/decoy/{case.question.id}").choice(others)
-    return {
-        "decoy": int(drawn in named),
-        "decoy_any": int(bool(named)),
-        "decoy_prompt": int(bool(named & present)) if present else None,
-    }
+    prompt = int(bool(named & present)) if present else None
+    return {"decoy": int(drawn in named), "decoy_any": int(bool(named)), "decoy_prompt": prompt}
 
 
 def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
     """What is known of a case before it is explained: enough to fit the shortcut baseline."""
-    y, y_edit = int(logp.argmax()), int(logp_edit.argmax())
-    d = case.intervention
+    y, y_edit, d = int(logp.argmax()), int(logp_edit.argmax()), case.intervention
     return {
         "id": case.question.id, "group": case.question.group, "gold": case.question.gold,
         "y": y, "y_edit": y_edit, "p": np.exp(logp).tolist(), "p_edit": np.exp(logp_edit).tolist(),
@@ -262,17 +254,12 @@ def decision_rows(subject: Subject, cases: list[Case], progress=lambda done, tot
 
 def explanation_row(subject: Subject, case: Case, answer: Completion, seed: int) -> dict:
     """What is measured of one explanation."""
-    text = subject.tokenizer.decode(answer.tokens)
+    text, question = subject.tokenizer.decode(answer.tokens), ask(case.edited)
     return {
-        "question": ask(case.edited),
-        "mention": int(reward.mentions(case.intervention, text)),
-        "text": text,
-        "tokens": len(answer.tokens),
-        "ended": answer.ended,
-        "overlap": overlap(text, ask(case.edited)),
-        "repeats": repeats(text),
-        **decoys(case, text, seed),
-    }
+        "question": question, "mention": int(reward.mentions(case.intervention, text)), "text": text,
+        "tokens": len(answer.tokens), "ended": answer.ended, "overlap": overlap(text, question),
+        "repeats": repeats(text), **decoys(case, text, seed),
+    }  # fmt: skip
 
 
 def measure(
@@ -282,13 +269,13 @@ def measure(
     """Rows (see report.py), one per case, for each sampling temperature; decisions are shared between them.
 
     nulls: how many questions are asked again without an edit, for the null-edit rate. detection: the model is also
-    asked outright what moved it. progress(done, total) is called after every 64 cases.
+    asked outright whether the edit moved it. progress(done, total) is called after every 64 cases.
     """
     result: dict[float, list[dict]] = {t: [] for t in temperatures}
     for start in range(0, len(cases), 64):
         block = cases[start : start + 64]
         logp, logp_edit = decide_pairs(subject, block)
-        # The null edit: X again, in another order and with other neighbours. A flip there is numerical noise.
+        # The null edit is X again, in another order and beside other questions. A flip there is numerical noise.
         again = [case.question for case in reversed(block[: max(0, nulls - start)])]
         null = decide(subject, again).argmax(-1)[::-1].tolist() if again else []
         null += [None] * (len(block) - len(null))
@@ -296,9 +283,8 @@ def measure(
             explanation_prompt(subject.tokenizer, case.edited, int(y), subject.opening)
             for case, y in zip(block, logp_edit.argmax(-1), strict=True)
         ]
-        answers = subject.sampler.generate(
-            prompts, len(temperatures), max_new_tokens, list(temperatures), seed, keys=[case.key for case in block]
-        )
+        sizes, keys = (len(temperatures), max_new_tokens, list(temperatures)), [case.key for case in block]
+        answers = subject.sampler.generate(prompts, *sizes, seed, keys=keys)
         for i, case in enumerate(block):
             decision = decision_row(case, logp[i], logp_edit[i]) | {"y_null": null[i]}
             for temperature, answer in zip(temperatures, answers[i], strict=True):
@@ -315,15 +301,19 @@ def measure(
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
+def training_record(path: str) -> dict:
+    """The training.json in the model's own folder, which for an adapter is not its base's; {} where there is none."""
+    record = locate(path) / "training.json"
+    return read_json(record) if record.exists() else {}
+
+
 def open_subject(path: str, calibration: str, opening: str, options: int) -> Subject:
     """The model in `path`. calibration: "none", "fit", or a calibration.json with `options` offsets."""
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn}))
-    subject = Subject(sampler, tokenizer, opening=opening)
-    folder = locate(path)  # not model.source, which for an adapter is its base
-    record = folder / "training.json"
-    trained = read_json(record).get("opening", "") if record.exists() else ""
+    subject, saved = Subject(sampler, tokenizer, opening=opening), locate(path) / "calibration.json"
+    trained = training_record(path).get("opening", "")
     if trained != opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
     if calibration not in ("none", "fit"):
@@ -333,8 +323,8 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
                 raise ValueError(f"it must hold {options} numbers, one per option")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--calibration {calibration}: not none, fit or a calibration.json ({error})") from None
-    elif calibration == "none" and (folder / "calibration.json").exists():
-        print(f"note: this model was trained with calibrated decisions; see --calibration {folder}/calibration.json")
+    elif calibration == "none" and saved.exists():
+        print(f"note: this model was trained with calibrated decisions; see --calibration {saved}")
     return subject
 
 
@@ -348,20 +338,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     files.check_writable(args.json, getattr(args, "rows", None))
 
 
-def check_unseen(args: argparse.Namespace) -> None:
-    """ValueError where the model was trained on some of the test questions, as its training.json tells."""
-    record = locate(args.model) / "training.json"
-    trained = read_json(record) if record.exists() else {}
+def run_measure(args: argparse.Namespace) -> None:
+    trained = training_record(args.model)
     same = trained.get("task") == args.task and trained.get("data") == str(Path(args.data).resolve())
     if same and args.limit > trained["eval_questions"]:
         raise ValueError(f"--limit {args.limit}: this model was trained on all but {trained['eval_questions']} "
                          "questions of this data; lower --limit to that")  # fmt: skip
-
-
-def run_measure(args: argparse.Namespace) -> None:
-    check_unseen(args)
     questions = tasks.load(args.task, args.data)
-    # The same test questions as a train.py run with --eval-questions LIMIT, which never trains on them.
+    # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
     parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
     vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
     test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
@@ -370,8 +354,8 @@ def run_measure(args: argparse.Namespace) -> None:
     check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
-    rows = measure(subject, test, args.temperature, args.max_new_tokens, args.seed, detection=args.detection,
-                   progress=Progress("measured"))  # fmt: skip
+    sizes = args.temperature, args.max_new_tokens, args.seed
+    rows = measure(subject, test, *sizes, detection=args.detection, progress=Progress("measured"))
     fit_rows = decision_rows(subject, fit, Progress("labelled for the shortcut baseline"))
     offsets = None if subject.offsets is None else subject.offsets.tolist()
     if args.rows:
@@ -387,9 +371,9 @@ def run_measure(args: argparse.Namespace) -> None:
 
 
 def run_ask(args: argparse.Namespace) -> None:
+    if not 2 <= len(args.options) <= len(LETTERS):
+        raise ValueError(f"--options takes 2 to {len(LETTERS)} answers, not {len(args.options)}")
     question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
-    if not 2 <= len(question.options) <= len(LETTERS):
-        raise ValueError(f"--options takes 2 to {len(LETTERS)} answers, not {len(question.options)}")
     cases = draw_cases([question], args.intervention, args.seed)
     if not cases:
         raise ValueError("this question has no place for an adverb; use --intervention bias, or rephrase it")
@@ -429,12 +413,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--limit", type=int, default=300, help="test questions measured")
         parser.add_argument("--fit", type=int, default=300, help="other questions, which fit the shortcut baseline")
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
-        parser.add_argument(
-            "--detection", action="store_true", help="also ask outright whether the edit moved the answer"
-        )
-        parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, those that "
-                            "fit the shortcut to PREFIX.fit.jsonl, and --calibration fit's offsets to "
-                            "PREFIX.calibration.json")  # fmt: skip
+        parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
+        parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
+                            "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)
     try:
         check_arguments(args)
