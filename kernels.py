@@ -1,9 +1,9 @@
 """Attention for many texts in one pass, laid end to end: prompts, prompts that share a beginning, a prompt's samples.
 
-On a CPU each part is a call of torch's scaled_dot_product_attention; on a GPU, in bf16, all parts are one kernel. The
-decode step, which reads caches, has its own in rollout.py; the plain form is `model.plain_attention`.
+On a CPU each part is a call of torch's scaled_dot_product_attention. On a GPU, in bf16, all parts are one kernel. The
+decode step reads caches and has its own attention in rollout.py. The plain form is `model.plain_attention`.
 
-Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token once for each run that sees it).
+Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token counts once for each run that sees it).
 """
 
 import contextlib
@@ -18,39 +18,45 @@ from torch.utils import deterministic
 
 
 class Runs(NamedTuple):
-    """Run i has queries q_ends[i] to q_ends[i + 1] and keys k_ends[i] to k_ends[i + 1]; its last query sees them all,
-    each one before it one fewer."""
+    """Run i has queries q_ends[i] to q_ends[i + 1] and keys k_ends[i] to k_ends[i + 1].
+
+    Its last query sees all its keys, and every query before it sees one key fewer than the next.
+    """
 
     q_ends: Tensor  # (runs + 1,) int32
     k_ends: Tensor
-    q_most: int  # tokens of the longest
+    q_most: int  # queries of the longest run
     k_most: int
-    keys: Tensor | None  # (S,): which token each key is; None: all of them, in their order
+    keys: Tensor | None  # (S,): which token each key is; None: all tokens, in their order
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Keys or values (S, K, D) of all runs, from those of the tokens (T, K, D)."""
+        return x if self.keys is None else x[self.keys]
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, runs: Runs):
-    """FlashAttention, as torch has it: output (T, H, D), log-sums, and what `kernel_backward` wants beside them.
+    """torch's FlashAttention: output (T, H, D), log-sums, and what else `kernel_backward` needs.
 
-    torch.nn.attention.varlen has other arguments in every version, and scaled_dot_product_attention hands bf16 to cuDNN
-    on Hopper, which prepares anew for every length.
+    The arguments of torch.nn.attention.varlen differ between versions. scaled_dot_product_attention hands bf16 to cuDNN
+    on Hopper, which prepares again for every new length.
     """
     return torch.ops.aten._flash_attention_forward(q, k, v, *runs[:4], 0.0, True, False)[:4]
 
 
 def kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, runs: Runs, *state):
-    """Gradients of q, k and v, added up in a fixed order."""
+    """Gradients of q, k and v, summed in a fixed order."""
+    given = (grad, q, k, v, out, log_sums, *runs[:4], 0.0, True, *state)
     with in_fixed_order():
-        backward = torch.ops.aten._flash_attention_backward
-        return backward(grad, q, k, v, out, log_sums, *runs[:4], 0.0, True, *state)
+        return torch.ops.aten._flash_attention_backward(*given)
 
 
 @contextlib.contextmanager
 def in_fixed_order():
-    """Kernels that ask torch whether to be deterministic are. For the whole process, as long as it lasts."""
+    """Turns on torch's deterministic kernels for a while, in the whole process."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # it would fill what the kernel overwrites
+    deterministic.fill_uninitialized_memory = False  # a waste: the kernel overwrites it
     try:
         yield
     finally:
@@ -61,13 +67,12 @@ def in_fixed_order():
 class Flash(torch.autograd.Function):
     """Attention of runs of any lengths in one kernel (FlashAttention-2, Dao 2307.08691): q (T, H, D), k, v (T, K, D).
 
-    What several runs see is kept once, and its gradient summed over them in fp32.
+    Keys and values that several runs see are kept once. Their gradient is summed over the runs in fp32.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
-        given = (k, v) if runs.keys is None else (k[runs.keys], v[runs.keys])
-        out, log_sums, *state = kernel(q, *given, runs)
+        out, log_sums, *state = kernel(q, runs.gather(k), runs.gather(v), runs)
         ctx.save_for_backward(q, k, v, out, log_sums, *state)
         ctx.runs = runs
         return out
@@ -76,39 +81,37 @@ class Flash(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (q, k, v, out, log_sums, *state), runs = ctx.saved_tensors, ctx.runs
-        if runs.keys is None:
-            return *kernel_backward(grad, q, k, v, out, log_sums, runs, *state), None
-        grad_q, *grads = kernel_backward(grad, q, k[runs.keys], v[runs.keys], out, log_sums, runs, *state)
-        sums = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in grads)
-        k, v = (
-            s.index_put_((runs.keys,), g.float(), accumulate=True).to(g.dtype) for s, g in zip(sums, grads, strict=True)
-        )
-        return grad_q, k, v, None
+        grad_q, *grads = kernel_backward(grad, q, runs.gather(k), runs.gather(v), out, log_sums, runs, *state)
+        if runs.keys is not None:
+            sums = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+            grads = [s.index_put_((runs.keys,), g.float(), accumulate=True).to(g.dtype)
+                     for s, g in zip(sums, grads, strict=True)]  # fmt: skip
+        return grad_q, *grads, None
 
 
 def flashes(q: Tensor) -> bool:
-    """Whether there is such a kernel; on the meta device, whether there would be."""
+    """True if `Flash` can run on q; on the meta device, True if it could on a GPU."""
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
         return False
     if q.is_cuda:
-        here = torch.cuda.get_device_capability(q.device) >= (8, 0)
-        return here and torch.backends.cuda.is_flash_attention_available()
+        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+        return ampere and torch.backends.cuda.is_flash_attention_available()
     return q.is_meta
 
 
 def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, flash: bool = True):
     """Attention for texts laid end to end in one row (B = 1), for `Transformer.hidden`.
 
-    A part (start, end, first, last, lengths) is one or more runs of tokens; each sees the tokens first..last, which it
-    continues (none where first = last), and itself, causally. The parts follow each other. So nothing is padding, and
-    what texts share is computed once. All parts are one kernel where there is one (`flashes`), unless flash is False.
+    A part (start, end, first, last, lengths) is one or more runs of tokens, start to end. Each run sees the tokens
+    first to last, which it continues (none if first = last), and itself, causally. The parts follow each other. So
+    nothing is padding, and what texts share is computed once. All parts are one kernel if `flashes` and flash is True.
     """
 
     @functools.cache
     def mask_of(part: int) -> Tensor | None:
         a, b, x, y, lengths = parts[part]
         if len(lengths) == 1 and x == y:
-            return None  # causal, and no more
+            return None  # simply causal
         counts = torch.tensor(lengths, device=device)
         run = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=b - a)
         own = (run[:, None] == run).tril()
@@ -117,12 +120,9 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
     def by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for i, (a, b, x, y, _) in enumerate(parts):
-            keys, values = (torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) if y > x else c[:, :, a:b] for c in (k, v))
-            mask = mask_of(i)
-            out = F.scaled_dot_product_attention(
-                q[:, :, a:b], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-            outs.append(out)
+            given = [torch.cat((c[:, :, x:y], c[:, :, a:b]), 2) if y > x else c[:, :, a:b] for c in (k, v)]
+            how = {"attn_mask": mask_of(i), "is_causal": mask_of(i) is None, "enable_gqa": True}
+            outs.append(F.scaled_dot_product_attention(q[:, :, a:b], *given, **how))
         return torch.cat(outs, 2)
 
     @functools.cache
