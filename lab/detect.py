@@ -1,4 +1,4 @@
-"""Does the model know what moved it, though it may not say so? Supervised training to answer that question (RQ1).
+"""Does the model know what moved its answer, even if it does not say so? Supervised training to say so if asked (RQ1).
 
     user        X', the edited question
     assistant   The best answer is: (y')
@@ -7,9 +7,9 @@
 
     loss = −log p(yes if I = 1, no if I = 0), p over these two answers; the mean of a batch balanced by influence
 
-faith.py asks the question and measures D = log p(yes) − log p(no). Detection is the point-biserial correlation of D
-and I (report.py): what the model knows. Phi-CCT of the same model's explanations is what it says. Only the answer is
-trained; --anchor holds the decisions.
+faith.py asks the question and measures D = log p(yes) − log p(no). Detection, the point-biserial correlation of D and I
+(report.py), tells what the model knows. Phi-CCT of its explanations tells what it says. Only the answer yes or no is
+trained. --anchor keeps the decisions in place.
 
 Paper (arXiv 2607.21090): supervised training to predict I, and the comparison. Ours: the question, D, the anchor.
 

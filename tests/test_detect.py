@@ -1,13 +1,11 @@
 """Asking outright what moved the answer: the question, its odds, the loss and its gradient; whole runs; the figures."""
 
-import json
 import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from launch import DATA, call, close, finish, same, start, weights
+from launch import DATA, close, ran, refused, same, weights
 from launch import flags as plain_flags
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
@@ -26,16 +24,6 @@ from run.policy import Policy, make_policy
 from run.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def subject(folder):
-    return faith.Subject(Sampler(models.load(folder)), models.Tokenizer(folder))
-
-
 @pytest.fixture
 def labelled(subject):
     """Twenty real questions with an edit each, and their decision rows."""
@@ -48,12 +36,10 @@ def test_odds_are_transformers(folder, subject, labelled):
     odds = detection_odds(subject, labelled)
     assert len(odds) == 20 and np.std(odds) > 0.1
     for (case, row), D in zip(labelled, odds, strict=True):
-        asked = [
-            {"role": "user", "content": faith.ask(case.edited)},
-            {"role": "assistant", "content": f"The best answer is: ({'ABC'[row['y_edit']]})"},
-            {"role": "user", "content": f'Would your answer have been different without "{row["text_inserted"]}"? '
-                                        "Answer yes or no."},
-        ]  # fmt: skip
+        would = f'Would your answer have been different without "{row["text_inserted"]}"? Answer yes or no.'
+        said = f"The best answer is: ({'ABC'[row['y_edit']]})"
+        turns = (("user", faith.ask(case.edited)), ("assistant", said), ("user", would))
+        asked = [{"role": role, "content": text} for role, text in turns]
         chat = words.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         ids = words(chat, add_special_tokens=False, return_tensors="pt").input_ids
         assert faith.detection_prompt(subject.tokenizer, case, row["y_edit"]) == ids[0].tolist()
@@ -64,14 +50,14 @@ def test_odds_are_transformers(folder, subject, labelled):
 
 
 def test_answers_of_several_tokens_are_refused(subject, labelled):
-    tokenizer = subject.tokenizer
-    plain = tokenizer.encode
-    tokenizer.encode = lambda text: plain(text) + ([7] if text.endswith("yes") else [])
-    with pytest.raises(ValueError, match="'yes' is not one token"):
-        detection_odds(subject, labelled)
-    tokenizer.encode = lambda text: plain(text.replace("yes", "frobnicate").replace("no", "frobnicate"))
-    with pytest.raises(ValueError, match="no, yes are one token"):
-        detection_odds(subject, labelled)
+    plain = subject.tokenizer.encode
+    for encode, says in (
+        (lambda text: plain(text) + ([7] if text.endswith("yes") else []), "'yes' is not one token"),
+        (lambda text: plain(text.replace("yes", "glib").replace("no", "glib")), "no, yes are one token"),
+    ):
+        subject.tokenizer.encode = encode
+        with pytest.raises(ValueError, match=says):
+            detection_odds(subject, labelled)
 
 
 # ---- the step ----
@@ -199,12 +185,11 @@ def flags(folder, out, **changes):
 @pytest.fixture(scope="module")
 def done(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
-    code, _, error = call(flags(folder, out))
-    assert code == 0, error
+    ran(flags(folder, out))
     return out
 
 
-def test_a_run(done, folder):
+def test_a_run(done, subject):
     metrics, said = files.read_jsonl(done / "metrics.jsonl"), files.read_jsonl(done / "explanations.jsonl")
     for m in metrics:
         log = [entry for entry in said if entry["step"] == m["step"]]
@@ -219,18 +204,18 @@ def test_a_run(done, folder):
     assert "Trained by faith: supervised, to say whether" in (done / "model" / "README.md").read_text()
     before, after = (files.read_jsonl(done / f"{name}.T1.jsonl") for name in ("before", "after"))
     assert all(a["detection"] != b["detection"] for a, b in zip(before, after, strict=True))
-    subject = faith.Subject(Sampler(models.load(done / "model")), models.Tokenizer(folder))
+    subject.sampler = Sampler(models.load(done / "model"))
     parts = tasks.split(tasks.load("esnli", DATA), {"test": 5}, seed=0)
     cases = faith.draw_cases(parts["test"], "bias", 0)
     wanted = detection_odds(subject, list(zip(cases, after, strict=True)))
     assert wanted == pytest.approx([row["detection"] for row in after], abs=1e-4)
-    figures = json.loads((done / "after.json").read_text())["T=1"]
+    figures = files.read_json(done / "after.json")["T=1"]
     assert {"phi", "detection", "detection_phi", "accuracy"} <= figures.keys()
 
 
 def test_resumed(done, folder, tmp_path):
-    assert call(flags(folder, tmp_path / "o", steps=2))[0] == 0
-    assert call(["--resume", "--out", tmp_path / "o", "--steps", "4"])[0] == 0
+    ran(flags(folder, tmp_path / "o", steps=2))
+    ran(["--resume", "--out", tmp_path / "o", "--steps", "4"])
     same(done, tmp_path / "o")
 
 
@@ -239,7 +224,7 @@ def test_frozen_labels_of_a_data_set(folder, tmp_path):
              "--fit-questions", 3, "--out", tmp_path / "set"]  # fmt: skip
     assert build.main([str(x) for x in given]) == 0
     given = {"labels": "frozen", "dataset": tmp_path / "set", "eval_questions": 0, "steps": 2}
-    assert call(flags(folder, tmp_path / "o", **given))[0] == 0
+    ran(flags(folder, tmp_path / "o", **given))
     rows, said = (files.read_jsonl(tmp_path / name) for name in ("set/train.jsonl", "o/explanations.jsonl"))
     known = {(row["id"], row["text_inserted"], row["influence"]) for row in rows}
     assert len(said) == 12 and {(e["id"], e["text_inserted"], e["influence"]) for e in said} <= known
@@ -251,13 +236,12 @@ def test_it_is_replicated(folder, tmp_path, monkeypatch):
     args = Args(model=str(folder), objective="detection", kl=0.1)
     policy = make_policy(models.load(folder), args, Ranks())
     assert policy.sharded is None and policy.initial is None
-    code, _, error = call(flags(folder, tmp_path / "x", parallel="shard"))
-    assert code == 2 and "--objective detection cannot run in shards; use --parallel replicate" in error
+    error = refused(flags(folder, tmp_path / "x", parallel="shard"))
+    assert "--objective detection cannot run in shards; use --parallel replicate" in error
 
 
 def test_ranks_change_nothing(done, folder, tmp_path):
-    code, _, error = finish(start(flags(folder, tmp_path / "o"), 2))
-    assert code == 0, error[-3000:]
+    ran(flags(folder, tmp_path / "o"), 2)
     close(done, tmp_path / "o", 1e-5)
     a, b = weights(done / "model"), weights(tmp_path / "o" / "model")
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
