@@ -48,15 +48,28 @@ GRID = [(samples, 128) for samples in (1, 4, 8, 16, 32)] + [(8, length) for leng
 # ---- what this machine can do --------------------------------------------------------------------------------
 
 
-def seconds(work, device: torch.device) -> float:
+def timed(work, device: torch.device) -> tuple[float, object]:
+    """(seconds, what work() returned)."""
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    started = now()
-    work()
-    return now() - started
+    started, result = now(), work()
+    return now() - started, result
+
+
+def seconds(work, device: torch.device) -> float:
+    return timed(work, device)[0]
+
+
+def pad_left(prompts: list[list[int]], end: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask (P, T) of prompts, for the other libraries' generate."""
+    longest = max(map(len, prompts))
+    ids = [[end] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def repeatable(work, device: torch.device):
@@ -229,15 +242,13 @@ class Transformers:
     @torch.inference_mode()
     def generate(self, prompts, samples: int, new: int, forced: bool) -> int:
         """The number of tokens drawn, up to and including each end of turn."""
-        longest, device = max(map(len, prompts)), self.network.device
-        ids = torch.tensor([[self.end[0]] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, mask = pad_left(prompts, self.end[0], self.network.device)
         output = self.network.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             num_return_sequences=samples, max_new_tokens=new, min_new_tokens=new if forced else None,
             eos_token_id=self.end, pad_token_id=self.end[0],
-        )[:, longest:]  # fmt: skip
-        is_end = torch.isin(output, torch.tensor(self.end, device=device)).long()
+        )[:, ids.shape[1] :]  # fmt: skip
+        is_end = torch.isin(output, torch.tensor(self.end, device=output.device)).long()
         return int((is_end.cumsum(1) - is_end == 0).sum())
 
 
@@ -278,13 +289,11 @@ class Trl:
             left = {i: list(self.fed[i]) for i in set(which)}
             completions = [left[i].pop() for i in which]
         else:
-            longest, model = max(len(self.ids[i]) for i in which), trainer.model
-            rows = [[self.end] * (longest - len(self.ids[i])) + self.ids[i] for i in which]
-            mask = [[0] * (longest - len(self.ids[i])) + [1] * len(self.ids[i]) for i in which]
-            rows, mask = (torch.tensor(x, device=model.device) for x in (rows, mask))
+            model = trainer.model
+            ids, mask = pad_left([self.ids[i] for i in which], self.end, model.device)
             with torch.inference_mode():
-                out = model.generate(input_ids=rows, attention_mask=mask, generation_config=trainer.generation_config)
-            completions = [self.until_end(row) for row in out[:, longest:].tolist()]
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config)
+            completions = [self.until_end(row) for row in out[:, ids.shape[1] :].tolist()]
         self.rollout_s, self.tokens = time.perf_counter() - started, sum(map(len, completions))
         return {"prompt_ids": [self.ids[i] for i in which], "completion_ids": completions, "logprobs": None}
 
@@ -324,35 +333,26 @@ def alone(work, *given):
 def tokens_per_second(sampler: Sampler, theirs: Transformers | None, prompts, samples: int, new: int, repeats: int):
     """Figures of both and their ratio, with natural and with forced ends, and the last natural answers."""
     device, ends, figures = sampler.model.device, sampler.end_of_turn, {}
-    answers: list = []
-    if sampler.static:  # the first call captures the graphs and loads kernels
-        figures["first_s"] = seconds(lambda: sampler.generate(prompts, samples, new), device)
-        if theirs:
-            theirs.generate(prompts, samples, new, True)
     for form in ("natural", "forced"):
         sampler.end_of_turn = ends if form == "natural" else [-1]  # no token is -1, so nothing ends
+        if sampler.static:  # the first call captures the graphs and loads kernels
+            figures.setdefault("first_s", seconds(lambda: sampler.generate(prompts, samples, new), device))
+            if theirs:
+                theirs.generate(prompts, samples, new, form == "forced")
         ours_rates, their_rates = [], []
         for i in range(repeats):
-
-            def ours():
-                answers[:] = sampler.generate(prompts, samples, new, 1.0, seed=i)  # noqa: B023
-
-            spent = seconds(ours, device)
+            spent, answers = timed(lambda: sampler.generate(prompts, samples, new, 1.0, seed=i), device)  # noqa: B023
             ours_rates.append(sum(len(c.tokens) for group in answers for c in group) / spent)
             if theirs:
-                drawn: list[int] = []
-                spent = seconds(
-                    lambda: drawn.append(theirs.generate(prompts, samples, new, form == "forced")),  # noqa: B023
-                    device,
-                )
-                their_rates.append(drawn[0] / spent)
+                spent, drawn = timed(lambda: theirs.generate(prompts, samples, new, form == "forced"), device)  # noqa: B023
+                their_rates.append(drawn / spent)
         figures[form] = {"tokens_s": statistics.median(ours_rates), "runs": ours_rates}
         if theirs:
             ratio = statistics.median(a / b for a, b in zip(ours_rates, their_rates, strict=True))
             figures[form] |= {"theirs_tokens_s": statistics.median(their_rates), "theirs_runs": their_rates,
                               "ratio": ratio}  # fmt: skip
         if form == "natural":
-            figures["answers"] = list(answers)
+            figures["answers"] = answers
     sampler.end_of_turn = ends
     return figures
 
@@ -420,24 +420,22 @@ def timed_step(sampler: Sampler, policy: Policy, prompts, args: argparse.Namespa
     if answers is None:
         pairs = [p for p in prompts for _ in range(4)]  # X and X' of two candidates for each prompt kept
         spent["labels"] = seconds(lambda: sampler.option_logprobs(pairs, [5, 6, 7], together=2), device)
-        answers = []
-        spent["rollout"] = seconds(
-            lambda: answers.extend(sampler.generate(prompts, args.samples, args.new, seed=seed)), device
-        )
+        spent["rollout"], answers = timed(lambda: sampler.generate(prompts, args.samples, args.new, seed=seed), device)
     groups = list(zip(prompts, answers, strict=True))
     totals = [sum(map(len, answers)), sum(len(c.tokens) for _, group in groups for c in group)]
     spent |= {"forward": 0.0, "backward": 0.0}
     for start in range(0, len(groups), args.micro):
-        part, losses = groups[start : start + args.micro], []
+        part = groups[start : start + args.micro]
         rewards = [[float(drawn.random() < 0.5) for _ in group] for _, group in part]
 
         def forward():
             packed, old, A, weights = train.micro_batch(part, rewards, totals, policy.args, device)  # noqa: B023
             logprobs = token_logprobs(policy.model, packed, 1.0)
-            losses.append((policy_loss(logprobs, old, A, 0.2, 0.2) * weights).sum())  # noqa: B023
+            return (policy_loss(logprobs, old, A, 0.2, 0.2) * weights).sum()
 
-        spent["forward"] += seconds(forward, device)
-        spent["backward"] += seconds(lambda: policy.backward(losses[0]), device)  # noqa: B023
+        elapsed, loss = timed(forward, device)
+        spent["forward"] += elapsed
+        spent["backward"] += seconds(lambda: policy.backward(loss), device)  # noqa: B023
     spent["optimizer"] = seconds(lambda: policy.step(1e-9), device)
     print(f"step: {', '.join(f'{phase} {value:.2f} s' for phase, value in spent.items())}", flush=True)
     return spent, answers
