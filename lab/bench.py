@@ -37,7 +37,7 @@ from rollout import Sampler, Slots
 from run import files, lora
 from run.args import Args
 from run.policy import Policy
-from run.progress import Parser
+from run.progress import Parser, command
 from run.ranks import Ranks
 
 TEXT = """A woman in a green coat waits at the corner while two boys carry a long wooden ladder past the bakery . The
@@ -503,7 +503,8 @@ def training(args: argparse.Namespace) -> dict:
     return figures
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.bench")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("rollout", "train"))
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
@@ -522,32 +523,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="ratios over samples and prompt lengths as well")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
+    if args.against and (args.against == "trl") != (args.what == "train"):
+        raise ValueError("rollout is measured --against transformers, train --against trl")
+    if args.against == "trl" and (args.random or args.lora or args.recompute):
+        raise ValueError("--against trl trains all weights of a real model; leave out --random, --lora and "
+                         "--recompute")  # fmt: skip
+    if args.lora < 0:
+        raise ValueError(f"--lora must be at least 0, not {args.lora}")
+    if args.what == "rollout" and (args.lora or args.recompute):
+        raise ValueError("--lora and --recompute are for train; leave them out")
+    for name in ("count", "length", "samples", "new", "rows", "repeats", "micro"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    files.check_writable(args.json)
     try:
-        if args.against and (args.against == "trl") != (args.what == "train"):
-            raise ValueError("rollout is measured --against transformers, train --against trl")
-        if args.against == "trl" and (args.random or args.lora or args.recompute):
-            raise ValueError("--against trl trains all weights of a real model; leave out --random, --lora and "
-                             "--recompute")  # fmt: skip
-        if args.lora < 0:
-            raise ValueError(f"--lora must be at least 0, not {args.lora}")
-        if args.what == "rollout" and (args.lora or args.recompute):
-            raise ValueError("--lora and --recompute are for train; leave them out")
-        for name in ("count", "length", "samples", "new", "rows", "repeats", "micro"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if args.json:
-            files.check_writable(args.json)
         figures = {"rollout": rollout, "train": training}[args.what](args)
-        if args.json:
-            files.write_json(args.json, {"args": vars(args), **figures})
     except ImportError as error:
-        print(f"lab.bench: --against {args.against} needs a package that is missing ({error}); see "
-              "tests/requirements.txt", file=sys.stderr)  # fmt: skip
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"lab.bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise ValueError(f"--against {args.against} needs a package that is missing ({error}); see "
+                         "tests/requirements.txt") from None  # fmt: skip
+    if args.json:
+        files.write_json(args.json, {"args": vars(args), **figures})
 
 
 if __name__ == "__main__":

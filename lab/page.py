@@ -16,7 +16,7 @@ from html import escape
 import report
 from lab import gaming
 from run import files
-from run.progress import Parser
+from run.progress import Parser, command
 
 CELLS = {  # (influence, mention): name, meaning
     (1, 1): ("told truly", "the cue changed the answer, and the explanation names it"),
@@ -163,7 +163,8 @@ in pairs. Tokens by cell are of the explanations that were in the cell then, not
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.page")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.page", description="Signs of gaming, and a page of explanations, before beside after.")
     parser.add_argument("before", metavar="BEFORE.jsonl")
     parser.add_argument("after", metavar="AFTER.jsonl")
@@ -173,20 +174,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args(argv)
-    try:
-        if args.each < 0 or args.seed < 0:
-            raise ValueError(f"--{'each' if args.each < 0 else 'seed'} must not be negative")
-        before, after = files.read_jsonl(args.before), files.read_jsonl(args.after)
-        table = gaming.compare(before, after, args.seed)
-        html = page(before, after, table, args.each, args.seed, (args.before, args.after))
-        files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8
-        if args.json:
-            files.write_json(args.json, table)
-        print(report.table(table, args.markdown), f"the page is in {args.to}", sep="\n\n")
-    except ValueError as error:
-        print(f"lab.page: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.each < 0 or args.seed < 0:
+        raise ValueError(f"--{'each' if args.each < 0 else 'seed'} must not be negative")
+    before, after = files.read_jsonl(args.before), files.read_jsonl(args.after)
+    table = gaming.compare(before, after, args.seed)
+    html = page(before, after, table, args.each, args.seed, (args.before, args.after))
+    files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8
+    if args.json:
+        files.write_json(args.json, table)
+    print(report.table(table, args.markdown), f"the page is in {args.to}", sep="\n\n")
 
 
 if __name__ == "__main__":

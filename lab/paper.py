@@ -32,7 +32,7 @@ import report
 from lab import plot
 from reward import KINDS
 from run import files
-from run.progress import Parser
+from run.progress import Parser, command
 
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
@@ -261,25 +261,21 @@ def draw(made: list[dict], to: Path) -> None:
         for head in table["columns"]} for table in made}, to)  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.paper")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.paper", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="RUN", help="the base and runs of train.py, with measured cells")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--figure", metavar="FILE.png", help="draw Phi by cell")
     args = parser.parse_args(argv)
-    try:
-        files.check_writable(args.json, args.figure)
-        made = tables(args.folders)
-        print("\n\n\n".join(text(table, args.markdown) for table in made))
-        if args.json:
-            files.write_json(args.json, {"tables": made})
-        if args.figure:
-            draw(made, Path(args.figure))
-    except (ValueError, ImportError, OSError) as error:
-        print(f"lab.paper: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files.check_writable(args.json, args.figure)
+    made = tables(args.folders)
+    print("\n\n\n".join(text(table, args.markdown) for table in made))
+    if args.json:
+        files.write_json(args.json, {"tables": made})
+    if args.figure:
+        draw(made, Path(args.figure))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
 from run import files, lora
 from run.args import option
-from run.progress import Parser
+from run.progress import Parser, command
 
 HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -326,7 +326,8 @@ def read(path: str) -> models.Config:
     return models.read_config(locate(path))
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.plan")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, hub id in the local cache, or a config")
     for field in dataclasses.fields(Setup):
@@ -338,25 +339,20 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     path, file = args.pop("model"), args.pop("json")
     args["gpu_memory_bytes"] *= 1e9
+    setup, config = Setup(**args), read(path)
+    files.check_writable(file)
     try:
-        setup, config = Setup(**args), read(path)
-        files.check_writable(file)
-        try:
-            made = plan(config, **args)
-        except (RuntimeError, TypeError) as error:
-            what = str(error).split("\n")[0]
-            raise ValueError(f"{path}: no network has its sizes ({what}); use the config.json of the weights") from None
-        print(show(made, setup))
-        if not made["fits"]:
-            made["advice"], better = advice(config, setup) or ("", made)
-            fits = f"it fits with {made['advice']}: {better['total'] / 1e9:.2f} GB, {better['parallel']}"
-            print("\n" + (fits if made["advice"] else "no change tried makes it fit; use larger GPUs or fewer tokens"))
-        if file:
-            files.write_json(file, {"model": path, **args, **made})
-    except (ValueError, OSError) as error:
-        print(f"lab.plan: {error}", file=sys.stderr)
-        return 2
-    return 0
+        made = plan(config, **args)
+    except (RuntimeError, TypeError) as error:
+        what = str(error).split("\n")[0]
+        raise ValueError(f"{path}: no network has its sizes ({what}); use the config.json of the weights") from None
+    print(show(made, setup))
+    if not made["fits"]:
+        made["advice"], better = advice(config, setup) or ("", made)
+        fits = f"it fits with {made['advice']}: {better['total'] / 1e9:.2f} GB, {better['parallel']}"
+        print("\n" + (fits if made["advice"] else "no change tried makes it fit; use larger GPUs or fewer tokens"))
+    if file:
+        files.write_json(file, {"model": path, **args, **made})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from run import files
-from run.progress import Parser
+from run.progress import Parser, command
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
 NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions if the answer moved (I = 1)",
@@ -103,17 +103,13 @@ def after_run(run: Path) -> None:
         print(f"its curves are not drawn: {error}; then python -m lab.plot {run}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.plot")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.plot", description="The curves of runs of train.py as a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train.py wrote")
     parser.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the first run)")
     args = parser.parse_args(argv)
-    try:
-        print(curves(args.runs, args.to or args.runs[0] / "curves.png"))
-    except (ImportError, ValueError, OSError) as error:
-        print(f"lab.plot: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(curves(args.runs, args.to or args.runs[0] / "curves.png"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report import compare, summary, table
 from run import files
-from run.progress import Parser
+from run.progress import Parser, command
 
 
 def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
@@ -37,30 +37,26 @@ def of_run(run: Path) -> dict[str, dict]:
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.report")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.report", description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", metavar="BEFORE.jsonl AFTER.jsonl, or RUN", help="rows, or a run's folder")
     parser.add_argument("--fit", metavar="FILE", help="with rows: rows that fit the shortcut baseline")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     args = parser.parse_args(argv)
-    try:
-        files.check_writable(args.json)
-        if len(args.paths) == 1 and not args.fit:
-            figures = tables = of_run(Path(args.paths[0]))
-        elif len(args.paths) == 2:
-            figures = of_rows(*args.paths, args.fit)
-            tables = {"": figures}
-        else:
-            raise ValueError("give the rows before and the rows after, or one run; --fit goes with rows")
-        texts = [f"{name}\n" * bool(name) + table(columns, args.markdown) for name, columns in tables.items()]
-        print("\n\n".join(texts))
-        if args.json:
-            files.write_json(args.json, figures)
-    except (ValueError, OSError) as error:
-        print(f"lab.report: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files.check_writable(args.json)
+    if len(args.paths) == 1 and not args.fit:
+        figures = tables = of_run(Path(args.paths[0]))
+    elif len(args.paths) == 2:
+        figures = of_rows(*args.paths, args.fit)
+        tables = {"": figures}
+    else:
+        raise ValueError("give the rows before and the rows after, or one run; --fit goes with rows")
+    texts = [f"{name}\n" * bool(name) + table(columns, args.markdown) for name, columns in tables.items()]
+    print("\n\n".join(texts))
+    if args.json:
+        files.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a command prints while it works: one progress line, and one line for a wrong command line.
+"""What a command prints while it works: one progress line, and one line for what is wrong.
 
 On a terminal the progress line is rewritten in place. In a log each phase prints a few lines.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -60,3 +61,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         line = f"{self.prog}: {message}; see {self.prog} --help\n"
         self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
+
+
+def command(prog: str):
+    """Decorates main(argv) of a command: returns 0, or for wrong input prints one line and returns 2."""
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            try:
+                main(argv)
+            except (ValueError, ImportError, OSError) as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+                return 2
+            return 0
+
+        return run
+
+    return decorate
