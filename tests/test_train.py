@@ -20,6 +20,7 @@ import toy
 import train
 from run.args import Args, parse
 from run.policy import learning_rate
+from run.ranks import Ranks
 
 
 def parse_(given):
@@ -101,6 +102,17 @@ def test_test_questions_are_never_trained_on(done):
     assert {row["word"] for row in fit} <= set(reward.words("bias", held_out=False))
     for name in ("before.T1", "after.T0", "after.T1"):
         assert [row["id"] for row in lines(out / f"{name}.jsonl")] == [row["id"] for row in measured]
+
+
+def test_the_shortcut_is_fitted_on_training_words(folder, tmp_path):
+    """Test questions get any word; the cases that fit the shortcut baseline get no held-out word."""
+    tested, fitted, training = set(), set(), set(reward.words("bias", held_out=False))
+    for seed in range(4):
+        args = parse_(flags(folder, tmp_path / "none", seed=seed, fit_questions=8))
+        _, test, fit, _ = train.prepare(args, Ranks(), None)
+        tested |= {case.intervention.word for case in test}
+        fitted |= {case.intervention.word for case in fit}
+    assert fitted <= training and not tested <= training
 
 
 def test_saved_models_load_with_transformers(done, folder, monkeypatch):
