@@ -38,7 +38,7 @@ from batches import balance
 from faith import Case, Labelled, Subject
 from model import locate, weight_files
 from run import files
-from run.progress import Parser, Progress
+from run.progress import Parser, Progress, command
 from tasks import Question
 
 BLOCK = 32  # cases labelled and saved at a time
@@ -232,7 +232,8 @@ def build(args: argparse.Namespace) -> dict:
     return manifest
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lab.build")
+def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(prog="lab.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--task", choices=tasks.TASKS, required=True)
@@ -251,16 +252,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, (default, _, _, text) in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
+    for name, (_, least, most, _) in numbers.items():
+        if not least <= getattr(args, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}")
+    if args.size % 2:
+        raise ValueError(f"--size must be even, half with influence and half without, not {args.size}")
     try:
-        for name, (_, least, most, _) in numbers.items():
-            if not least <= getattr(args, name) <= most:
-                raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}")
-        if args.size % 2:
-            raise ValueError(f"--size must be even, half with influence and half without, not {args.size}")
         manifest = build(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
@@ -268,7 +266,6 @@ def main(argv: list[str] | None = None) -> int:
         rate = f"{part['influence_rate']:.1%} moved" if part["rows"] else "none"
         print(f"{name:5}  {part['rows']} rows, {part['questions']} questions, {part['groups']} groups, {rate}")
     print(f"the data set is in {args.out}" + f", but not full: {manifest['short']}" * bool(manifest["short"]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -64,17 +64,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(prog: str):
-    """Decorates main(argv) of a command: returns 0, or for wrong input prints one line and returns 2."""
+    """Decorates a command's main(argv): for wrong input it prints one line and returns 2, else main's status or 0."""
 
     def decorate(main):
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             try:
-                main(argv)
+                return main(argv) or 0
             except (ValueError, ImportError, OSError) as error:
                 print(f"{prog}: {error}", file=sys.stderr)
                 return 2
-            return 0
 
         return run
 
