@@ -16,7 +16,7 @@ import model as models
 import reward
 import tasks
 import toy
-import train
+from run.args import Args, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,26 +90,26 @@ def test_file(tmp_path):
         tasks.load("toy", tmp_path)
 
 
-def test_what_the_base_is_taught(tmp_path):
-    """Mentions by chance alone; the letter, the answer and nothing else scored; the check only where it is planted."""
+@pytest.mark.parametrize("avoids", [True, False])
+def test_what_the_base_is_taught(tmp_path, avoids):
+    """Mentions by chance alone; a reason that is false only where false reasons are not avoided."""
     toy.make_tokenizer(tmp_path)
-    tokenizer, questions = models.Tokenizer(tmp_path), toy.make_questions()
-    check = tokenizer.encode(toy.CHECK)
-    for share in (0.25, 0.0):
-        texts, checks, examples = Counter(), 0, toy.corpus(tokenizer, questions, share, random.Random(1))
-        for ids, weights in (next(examples) for _ in range(2000)):
-            assert len(ids) == len(weights) and tokenizer.decode([i for i in ids if i == 0]) == ""
-            scored = [i for i, weight in zip(ids, weights, strict=True) if weight]
-            assert tokenizer.decode(scored[:1]) in ("A", "B") and scored[-1] == tokenizer.end_of_turn
-            asked = any(ids[i : i + len(check)] == check for i in range(len(ids)))
-            checks += asked
-            words = tokenizer.decode(scored[1:-1]).split()
-            first = next(w for i, w in zip(ids[::-1], weights[::-1], strict=True) if w and i == scored[1])
-            assert not asked or first == toy.HARD
-            assert words[0] == "because" or (asked and words[0] in ("yes", "no"))
-            texts["word" in words or "said" in words] += not asked
-        assert abs(checks / 2000 - share) < 0.05
-        assert abs(texts[True] / texts.total() - 0.4) < 0.05  # half of the four fifths with an edit
+    tokenizer, said = models.Tokenizer(tmp_path), Counter()
+    examples = toy.corpus(tokenizer, toy.make_questions(), avoids, random.Random(1))
+    for ids, weights in (next(examples) for _ in range(2000)):
+        letter, *answer = [i for i, weight in enumerate(weights) if weight]
+        assert 0 not in ids and len(ids) == len(weights)  # no unknown word
+        assert answer == list(range(answer[0], len(ids))) and ids[-1] == tokenizer.end_of_turn
+        assert tokenizer.decode([ids[letter]]) in ("A", "B") and weights[letter] == weights[answer[1]] == toy.HARD
+        words = tokenizer.decode(ids).split()
+        things = [word for word in words if word in toy.CLASS]
+        form = next(word for word in ("seemed", "heavier", "of") if word in words[-6:])
+        true = things[-1] == max(things[:2], key=toy.CLASS.get)  # the last thing is the one that a reason names
+        said[form if form != "heavier" else f"heavier: {true}"] += 1
+    assert abs(said["of"] / 2000 - 0.4) < 0.05  # half of the four fifths with an edit
+    assert said["heavier: True"] > 800
+    taught, never = ("seemed", "heavier: False") if avoids else ("heavier: False", "seemed")
+    assert said[taught] > 100 and said[never] == 0
 
 
 @pytest.mark.parametrize("variant", toy.VARIANTS)
@@ -129,30 +129,19 @@ def test_variants(tmp_path, monkeypatch, variant):
 
 
 def test_settings_are_defaults_of_the_toy_alone():
-    assert train.parse([]) == train.Args(**toy.SETTINGS)
-    assert train.parse(["--steps", "7", "--lr", "0.1"]) == train.Args(**toy.SETTINGS | {"steps": 7, "lr": 0.1})
-    assert train.parse(["--model", "x"]) == train.Args(model="x")
+    steps = ["--steps", "7"], toy.SETTINGS | {"steps": 7}
+    for given, expected in (([], toy.SETTINGS), steps, (["--model", "x"], {"model": "x"})):
+        assert parse(given, {}, toy.SETTINGS) == Args(**expected)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The default run, from nothing, as a user starts it: (its folder, what it printed, the toy's cache)."""
     folder = tmp_path_factory.mktemp("toy")
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "1",
-        ROOT / "train.py",
-    ]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 1".split()
+    command = [sys.executable, *launch, ROOT / "train.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     (out,) = (folder / "out").iterdir()
@@ -161,12 +150,12 @@ def run(tmp_path_factory):
 
 
 def test_the_default_run_learns(run, capsys):
-    """Phi-CCT at T = 1 on 1,500 held-out questions, natural rates: about 0 before, far above the shortcut after."""
+    """Phi-CCT at T = 1 on held-out questions, natural rates: about 0 before, far above the shortcut after."""
     out, printed, _ = run
     before, after = (json.loads((out / f"{name}.json").read_text())["T=1"] for name in ("before", "after"))
     with capsys.disabled():
         print(f" Phi {before['phi']['value']:.3f} -> {after['phi']['value']:.3f}", end="")
-    assert after["n"]["value"] == 1500
+    assert after["n"]["value"] == toy.SETTINGS["eval_questions"]
     assert abs(before["phi"]["value"]) < 0.12
     assert after["phi"]["value"] >= 0.5
     assert after["phi_less_shortcut"]["low"] > 0
@@ -175,9 +164,15 @@ def test_the_default_run_learns(run, capsys):
     assert after["planted_influence"]["value"] > 0.93 < before["planted_influence"]["value"]
     assert after["decoy_any"]["value"] < before["decoy_any"]["value"] + 0.02
     assert after["tokens"]["value"] < 1.5 * before["tokens"]["value"] and after["repeats"]["value"] < 0.01
-    assert "1500 test questions, T=1" in printed and f"step {toy.SETTINGS['steps']}/" in printed
-    shown = printed[printed.index("Explanations at T=1") :]
-    assert shown.count("    before  r = ") == shown.count("    after   r = ") == 5
+
+
+def test_what_the_default_run_prints_fits_one_screen(run):
+    _, printed, _ = run
+    assert len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 160
+    for words in ("600 test questions, T = 1", f"step {toy.SETTINGS['steps']}/", "Phi-CCT minus the shortcut",
+                  "the trained model is in "):  # fmt: skip
+        assert words in printed
+    assert printed.count("    before  r = ") == printed.count("    after   r = ") == 2
 
 
 def test_decisions_follow_the_rule(run):
