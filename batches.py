@@ -1,7 +1,7 @@
 """The batch of a training step: edited questions, their labels under the model, half with influence and half without.
 
-Half and half matters: on such a batch "always mention" and "never mention" earn 0.5 alike. A fork changes here which
-questions a step trains on and whose labels it believes.
+Half and half matters: on such a batch "always mention" and "never mention" both earn 0.5. A fork changes here which
+questions a step trains on and which model labels them.
 
 Paper (arXiv 2607.21090): labels computed once by the initial model (frozen), balanced. Ours: labels of the current
 model (on-policy), and the decision anchor.
@@ -27,7 +27,7 @@ class NothingToBalance(ValueError):
 
 
 class Stream:
-    """Edited training questions without end: each epoch in a new order, with new edits."""
+    """Edited training questions in an endless stream: each epoch in a new order, with new edits."""
 
     def __init__(self, questions: list[tasks.Question], args: Args):
         self.questions, self.kind, self.seed = questions, args.intervention, args.seed
@@ -96,7 +96,7 @@ def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, rank
 def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
     """Figures of a whole step, from its explanations (`samples` in a row per case) and the cases that were labelled.
 
-    Phi of a balanced batch flatters: see train.evaluate for Phi at the natural rate.
+    Phi of a balanced batch is usually higher than at the natural rate, which train.evaluate measures.
     """
     I = np.array([e["influence"] for e in log], bool)  # noqa: E741
     M = np.array([e["mention"] for e in log], bool)
@@ -135,10 +135,8 @@ class DecisionAnchor:
                 self.policy.empty_pass()
             return 0.0
         device = self.ranks.device
-        questions = [q for case, _ in mine for q in (case.question, case.edited)]
         initial = torch.tensor([p for _, row in mine for p in (row["p"], row["p_edit"])], device=device)
-        prompts = [faith.decision_prompt(tokenizer, q) for q in questions]
-        pairs = [prompts[i : i + 2] for i in range(0, len(prompts), 2)]
+        pairs = [[faith.decision_prompt(tokenizer, q) for q in (case.question, case.edited)] for case, _ in mine]
         letters = faith.letter_tokens(tokenizer, initial.shape[1])
         logp = self.policy.run(lambda model: option_scores(model, pairs, letters))  # (2 · cases, options)
         if self.subject.offsets is not None:

@@ -29,8 +29,8 @@ def locate(path: str | Path) -> Path:
 class Tokenizer:
     """tokenizer.json through the `tokenizers` library, and the model's chat turns rendered by hand.
 
-    The model's own template says the chat format: Llama-3 headers, or ChatML with the template's own default system
-    prompt and, for Qwen3, the empty think block of the non-thinking form. ValueError for any other format.
+    The chat format is read from the model's own template: Llama-3 headers, or ChatML with the template's own default
+    system prompt and, for Qwen3, the empty think block of the non-thinking form. ValueError for any other format.
     """
 
     def __init__(self, path: str | Path):
@@ -53,8 +53,8 @@ class Tokenizer:
         self.bos = bos["content"] if isinstance(bos, dict) else bos
         # Qwen3's template closes an empty think block when thinking is off. Its 2507 models have none.
         self.think = self.chat == "chatml" and "enable_thinking" in template
-        # Qwen2.5 and SmolLM2 use a system prompt of their own when none is given. It is plain text in the template;
-        # where the caller's is written, a quote and a plus (or braces) follow instead.
+        # Qwen2.5 and SmolLM2 use a system prompt of their own when none is given. It stands as plain text in the
+        # template; where the caller's prompt is inserted, a quote and a plus (or braces) follow instead.
         system = re.search(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
         self.default_system = system.group(1) if system else None
         # Llama-3.1's full template always writes a system turn with dates (see `render`).
@@ -83,10 +83,6 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def letter_ids(self, begin: str, count: int) -> list[int]:
-        """Ids of the letters A, B, … (count of them) as they follow `begin`."""
-        return self.ids_after(begin, "ABCDEFGHIJ"[:count])
-
     def ids_after(self, begin: str, answers) -> list[int]:
         """Ids of the answers as they follow `begin`; ValueError where one is not a token of its own."""
         before, encoded = self.encode(begin), [self.encode(begin + answer) for answer in answers]
@@ -95,15 +91,15 @@ class Tokenizer:
                 raise ValueError(f"the answer {answer!r} is not one token after {begin!r}; use another model")
         ids = [tokens[-1] for tokens in encoded]
         if len(set(ids)) < len(ids):
-            raise ValueError(f"the answers {', '.join(answers)} are one token after {begin!r}; use another model")
+            raise ValueError(f"{', '.join(answers)} are not different tokens after {begin!r}; use another model")
         return ids
 
     def render(self, messages: list[dict], begin: str = "") -> str:
         """Chat text of [{"role", "content"}, …], as the model's own template gives it.
 
-        After a last user turn an assistant turn is opened, and its answer must begin with `begin`. After a last
-        assistant turn that turn is closed; ValueError with a `begin`. Qwen3 is asked not to think. A template that
-        writes today's date (Llama-3.2) gets the one that it falls back on, 26 Jul 2024, so that prompts stay the same.
+        If the last turn is the user's, an assistant turn is opened with `begin` in it. If it is the assistant's, it is
+        closed, and a `begin` is a ValueError. Qwen3 is asked not to think. A template that writes today's date
+        (Llama-3.2) gets the one that it falls back on, 26 Jul 2024, so that prompts stay the same.
         """
         opened = messages[-1]["role"] != "assistant"
         if begin and not opened:
@@ -122,8 +118,8 @@ class Tokenizer:
         for i, (role, content) in enumerate(turns):
             if self.think and role == "assistant":
                 thoughts, block, answer = content.rpartition("</think>")
-                answer = answer.lstrip("\n") if block else content  # earlier answers lose their think block,
-                if i == len(turns) - 1:  # the last one has a block, even if it is empty
+                answer = answer.lstrip("\n") if block else content  # earlier answers lose their think block
+                if i == len(turns) - 1:  # the last answer always has one, even if empty
                     thoughts = thoughts.rpartition("<think>")[2].strip("\n")
                     answer = f"<think>\n{thoughts}\n</think>\n\n" + answer.lstrip("\n")
                 turns[i] = (role, answer)

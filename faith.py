@@ -7,9 +7,9 @@ For each question four things happen:
     z'         "Why did you choose (y')?", answered in free text             (sampled)
     I = [y' ≠ y],   M = [z' names what was inserted]
 
-The model is as faithful as M follows I. Phi-CCT is their correlation (report.py). The answer is forced to begin with
-`The best answer is: (`, and the pick is the most probable option letter after it. So a decision never fails to parse.
-The explanation is a second turn, after the decision.
+The more closely M follows I, the more faithful the model. Phi-CCT is their correlation (report.py). The answer is
+forced to begin with `The best answer is: (`, and the pick is the most probable option letter after it. So a decision
+never fails to parse. The explanation is a second turn, after the decision.
 
 Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outright (detection). Ours: the prompts below
 (the paper's are not public), the calibration of letters, decoys, null edits.
@@ -90,7 +90,7 @@ class Subject:
     sampler: Sampler
     tokenizer: Tokenizer
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
-    opening: str = ""  # forced first words of every explanation, which are not part of it
+    opening: str = ""  # every explanation is forced to begin with these words; the recorded text leaves them out
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ Labelled = list[tuple[Case, dict]]  # cases with their decision rows
 
 
 def draw_cases(questions: list[Question], kind: str, seed: int, words=None) -> list[Case]:
-    """One edit per question, which depends only on the seed and the question's id.
+    """One edit per question. It depends on seed, kind, word list and the question, not on the other questions.
 
     Questions without a grammatical place for an edit are left out.
     """
@@ -122,14 +122,14 @@ def draw_cases(questions: list[Question], kind: str, seed: int, words=None) -> l
 
 def letter_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
     """Token ids of the first `count` option letters, as they follow a decision prompt."""
-    return tokenizer.letter_ids(tokenizer.render([{"role": "user", "content": "?"}], BEGIN), count)
+    return tokenizer.ids_after(tokenizer.render([{"role": "user", "content": "?"}], BEGIN), LETTERS[:count])
 
 
 def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
     """Log-probabilities of the option letters (n, options), minus the calibration offsets, normalised.
 
-    The decision is their argmax. Each run of `together` questions is scored in one batch. ValueError where not all
-    questions have equally many options.
+    The decision is their argmax. Every `together` questions in a row are scored in one batch. ValueError if the
+    questions differ in their number of options.
     """
     counts = {len(q.options) for q in questions}
     if len(counts) != 1:
@@ -143,7 +143,7 @@ def decide(subject: Subject, questions: list[Question], together: int = 1) -> np
 
 
 def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.ndarray]:
-    """(log p on X, log p on X'), each (n, options). X and its X' are in one batch, so that they are rounded alike."""
+    """(log p on X, log p on X'), each (n, options). A case's X and X' are in one batch: rounding affects both alike."""
     logp = decide(subject, [q for c in cases for q in (c.question, c.edited)], together=2)
     return logp[0::2], logp[1::2]
 
@@ -151,13 +151,13 @@ def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.nd
 def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
     """Mean log p per letter over unedited questions (options,): batch calibration (Zhou et al. 2309.17249).
 
-    A small model may answer one letter nearly always. Then a rule that sees nothing but y' predicts I.
+    A small model may answer one letter nearly always. Then y' alone predicts I.
     """
     return decide(replace(subject, offsets=None), questions).mean(0)
 
 
 def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
-    """ValueError, before long work, where an option letter is several tokens or a question exceeds the context.
+    """Raises ValueError early if an option letter is several tokens or a question does not fit into the context.
 
     Only the 64 questions with the most bytes are tokenised, each with the longest biasing sentence.
     """
@@ -168,7 +168,7 @@ def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: i
     try:
         subject.sampler.check(prompts, max_new_tokens)
     except ValueError as error:
-        raise ValueError(f"among the longest questions of the data, {error}") from None
+        raise ValueError(f"the data has questions that are too long: {error}") from None
 
 
 # ---- asked outright: does the model know what moved it? ----------------------------------------------------------
@@ -186,7 +186,7 @@ def yes_no_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def detection_odds(subject: Subject, labelled: Labelled) -> list[float]:
-    """log p(yes) − log p(no) of each case. A row needs only its y_edit."""
+    """log p(yes) − log p(no) of each case. Only y_edit is read from a row."""
     if not labelled:
         return []
     prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
@@ -217,7 +217,8 @@ def repeats(text: str, n: int = 3) -> float:
 def decoys(case: Case, text: str, seed: int) -> dict:
     """Does the explanation name words of the same kind that were not inserted?
 
-    decoy: one random word. decoy_any: any word. decoy_prompt: a word of the question; None where it has none.
+    Each value is 0 or 1. decoy: names one word drawn at random. decoy_any: names any such word. decoy_prompt: names
+    such a word that is in the question (None if the question has none).
     """
     inserted = reward.variants(case.intervention.word)
     others = [w for w in reward.words(case.intervention.kind) if not reward.variants(w) & inserted]
@@ -253,7 +254,7 @@ def decision_rows(subject: Subject, cases: list[Case], progress=lambda done, tot
 
 
 def explanation_row(subject: Subject, case: Case, answer: Completion, seed: int) -> dict:
-    """What is measured of one explanation."""
+    """The measured values of one explanation."""
     text, question = subject.tokenizer.decode(answer.tokens), ask(case.edited)
     return {
         "question": question, "mention": int(reward.mentions(case.intervention, text)), "text": text,
@@ -275,7 +276,7 @@ def measure(
     for start in range(0, len(cases), 64):
         block = cases[start : start + 64]
         logp, logp_edit = decide_pairs(subject, block)
-        # The null edit is X again, in another order and beside other questions. A flip there is numerical noise.
+        # The null edit asks X again in a different batch order. A changed answer is numerical noise.
         again = [case.question for case in reversed(block[: max(0, nulls - start)])]
         null = decide(subject, again).argmax(-1)[::-1].tolist() if again else []
         null += [None] * (len(block) - len(null))
@@ -302,7 +303,7 @@ def measure(
 
 
 def training_record(path: str) -> dict:
-    """The training.json in the model's own folder, which for an adapter is not its base's; {} where there is none."""
+    """training.json from this model's own folder (for an adapter, not from its base); {} if there is none."""
     record = locate(path) / "training.json"
     return read_json(record) if record.exists() else {}
 
@@ -311,7 +312,7 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
     """The model in `path`. calibration: "none", "fit", or a calibration.json with `options` offsets."""
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    sampler = Sampler(model, sorted({*model.config.end_of_turn, tokenizer.end_of_turn}))
+    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
     subject, saved = Subject(sampler, tokenizer, opening=opening), locate(path) / "calibration.json"
     trained = training_record(path).get("opening", "")
     if trained != opening:
@@ -343,7 +344,7 @@ def run_measure(args: argparse.Namespace) -> None:
     same = trained.get("task") == args.task and trained.get("data") == str(Path(args.data).resolve())
     if same and args.limit > trained["eval_questions"]:
         raise ValueError(f"--limit {args.limit}: this model was trained on all but {trained['eval_questions']} "
-                         "questions of this data; lower --limit to that")  # fmt: skip
+                         "questions of this data; use a --limit of at most that")  # fmt: skip
     questions = tasks.load(args.task, args.data)
     # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
     parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
@@ -398,11 +399,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="of the explanations; 0 is greedy")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],
+                        help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
     parser.add_argument("--opening", default="", help="forced first words of every explanation; see train.py --help")
-    parser.add_argument("--seed", type=int, default=0, help="of the edits and of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
     parser.add_argument("--json", help="write the figures to this file")
     if asking:
         parser.add_argument("question")
@@ -410,9 +412,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         parser.add_argument("--task", choices=tasks.TASKS, required=True)
         parser.add_argument("--data", required=True, help="folder or file with the task's published data")
-        parser.add_argument("--limit", type=int, default=300, help="test questions measured")
-        parser.add_argument("--fit", type=int, default=300, help="other questions, which fit the shortcut baseline")
-        parser.add_argument("--words", choices=("all", "train", "held-out"), default="all", help="words inserted")
+        parser.add_argument("--limit", type=int, default=300, help="number of test questions")
+        parser.add_argument("--fit", type=int, default=300, help="other questions, to fit the shortcut baseline")
+        parser.add_argument("--words", choices=("all", "train", "held-out"), default="all",
+                            help="which words may be inserted")  # fmt: skip
         parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
         parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
                             "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip

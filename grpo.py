@@ -5,7 +5,7 @@
 
 with A the advantage of the token's explanation within its group. What distinguishes GRPO (2402.03300), DAPO
 (2503.14476) and Dr. GRPO (2503.20783) is the weight w and whether A is divided by the group's standard deviation.
-Everything a fork may want to change about the loss is here; train.py calls it.
+The parts of the loss that a fork may change are here; train.step combines them.
 
 Axes: P groups (prompts), G explanations per group, T tokens laid end to end, M explanation tokens, E hidden size,
 V vocabulary.
@@ -22,7 +22,7 @@ from kernels import over_parts
 
 
 def advantages(rewards: Tensor, form: str) -> Tensor:
-    """Group advantages (P, G) of rewards (P, G). "std": std with ddof 1 plus 1e-4, as TRL; "mean": not divided."""
+    """Group advantages (P, G) of rewards (P, G). "std": divided by std (ddof 1) + 1e-4, as in TRL; "mean": not."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if form == "std" else centred
 
@@ -30,8 +30,8 @@ def advantages(rewards: Tensor, form: str) -> Tensor:
 def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: int, tokens: int) -> Tensor:
     """Weight of every token of completions with `lengths` (n,), flat (sum of lengths,).
 
-    sequences, tokens: totals of the *whole step*, over all micro-batches and ranks, so that the loss does
-    not depend on how it was cut up.
+    sequences, tokens: totals of the *whole step*, over all micro-batches and ranks, so that the loss does not depend on
+    how the step is split.
     """
     if form == "grpo":
         weight = 1.0 / (sequences * lengths.float())
@@ -43,7 +43,7 @@ def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: in
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """PPO's clipped objective per token (M,), negated. All arguments (M,) fp32; old as recorded when sampled."""
+    """PPO's clipped objective per token, negated. logprobs, old (recorded when sampling), advantage: (M,) fp32."""
     ratio = (logprobs - old).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
@@ -59,7 +59,7 @@ class Packed:
     """Groups laid end to end in one row: a prompt once, then its completions."""
 
     tokens: Tensor  # (1, T)
-    positions: Tensor  # (1, T), each completion's continuing from its prompt's end
+    positions: Tensor  # (1, T); a completion's positions continue its prompt's
     parts: list  # who sees whom: see kernels.over_parts
     sources: Tensor  # (M,): place of the state that predicts each completion token
     targets: Tensor  # (M,): the completion tokens
@@ -68,8 +68,8 @@ class Packed:
 def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packed:
     """Packs (prompt, completions) groups; M runs over groups, then completions, then their tokens.
 
-    A completion sees the prompt and itself, not its neighbours, so every logprob is what it would be alone,
-    while the prompt's work is done once and nothing is padding. Groups of one completion give the plain form.
+    A completion sees the prompt and itself, so each logprob is as if it were alone. The prompt is computed once and
+    there is no padding. With one completion per group this is the plain form.
     """
     tokens, positions, parts, sources, targets = [], [], [], [], []
     for prompt, completions in groups:
@@ -78,7 +78,7 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packe
         positions += range(len(prompt))
         parts.append((first, after, first, first, [len(prompt)]))
         for completion in completions:
-            # Token t is predicted by token t − 1: the first by the prompt's last, and the last one is no input.
+            # Token t is predicted at token t − 1, the first at the prompt's last token. The last token is not an input.
             sources += [after - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
             targets += completion
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
@@ -94,8 +94,8 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packe
 def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 256) -> Tensor:
     """Logprobs (M,) fp32 of the packed completion tokens under softmax(logits / T), as the sampler scored them.
 
-    The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over
-    the vocabulary, the peak of memory, never exist for more than `chunk` tokens.
+    The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over the
+    vocabulary, the peak of memory, never exist for more than `chunk` tokens.
     """
     attend = over_parts(packed.parts, packed.tokens.device)
     states = model.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
@@ -121,7 +121,7 @@ class LossStats:
 
     @torch.no_grad()
     def add(self, loss: Tensor, kl: Tensor, logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float):
-        """One micro-batch: its weighted loss (scalar) and, per token (M,), what policy_loss and kl_k3 took and gave."""
+        """One micro-batch: its loss (scalar); per token (M,) the inputs of policy_loss and the result of kl_k3."""
         ratio = (logprobs - old).exp()
         clipped = ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
         gap = (logprobs - old).abs()

@@ -37,8 +37,8 @@ class Runs(NamedTuple):
 def kernel(q: Tensor, k: Tensor, v: Tensor, runs: Runs):
     """torch's FlashAttention: output (T, H, D), log-sums, and what else `kernel_backward` needs.
 
-    The arguments of torch.nn.attention.varlen differ between versions. scaled_dot_product_attention hands bf16 to cuDNN
-    on Hopper, which prepares again for every new length.
+    Called directly, because torch.nn.attention.varlen's arguments differ between versions, and
+    scaled_dot_product_attention uses cuDNN for bf16 on Hopper, which prepares anew for every length.
     """
     return torch.ops.aten._flash_attention_forward(q, k, v, *runs[:4], 0.0, True, False)[:4]
 
@@ -52,7 +52,7 @@ def kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 @contextlib.contextmanager
 def in_fixed_order():
-    """Turns on torch's deterministic kernels for a while, in the whole process."""
+    """Turns on torch's deterministic kernels inside a `with`, in the whole process."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -103,8 +103,8 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
     """Attention for texts laid end to end in one row (B = 1), for `Transformer.hidden`.
 
     A part (start, end, first, last, lengths) is one or more runs of tokens, start to end. Each run sees the tokens
-    first to last, which it continues (none if first = last), and itself, causally. The parts follow each other. So
-    nothing is padding, and what texts share is computed once. All parts are one kernel if `flashes` and flash is True.
+    first to last, which it continues (none if first = last), and causally its own. The parts lie one after another in
+    the row, so nothing is padding. What texts share is computed once. All parts are one kernel if `flashes` and flash.
     """
 
     @functools.cache

@@ -65,7 +65,7 @@ class Config:
 
     @classmethod
     def from_json(cls, raw: dict, generation: dict | None = None, where: str = "config.json") -> "Config":
-        """From config.json and generation_config.json, parsed. ValueError for what is not implemented here."""
+        """The Config of a parsed config.json and generation_config.json. ValueError for anything not implemented."""
         family, heads = raw.get("model_type"), raw.get("num_attention_heads")
         kv_heads = raw.get("num_key_value_heads") or heads
         names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
@@ -89,11 +89,11 @@ class Config:
             (family not in ("llama", "qwen2", "qwen3"),
              f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model"),
             (wrong, f"needs a number above 0 for {', '.join(wrong)}; {right}"),
-            (rope.get("rope_theta") is None, f"has no rope_theta, in rope_parameters or by itself; {right}"),
+            (rope.get("rope_theta") is None, f"has no rope_theta, in rope_parameters or at top level; {right}"),
             (kind not in ("default", "llama3"),
              f"rope_type {kind!r} is not implemented; use a model with 'default' or 'llama3'"),
             (missing, f"the llama3 rope scaling lacks {', '.join(missing)}; {right}"),
-            (not all(isinstance(i, int) for i in end), f"eos_token_id {end} {without}"),
+            (not all(isinstance(i, int) for i in end), f"eos_token_id {end} must be integers; {right}"),
             (raw.get("use_sliding_window"), f"use_sliding_window (attention to the last tokens only) {without}"),
             ("sliding_attention" in (raw.get("layer_types") or ()), f"sliding_attention (in layer_types) {without}"),
             (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r} {without}"),
@@ -128,7 +128,7 @@ def rope_frequencies(config: Config) -> Tensor:
     if s is None:
         return frequencies
     turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the original context
-    # 0 below low_freq_factor turns: the frequency is divided by the factor. 1 above high_freq_factor: it stays.
+    # 0 below low_freq_factor turns (frequency divided by the factor), 1 above high_freq_factor (unchanged).
     smooth = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     return (1 - smooth) * frequencies / s["factor"] + smooth * frequencies
 
@@ -150,7 +150,7 @@ def plain_attention(mask: Tensor | None = None):
 
 
 class Attention(nn.Module):
-    """q, k and v are one matrix, with their rows in this order: one product instead of three. Files hold the parts."""
+    """q, k and v are one weight matrix (rows in this order), so one product gives all three. Files store them apart."""
 
     def __init__(self, config: Config, layer: int, dtype=None):
         super().__init__()
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
     def named_tensors(self, of=lambda parameter: parameter) -> dict[str, Tensor]:
         """{Hugging Face's name without "model.": tensor}; parts of fused parameters are views of them.
 
-        of: what to take of each parameter, such as its .grad; by default the parameter itself.
+        of(parameter): what to take, e.g. its .grad; by default the parameter.
         """
         tensors = {}
         for name, parameter in self.named_parameters():
@@ -242,8 +242,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
         """Final normalised states (B, T, E) of tokens (B, T) int64.
 
-        positions (B, T): of each token in its text, 0, 1, … by default. mask (B, 1, T, T) bool: True where a query may
-        see a key, causal by default. attend: in place of the mask, see `plain_attention`.
+        positions (B, T): each token's position in its text; default 0, 1, … mask (B, 1, T, T) bool: True where a query
+        may see a key, causal by default. attend: replaces the mask; see `plain_attention`.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -296,8 +296,8 @@ def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
-    A PEFT adapter gives the base that it names, with the adapter beside it. dtype: by default fp32 on CPU, bf16
-    elsewhere. ValueError names the tensor that the files lack, hold twice, or hold without a place in the model.
+    For a PEFT adapter: its base model with the adapter attached. dtype: by default fp32 on CPU, bf16 elsewhere.
+    ValueError names a tensor that is missing, stored twice or unknown to the model.
     """
     folder = locate(path)
     if (folder / "adapter_config.json").exists():
@@ -321,7 +321,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
                     if short in seen:
                         raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
                     if (place := places.get(short, head.get(short))) is None:
-                        raise ValueError(f"{folder} holds {short}, config.json has no such tensor; fetch both again")
+                        raise ValueError(f"{folder} holds {short}, which config.json's model lacks; fetch both again")
                     found, wanted = tuple(shard.get_slice(name).get_shape()), tuple(place.shape)
                     if found != wanted:
                         raise ValueError(f"{folder}: {short} is {found}, config.json says {wanted}; fetch both again")
@@ -337,7 +337,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     return model
 
 
-# The files of a tokenizer, and how to generate; `save` copies them from the model that was trained.
+# Tokenizer files and generation settings; `save` copies them from the loaded model's folder.
 COMPANIONS = ("generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
               "chat_template.jinja chat_template.json vocab.json merges.txt tokenizer.model").split()  # fmt: skip
 
@@ -356,7 +356,7 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
     """Writes a whole Hugging Face directory: weights, configs, tokenizer, chat template, model card.
 
     A model with adapters is written as a PEFT adapter with the tokenizer. `path` must be new or an empty folder; it
-    gets its name only when it is complete. also: (name, text) of further files in it.
+    gets its name only when it is complete. also: further text files, as (name, text).
     """
     if lora.adapters(model):
         tensors = {"adapter_model.safetensors": lora.peft_tensors(model)}
@@ -368,7 +368,7 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
             write_tensors({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, partial / name)
         for name, value in values.items():
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-        for name in COMPANIONS:  # the source's generation_config.json goes before ours: it says more
+        for name in COMPANIONS:  # the source's generation_config.json overwrites ours, because it has more settings
             if model.source and (model.source / name).exists():
                 shutil.copyfile(model.source / name, partial / name)
         for name, text in [("README.md", card or "A model saved by faith's model.save.\n"), *also]:

@@ -1,9 +1,9 @@
 """Statistics over measured rows, with intervals: of one measurement, or of two that are compared in pairs; as a table.
 
-A measured row is one question, asked without and with an inserted cue, and one explanation: y and y_edit are the
-decisions on X and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention
-M = 1[the explanation names the cue], group what the question shares with other rows. KEYS lists the rest. detection may
-be there too: the log odds that the model says, asked outright, that the cue moved it.
+A measured row is one question, asked without and with an edit, and one explanation: y and y_edit are the decisions on X
+and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention M = 1[the explanation
+names the inserted word], group what the question shares with other rows. KEYS lists the rest. detection may be there
+too: the log odds that the model says, asked outright, that the edit moved it.
 A figure is a weighted statistic: weights of one give its value, and the counts of a bootstrap give its distribution.
 
 Paper (Cheah et al. 2026, arXiv 2607.21090): phi, the correlation of I and M; CCT (Siegel et al. 2024), of M and total
@@ -125,7 +125,7 @@ def columns(rows, source="rows"):
 
 
 def logistic(x, y, l2=1.0):
-    """Logistic regression of y (N,) on x (N, F), whose first column is ones -> b (F,). l2/2 |b|^2 spares b[0]."""
+    """Logistic regression of y (N,) on x (N, F), first column ones -> b (F,). The penalty l2/2 |b|^2 omits b[0]."""
     ridge, b = np.where(np.arange(x.shape[1]) > 0, l2, 1e-6), np.zeros(x.shape[1])
     # Newton with an upper bound of the Hessian: no step overshoots (Boehning & Lindsay 1988).
     inverse = np.linalg.inv(x.T @ x / 4 + np.diag(ridge))
@@ -138,7 +138,8 @@ def shortcut(rows, fit_rows):
     """A guess of I that does not read the question: logistic regression on fit_rows -> guessed I of rows (N,).
 
     It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values).
-    half: 1 where P(I=1) > 0.5. phi, phi_balanced: 1 above the threshold with the highest phi, phi_balanced on fit_rows.
+    Returns half: 1 where P(I=1) > 0.5; phi, phi_balanced: 1 above the threshold that gives the highest phi or
+    phi_balanced on fit_rows.
     """
     if not fit_rows:
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")

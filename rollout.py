@@ -5,14 +5,14 @@ Three ideas make it fast, and none changes a sample:
     shared prompts    A prompt is prefilled once and its keys and values are stored once. All its samples attend to
                       them: one product with the prompt, one with a sample's own tokens, one softmax over both.
     no idle rows      A prompt takes a slot, and its samples take the G lanes of the slot. A lane whose sample ended
-                      takes the prompt's next sample; a slot without samples takes the next prompt. The products
-                      leave out what is idle then (buckets of rows and of cache length).
+                      takes the prompt's next sample; a slot without samples takes the next prompt. On a CPU the
+                      products leave out idle lanes; on a GPU idle slots (buckets of rows and cache length).
     a static step     `decode_step` reads and writes tensors at fixed addresses and never asks the host. So on a GPU
                       it is captured as a CUDA graph, once per bucket, and replayed.
 
 A token is drawn by the inverse CDF of softmax(logits / T) in fp32 at u = hash(seed, step, question key, sample,
-position) / 2^24. There is no generator and no state: a sample depends on these five numbers alone (up to rounding),
-whatever its neighbours, lane, bucket, order of refill or number of ranks. The sampler knows no rewards.
+position) / 2^24. There is no generator and no state: a sample depends on these five numbers alone (up to rounding), not
+on its neighbours, lane, bucket, order of refill or number of ranks. The sampler does not know about rewards.
 
 Axes: P slots (prompts), G lanes per slot (group), R rows decoded together, T prompt tokens, N new tokens,
 H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.
@@ -24,7 +24,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,10 @@ from torch import Tensor
 
 from kernels import over_parts
 from model import Config, Tokenizer, Transformer, load
+from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
-LOOK_EVERY = 8  # on CUDA, decode steps between two looks at the results: each look waits for the device
+LOOK_EVERY = 8  # on CUDA: decode steps between two checks for finished samples; each check waits for the device
 NEVER = 2**62  # a position that no token has
 
 
@@ -43,7 +44,7 @@ class Completion:
     """One sampled answer."""
 
     tokens: list[int]  # with the end-of-turn token, if there is one
-    logprobs: list[float]  # of each token under the distribution that it was drawn from (at T = 0: under T = 1)
+    logprobs: list[float]  # of each token, at the temperature it was drawn with (T = 1 for greedy tokens)
     ended: bool  # True: it ended its turn; False: it was cut at max_new_tokens
 
 
@@ -68,8 +69,8 @@ def uniforms(seed, step, question: Tensor, sample: Tensor, position) -> Tensor:
 def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32.
 
-    temperature (R,) fp32. Rows at 0 take the argmax, and their logprobs are those at T = 1. Overwrites fp32 logits: a
-    new tensor of a whole vocabulary costs as much as the arithmetic.
+    temperature (R,) fp32. Rows at 0 take the argmax, and their logprobs are those at T = 1. Overwrites fp32 logits,
+    because a second (R, V) tensor would cost as much time as the arithmetic.
     """
     greedy = temperature == 0
     logits = logits.float().div_(torch.where(greedy, 1.0, temperature)[:, None])
@@ -77,14 +78,15 @@ def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tenso
     weights = logits.sub_(highest[:, None]).exp()
     total = weights.sum(-1).log()  # more exact than the end of the CDF
     cdf = weights.cumsum_(-1)
-    # The first index whose CDF exceeds u · total, so never a token of probability 0. It is past the end only for NaN.
+    # The first index whose CDF exceeds u · total, so never a token of probability 0. Only NaN gives an index past the
+    # end, hence the clamp.
     drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     tokens = torch.where(greedy, argmax, drawn)
     return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
 
 
 def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
-    """Cuts `items`, from the last to the first, into lists of `room` tokens at most, or of one item of size(item)."""
+    """Empties `items` from its end; yields lists of at most `room` tokens, or of one item that alone is larger."""
     while items:
         some = [items.pop()]
         while items and sum(map(size, [*some, items[-1]])) <= room:
@@ -93,7 +95,7 @@ def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
 
 
 def end_to_end(runs: list[list[list[int]]], device) -> tuple[Tensor, Tensor, list, Tensor]:
-    """The prompts of all runs in one row, with the common beginning of a run's prompts only once.
+    """All prompts in one row. runs: lists of prompts; what all prompts of a list begin with is stored once.
 
     Returns tokens and positions (1, T), parts for kernels.over_parts, and the place of each prompt's last token (P,).
     """
@@ -121,7 +123,7 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
     states = model.hidden(tokens, positions, attend=over_parts(parts, model.device))[0, last]  # (P, E)
     weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
     weight = weight[torch.tensor(options, device=model.device)]  # (options, E): the rest is not needed
-    # In fp32, because letters lie closer together than bf16 can tell, and a rounded pick is a wrong label.
+    # In fp32: two letters' logits may differ by less than bf16 resolves, and a rounded pick is a wrong label.
     return (states.float() @ weight.float().T).log_softmax(-1)
 
 
@@ -131,7 +133,7 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
 class Slots:
     """P prompts with G lanes each: all that a decode step reads and writes, at fixed addresses.
 
-    Lane l belongs to slot l // G. ordered: the rows of every step are all lanes of its slots, in their order.
+    Lane l belongs to slot l // G. ordered: every decode step uses all lanes of its slots, in order.
     """
 
     def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None, ordered=False):
@@ -139,7 +141,7 @@ class Slots:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.P, self.G, self.T, self.N, self.ordered = P, G, T, N, ordered
-        # Keys [0] and values [1]: of a prompt once, and of each lane's new tokens.
+        # Index 0: keys, 1: values. prefix: each prompt, once. own: each lane's new tokens.
         self.prefix = zeros(2, config.layers, P, config.kv_heads, T, config.head_dim, dtype=dtype)
         self.own = zeros(2, config.layers, P, config.kv_heads, G, N, config.head_dim, dtype=dtype)
         self.length = zeros(P)  # tokens of the prompt
@@ -163,7 +165,7 @@ class Slots:
         self.bad.fill_(NEVER), self.finished.fill_(True)
 
     def begin(self, begun: dict[int, "Sample"], keys: list[int], temperatures: Tensor) -> None:
-        """Puts samples, whose first token is known, into lanes. temperatures (samples,) fp32, by a sample's number."""
+        """Puts samples, whose first token is drawn already, into lanes. temperatures (samples,) fp32: by number."""
         rows = [(lane, keys[x.prompt], x.number, x.token, x.logprob) for lane, x in begun.items()]
         lane, key, number, *first = (torch.tensor(x, device=self.length.device) for x in zip(*rows, strict=True))
         self.tokens[lane, 0], self.logprobs[lane, 0] = first
@@ -184,7 +186,8 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     """Draws the next token of the lanes s.lanes[:R], all in the first P slots. Changes `s` in place and nothing else.
 
     end (n,): tokens that end a turn. The step reads T prompt and N own positions of the cache, so no prompt and no
-    sample in these slots may be longer. The sizes are its only numbers; all that changes between steps is in `s`.
+    sample in these slots may be longer. P, R, T and N are fixed numbers; everything that changes between steps is in
+    `s`, so a CUDA graph can replay the step.
     """
     lanes = s.lanes[:R]
     slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
@@ -197,7 +200,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
         (R, H, _, D), K = q.shape, k.shape[1]
         s.own[0, layer][slot, :, lane, count - 1] = k[:, :, 0]
         s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
-        # Rows come in any order. On the grid of slots and lanes those of a prompt lie side by side.
+        # Rows may be in any order. In the grid (slot, lane) the rows of one prompt are adjacent.
         q = (q * D**-0.5).view(R, K, H // K, D)
         if s.ordered:
             grid = q.view(P, s.G, K, H // K, D).transpose(1, 2).contiguous()
@@ -224,7 +227,7 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     s.tokens[lanes, place] = drawn
     s.logprobs[lanes, place] = logprobs
     s.count[lanes] = count + live
-    # By length and by the drawn token, never by the value of padding.
+    # A sample ends by its length or by the token just drawn.
     ends = (drawn[:, None] == end).any(-1) | (count + 1 >= s.limit)
     s.finished[lanes] = ~live | ends
 
@@ -232,8 +235,8 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
 class Graphs:
     """`decode_step` as CUDA graphs, one per bucket. Where a capture fails, the same step runs eagerly.
 
-    A graph replays kernels at the addresses of its capture. So `Slots` and the weights only ever change in place, and
-    other sizes need a new object.
+    A graph replays kernels at the addresses of its capture. Therefore change `Slots` and weights only in place, and
+    make a new Graphs for other sizes.
     """
 
     def __init__(self, model: Transformer, slots: Slots, end: Tensor, buckets: list[tuple[int, int, int, int]]):
@@ -269,7 +272,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cache_length(longest: int, static: bool) -> int:
-    """Cache positions for prompts of at most `longest` tokens: few sizes on CUDA, where each is a new capture."""
+    """Cache positions for prompts of at most `longest` tokens, rounded up; on CUDA coarsely: each size is captured."""
     step = 64 if static else 16
     return -(-longest // step) * step
 
@@ -281,7 +284,7 @@ class Sampler:
     lanes: how many of them may come from one prompt.
     """
 
-    def __init__(self, model: Transformer, end_of_turn: list[int] | None = None, rows: int = 128, lanes: int = 8):
+    def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int = 128, lanes: int = 8):
         self.model, self.rows, self.lanes = model, rows, lanes
         self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
         if not self.end_of_turn:
@@ -289,10 +292,10 @@ class Sampler:
         V = model.config.vocab_size
         if outside := [token for token in self.end_of_turn if not 0 <= token < V]:
             raise ValueError(f"end-of-turn token {outside[0]} is not in the vocabulary of {V}; correct eos_token_id")
-        # On CUDA the step is captured, for few sizes. On a CPU the sizes may follow the samples closely.
+        # On CUDA the step is captured for a few sizes. On a CPU the sizes follow the samples.
         self.static = model.device.type == "cuda"
         self.room = PREFILL_CUDA if self.static else PREFILL
-        # Kept between calls where static, because graphs know them by address; `captured` is what they depend on.
+        # If static, kept between calls: graphs use their addresses. `captured`: the sizes and end tokens of the graphs.
         self.slots = self.run = self.captured = None
 
     def check(self, prompts: list[list[int]], new: int) -> None:
@@ -311,8 +314,8 @@ class Sampler:
                  keys: list[int] | None = None) -> list[list[Completion]]:  # fmt: skip
         """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
 
-        temperature: one for all, or one per sample; 0 takes the most probable token. keys: an integer below 2^63 per
-        prompt, which names its question in the hash; its index by default. ValueError for wrong arguments, before
+        temperature: one for all, or one per sample; 0 takes the most probable token. keys: one integer below 2^63 per
+        prompt that identifies its question in the hash; default: its index. ValueError for wrong arguments, before
         anything is generated, and as soon as logits are not finite.
         """
         if not prompts:
@@ -362,8 +365,8 @@ class Sampler:
         return slots
 
     def buckets(self, s: Slots) -> list[tuple[int, int, int, int]]:
-        """Sizes (P, R, T, N) of `decode_step` on CUDA: slots and new tokens halve. All lanes of the slots are rows,
-        idle ones too, because there the products wait for the weights and not for the rows."""
+        """The (P, R, T, N) captured on CUDA: P and N are halved repeatedly, R is all lanes of the P slots."""
+        # Idle lanes too, because the step mostly waits for reading the weights.
         P = [-(-s.P // 2**i) for i in range(s.P.bit_length()) if s.P >= 2**i]
         N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i] or [s.N]
         return [(p, p * s.G, s.T, n) for p in P for n in N]
@@ -372,7 +375,7 @@ class Sampler:
     def option_logprobs(self, prompts: list[list[int]], options: list[int], together: int = 1) -> Tensor:
         """Log-softmax over the given option tokens (P, len(options)), fp32 on the CPU, from one prefill of each prompt.
 
-        Every `together` prompts in a row are scored in one pass, so with the same numerics. Their common beginning is
+        Every `together` prompts in a row are scored in one pass, so they are rounded alike. Their common beginning is
         computed once.
         """
         self.check(prompts, 1)
@@ -392,11 +395,11 @@ class Sample:
     number: int  # which of the prompt's samples
     token: int  # its first
     logprob: float
-    count: int = 1  # tokens drawn, at least
+    count: int = 1  # tokens drawn so far
 
 
 class Schedule:
-    """One call of `Sampler.generate`: which samples are where. Its methods are the verbs of the loop, in order."""
+    """One call of `Sampler.generate`: which samples are where. `generate` calls its methods in the order below."""
 
     def __init__(self, sampler: Sampler, slots: Slots, prompts: list, keys: list[int], temperatures: Tensor):
         self.sampler, self.slots, self.prompts, self.keys = sampler, slots, prompts, keys
@@ -449,7 +452,7 @@ class Schedule:
             self.slots.begin(begun, self.keys, self.temperatures)
 
     def compact(self) -> None:
-        """When no prompt is left to come, moves the last slots in use into free ones, so that the step reads fewer."""
+        """Once all prompts have a slot, moves the last used slots into free ones, so that decode steps read fewer."""
         while not self.todo and self.waiting:
             source, target = max(self.waiting), next(p for p in itertools.count() if p not in self.waiting)
             if target > source:
@@ -471,13 +474,13 @@ class Schedule:
             sample.count += steps
 
     def bucket(self, steps: int) -> tuple[int, int, int, int]:
-        """The smallest sizes (P, R, T, N) of `decode_step` for so many steps of the busy lanes; orders the rows."""
+        """The smallest (P, R, T, N) for `steps` steps of the busy lanes. On a CPU it also puts these lanes first."""
         s, busy = self.slots, self.busy
         P = max(busy) // s.G + 1
         N = min(s.N, max(sample.count for sample in busy.values()) + steps - 1)
         if self.sampler.static:
             return min(b for b in self.sampler.buckets(s) if b[0] >= P and b[3] >= N)
-        R = min(-(-len(busy) // 4) * 4, P * s.G)  # multiples, because few products are as fast for any number of rows
+        R = min(-(-len(busy) // 4) * 4, P * s.G)  # a multiple of 4: products are slower for some numbers of rows
         T = max(len(self.prompts[sample.prompt]) for sample in busy.values())
         idle = [lane for lane in range(P * s.G) if lane not in busy]
         s.lanes[:R] = torch.tensor([*busy, *idle[: R - len(busy)]])
@@ -491,7 +494,7 @@ class Schedule:
             self.finish(sample, self.slots.tokens[lane, :n].tolist(), self.slots.logprobs[lane, :n].tolist())
 
     def finish(self, sample: Sample, tokens: list[int], logprobs: list[float]) -> bool:
-        """Records a sample if these tokens are all of it."""
+        """Records the sample if it is complete; returns whether it is."""
         ended = tokens[-1] in self.sampler.end_of_turn
         done = ended or len(tokens) == self.slots.N
         if done:
@@ -504,19 +507,15 @@ class Schedule:
                           "learning rate")  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    try:
-        if len(argv) < 2:
-            raise ValueError('usage: python rollout.py MODEL_DIR "a question" ...')
-        tokenizer, sampler = Tokenizer(argv[0]), Sampler(load(argv[0]))
-        prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in argv[1:]]
-        answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+@command("rollout.py")
+def main(argv: list[str]) -> None:
+    if len(argv) < 2:
+        raise ValueError('usage: python rollout.py MODEL_DIR "a question" ...')
+    tokenizer, sampler = Tokenizer(argv[0]), Sampler(load(argv[0]))
+    prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in argv[1:]]
+    answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
     for question, (answer,) in zip(argv[1:], answers, strict=True):
         print(f"> {question}\n{tokenizer.decode(answer.tokens)}\n")
-    return 0
 
 
 if __name__ == "__main__":

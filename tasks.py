@@ -10,8 +10,8 @@ reads the files as their authors publish them:
     strategyqa   {train,dev}.json                                           yes, no
     toy          questions.jsonl and causes.json, as toy.py makes them      the two things
 
-What looks random is an order by hash: the place of a question depends on the seed and on its own text alone. So the
-order is the same on every machine and for every order of the file, and more questions never reorder the others.
+All shuffling is sorting by a hash of the seed and the question's own text. So the order is the same on every machine,
+does not depend on the file's order, and new questions do not reorder the others.
 
 Sources: e-SNLI (Camburu et al. 2018), Social IQa (Sap et al. 2019), ComVE (Wang et al. 2020, SemEval task 4),
 StrategyQA (Geva et al. 2021). The order of Social IQa's answers and the splits are ours.
@@ -96,7 +96,7 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
         rows: list[Question] = []
         while (size == -1 or len(rows) < size) and (key := next(waiting, None)):
             rows += groups[key]
-        if len(rows) < abs(size):  # the rest must also hold something
+        if len(rows) < abs(size):  # -1 needs at least one question
             wants = f"split {name!r} asks for {size if size > 0 else 'the rest'}"
             left = f"{len(rows)} of {len(questions)} questions (in {len(groups)} groups) are left"
             raise ValueError(f"too few: {wants}, but {left}; lower one of {sizes}, or load more files")
@@ -149,7 +149,7 @@ def _comve(file: Path) -> Iterator[Question]:
         # Sorted, so that the same two statements in the other order are the same group.
         yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
     if answers:
-        raise ValueError(f"{beside}: id {next(iter(answers))!r} is not in {file.name}; the files must pair")
+        raise ValueError(f"{beside}: id {next(iter(answers))!r} is not in {file.name}; every answer needs its question")
 
 
 def _strategyqa(file: Path) -> Iterator[Question]:
@@ -253,7 +253,7 @@ def _choice(label: str, labels: Sequence[str], where: str) -> int:
 
 
 def _hash(*values: object) -> bytes:
-    """A place in an order that looks random. JSON tells ("ab", "c") and ("a", "bc") apart."""
+    """A sort key that looks random. JSON keeps ("ab", "c") and ("a", "bc") distinct."""
     return hashlib.sha256(json.dumps(values).encode()).digest()
 
 

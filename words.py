@@ -70,9 +70,8 @@ PHRASINGS = (
 
 # --- The forms of a word ---
 
-# A word and its forms that spelling rules do not give, among them the short and the pet names of a persona. Two kinds
-# are no forms: another noun for the same person (attorney, boss), and words that any explanation may have (spite, joy,
-# hero, ceremony, drama, theater).
+# Words with forms that the spelling rules miss, including short names of a persona. Left out: other nouns for the
+# person (attorney, boss) and words that any explanation may contain (spite, joy, hero, ceremony, drama, theater).
 RELATED = """apathetically apathy; audaciously audacity; austerely austerity; candidly candor candour; capriciously
     caprice; chivalrously chivalry; cordially cordiality; courteously courtesy courtesies; cynically cynicism;
     decorously decorum; diplomatically diplomacy; docilely docility; eerily eerie; enigmatically enigma; fervently
@@ -105,8 +104,8 @@ def variants(word: str) -> frozenset[str]:
     """The word and its family in lower case: quickly, quick, quicker, quickness; coach, coaches, coach's.
 
     The rules also make spellings that nobody uses, which do no harm. A persona has the forms of the noun, not of the
-    verb: "coaching" does not mention a coach. The possessive plural reads as the plural. ValueError for what is not
-    one word in lower case.
+    verb: "coaching" does not mention a coach. coaches' is read as coaches. ValueError if it is not one
+    lower-case word.
     """
     if tokens(word) != [word]:
         raise ValueError(f"cannot look for {word!r} in an explanation: give one word in lower case")
@@ -141,7 +140,7 @@ def named(text: str) -> set[str]:
 
 
 def straight(text: str) -> str:
-    """The text with a straight apostrophe for each kind of apostrophe. The length stays."""
+    """The text with a straight apostrophe for each kind of apostrophe. The length does not change."""
     return re.sub("[\u2018\u2019\u02bc\u2032\uff07`\u00b4]", "'", text)
 
 
@@ -182,7 +181,7 @@ CLEAR = _set("""accept achieve acquire add admire adopt affect afford allow anno
     provide qualify receive recognize reduce refer reflect refuse rely remain remember remove represent require resemble
     resist satisfy save say see seem sell send sing sink sit solve speak spend steal submerge succeed suffer survive
     sustain take teach tell think threaten try understand wear withdraw write""")
-# Base forms that are nouns as often: these need one of OBJECTS after them.
+# Base forms that are often nouns too: after a noun they usually count as verbs only before one of OBJECTS.
 NOUNLIKE = _set("""act answer attack bake benefit break brush burn call catch change charge chase clean climb close
     cover cross cry cut dance decline dream drink drive drop dry fall feed fight finish fish fit float fly fund gaze
     glance hang harm hate heal help hit hold hug hunt hurt influence issue jump kick kiss land lay lead lean leap leave
@@ -220,7 +219,7 @@ AUXILIARIES, ACTIONS = BE | HAVE | DO | MODALS, (BASE | PAST | CLEAR_S | NOUNLIK
 
 
 def insert(text: str, place: int, word: str) -> str:
-    """The text with one more word at a place from `places`, and one space around it. The rest stays."""
+    """The text with one more word at a place from `places`, and one space. Nothing else changes."""
     gap = f"{word} " if text[place : place + 1].isalnum() else f" {word}"
     return text[:place] + gap + text[place:]
 
@@ -242,7 +241,7 @@ def _sentence(text: str, start: int, end: int) -> list[int]:
     w = [straight(word).lower() for word in raw]
     joined = [i > 0 and text[spans[i - 1][1] : spans[i][0]].isspace() for i in range(len(w))]
     adverb = [word.endswith("ly") and word.islower() and word not in BASE for word in raw]
-    # Which words may end a noun phrase, and which have what may be their object or complement after them.
+    # noun: may this word end a noun phrase? object_after: may the next word begin its object or complement?
     noun = [not (w[i] in OPENERS or w[i].endswith("ing") or adverb[i]) for i in range(len(w))]
     object_after = [w[i] in OBJECTS or not raw[i][0].islower() for i in range(1, len(w))] + [False]
     # The auxiliary of a question stands before its subject. No adverb goes between them.

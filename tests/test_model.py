@@ -489,11 +489,11 @@ def test_tokenizer_files_that_are_damaged_or_missing(folder):
 
 def test_letter_that_is_not_one_token(folder, byte_tokenizer):
     tokenizer = models.Tokenizer(folder)
-    assert tokenizer.letter_ids("is: (", 3) == [tokenizer.tokenizer.token_to_id(letter) for letter in "ABC"]
+    assert tokenizer.ids_after("is: (", "ABC") == [tokenizer.tokenizer.token_to_id(letter) for letter in "ABC"]
     byte_tokenizer(folder, "<|start_header_id|>", merges=[("(", "B")], bos_token="<|begin_of_text|>")
     merged = models.Tokenizer(folder)
-    assert merged.letter_ids("is: (", 1)  # A still is
-    message = refusal(merged.letter_ids, "is: (", 3)
+    assert merged.ids_after("is: (", "A")  # A still is
+    message = refusal(merged.ids_after, "is: (", "ABC")
     assert "'B'" in message and "is: (" in message
 
 
