@@ -22,43 +22,47 @@ class Args:
     """Everything a run depends on. Each field is a flag; all are saved with the run."""
 
     model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain")
-    task: str = option("toy", "what the questions are")
+    task: str = option("toy", "data set")
     data: str = option("", "folder or file with the task's published data; the toy has its own")
     intervention: str = option("adverb", "what is inserted into a question")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
-    objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, to say when asked "
-                            "outright whether the edit changed the answer", ("disclosure", "detection"))
-    labels: str = option("on-policy", "influence of the current or the initial model (paper)", ("on-policy", "frozen"))
+    objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, answer yes or no "
+                            "when asked whether the edit changed the answer", ("disclosure", "detection"))
+    labels: str = option("on-policy", "influence according to the current model (on-policy) or the initial one "
+                         "(frozen, as in the paper)", ("on-policy", "frozen"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
     calibration_questions: int = option(300, "with --calibrate: unedited training questions for these means", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence", least=2)
     samples: int = option(8, "explanations sampled per edited question: the group", least=2)
-    candidates: int = option(256, "edited questions labelled per step at most, to find a balanced batch", least=2)
-    frozen_questions: int = option(1000, "with --labels frozen and no --dataset: questions labelled first", least=2)
+    candidates: int = option(256, "label at most this many edited questions per step to balance its batch", least=2)
+    frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2)
     dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used")
-    max_new_tokens: int = option(48, "tokens of an explanation at most", least=1)
+    max_new_tokens: int = option(48, "maximum tokens of an explanation", least=1)
     temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", above=0)
     lr: float = option(1e-5, "AdamW's peak learning rate", above=0, on_resume=True)
     warmup: int = option(5, "steps of linear warm-up", least=0, on_resume=True)
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
-    beta2: float = option(0.98, "AdamW's second-moment decay; runs are short", least=0)
+    beta2: float = option(0.98, "AdamW's second-moment decay; 0.98 because runs are short", least=0)
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, on_resume=True)
     loss: str = option("dr_grpo", "a token's loss is divided by its explanation's length (grpo), all tokens of the "
                        "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))
-    advantage: str = option("std", "divide by the group's standard deviation, or not (mean: Dr. GRPO)", ("std", "mean"))
-    clip_low: float = option(0.2, "a ratio below 1 − this earns nothing more", least=0)
-    clip_high: float = option(0.2, "a ratio above 1 + this earns nothing more", least=0)
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference. Not for detection", least=0)
-    anchor: float = option(0.0, "weight of KL(initial ‖ current) of training decisions; 0: off (ours)", least=0)
+    advantage: str = option("std", "std: divide by the group's standard deviation; mean: do not (Dr. GRPO)",
+                            ("std", "mean"))
+    clip_low: float = option(0.2, "the probability ratio is clipped below 1 − this", least=0)
+    clip_high: float = option(0.2, "the probability ratio is clipped above 1 + this", least=0)
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference model. Ignored for "
+                       "detection", least=0)
+    anchor: float = option(0.0, "weight of KL(initial ‖ current) of decisions on training questions; 0: off (ours)",
+                           least=0)
     anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1)
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
     lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0)
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank", above=0)
     lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "with --lora: layers adapted")
-    parallel: str = option("auto", "several ranks: each holds all weights, masters and moments (replicate), or a shard "
-                           "of them and a copy to sample from (shard: FSDP2). auto: replicate if it fits",
+    parallel: str = option("auto", "with several ranks: replicate (each has all weights, masters and moments), shard "
+                           "(a part of them and a copy to sample from; FSDP2) or auto (replicate if it fits)",
                            ("auto", "replicate", "shard"), on_resume=True)
     recompute: bool = option(False, "activation checkpointing: less memory, a third more work", on_resume=True)
     updates: int = option(1, "optimizer updates per batch of explanations", least=1)
@@ -68,8 +72,10 @@ class Args:
     fit_questions: int = option(300, "training questions that fit the shortcut baseline", least=1)
     note: str = option("", "a line for the model card, such as the source of the weights", on_resume=True)
     save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: no", least=0, on_resume=True)
-    checkpoint_every: int = option(20, "steps between checkpoints; the last two stay; 0: none", least=0, on_resume=True)
-    resume: bool = option(False, "continue the run in --out, with its flags unless they are given anew", on_resume=True)
+    checkpoint_every: int = option(20, "steps between checkpoints; the last two are kept; 0: none, not even when "
+                                   "stopped", least=0, on_resume=True)
+    resume: bool = option(False, "continue the run in --out with its saved flags; a flag given again overrides, if it "
+                          "may change", on_resume=True)
     seed: int = option(0, "seed of everything that is drawn", least=0)
 # fmt: on
 

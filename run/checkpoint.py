@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from run import files
 
-# One process uses torch.distributed.checkpoint here on purpose.
+# Without shards one process writes alone, on purpose: hide torch's warning.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 STEPS = "step-*[0-9]"  # the folders of finished checkpoints
 
@@ -40,9 +40,9 @@ def first_cause(message):
 def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, keep: int = 2, ranks=None) -> None:
     """Writes the state after `steps` steps, then removes all but the newest `keep` checkpoints.
 
-    One process calls this. If tensors are in shards, all `ranks` call it; each writes its shards, and all see the
-    folder. position: what else a run needs to continue, as JSON. Raises ValueError if it cannot be written; earlier
-    checkpoints stay.
+    One process calls this. With shards all `ranks` call it, each writes its own, and the folder must be visible to all.
+    position: what else a run needs to continue, as JSON. Raises ValueError if it cannot be written; earlier checkpoints
+    stay.
     """
     target = folder / f"step-{steps:08d}"
     part = target.with_suffix(".part")
@@ -128,7 +128,7 @@ class RunState:
         self.advance(0)
 
     def advance(self, steps: int) -> None:
-        """`steps` steps are done. The position is noted now: at a stop the stream may be ahead of the weights."""
+        """`steps` steps are done. Notes the position now: at a stop the stream may already be ahead of the weights."""
         self.steps, self.position = steps, self.stream.position()
 
     def save(self) -> None:

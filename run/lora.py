@@ -2,9 +2,9 @@
 
     y = W x + (alpha / r) · B A x,   A (r, in) random, B (out, r) zero at first, both fp32
 
-An update changes a few per cent of the numbers or fewer, and the sampler and the trainer share the frozen weights.
-They are not merged, because adding the update to bf16 weights and subtracting it again would drift. The reference
-model of a KL is the same model `without` its adapters.
+At most a few per cent of the weights are trained, and the sampler and the trainer share the frozen weights. They are
+not merged, because adding the update to bf16 weights and subtracting it again would drift. The reference model of a KL
+is the same model `without` its adapters.
 
 q, k and v are one matrix here (model.py), and so are gate and up. In files each has its own A and B, as PEFT writes
 them. model.load and model.save read and write PEFT adapters with the functions below.
@@ -48,7 +48,7 @@ class LoRA(nn.Module):
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
-    """Freezes a Transformer and puts adapters beside the `targets` of each block, in place. They change nothing yet."""
+    """Freezes a Transformer and puts adapters beside `targets` in its blocks, in place. At first the output stays."""
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}")
     generator, network = torch.Generator().manual_seed(seed), network.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The policy: what training changes, wherever its weights are. A step sees four verbs: run, reference, backward, step.
+"""The policy: the trained weights, wherever they are. A step calls passes, run, reference, backward and step.
 
 whole     an fp32 model, as on a CPU: AdamW updates its own weights
 masters   a bf16 model, as on a GPU: AdamW updates fp32 copies, which are cast back after each update. On bf16
@@ -62,7 +62,7 @@ class Policy:
     def passes(self, count: int, size: int) -> Iterator[slice]:
         """Slices that cut `count` groups into passes of `size`.
 
-        In shards each pass is a collective: a rank with fewer groups runs empty passes, to make as many as the others.
+        With shards each pass is a collective, so a rank with fewer groups adds empty passes.
         """
         for start in range(0, max(self.ranks.gather([count])) if self.sharded else count, size):
             if self.sharded:
@@ -78,7 +78,7 @@ class Policy:
             shard.empty_pass(self.sharded, with_reference)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradient to the fp32 sum. The sum over ranks follows in `step`, or is FSDP's."""
+        """Adds the loss's gradient to the fp32 sum. Ranks are summed in `step`, or here by FSDP."""
         (loss * self.ranks.world if self.sharded else loss).backward()  # FSDP takes the mean over ranks
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is not master and weight.grad is not None:
@@ -119,7 +119,7 @@ class Policy:
         tensors = {}
         for name, master in zip(self.names, self.masters, strict=True):
             state = self.adam.state[master]
-            if not state:  # as AdamW begins
+            if not state:  # AdamW's initial state
                 state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master)}
                 state["exp_avg_sq"] = torch.zeros_like(master)
             tensors |= {f"{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}

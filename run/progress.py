@@ -30,7 +30,7 @@ class Progress:
         return (time.time() - self.started) / max(1, done) * remaining / 60
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Prints text for item `done` of `total`: in place on a terminal, else when the next part is done."""
+        """Prints text for item `done` of `total`: in place on a terminal, in a log only a few times."""
         if self.quiet or not total:
             return
         if sys.stdout.isatty():

@@ -17,7 +17,7 @@ from run.stop import Signals, Stopped
 
 
 class Ranks:
-    """This process among the run's. All ranks must call the collectives in the same order.
+    """This process as one of the run's processes. All ranks must call the collectives in the same order.
 
     Raises ValueError if there are more processes than GPUs.
     """

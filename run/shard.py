@@ -1,6 +1,6 @@
 """Shards (FSDP2): for a model whose fp32 masters and optimizer do not fit on one GPU.
 
-    masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard; gradients come summed
+    masters   fp32, each tensor in one shard per rank; AdamW updates a rank's shard; gradients arrive summed
     compute   a block's weights are gathered in bf16 when it runs, forward and backward, then dropped
     sampler   a whole, frozen bf16 copy per rank labels and samples; it is refreshed in place after every update
 
@@ -76,7 +76,10 @@ def run(model: models.Transformer | Sharded, work) -> Tensor:
 
 
 def empty_pass(model: Sharded, with_reference: bool) -> None:
-    """The collectives of one pass, without effect: for a rank with no work left. with_reference: a KL's pass too."""
+    """Joins the collectives of one pass without effect, for a rank with no work left.
+
+    with_reference: also those of the KL's reference.
+    """
 
     def nothing(model: models.Transformer) -> Tensor:
         return model(torch.zeros(1, 1, dtype=torch.int64, device=model.device)).sum() * 0

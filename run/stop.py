@@ -12,12 +12,12 @@ class Stopped(Exception):
 class Signals:
     """Turns SIGTERM and SIGINT into Stopped, but never between `hold` and `release`.
 
-    In between are the short moments in which weights, optimizer and logs belong to different steps. A signal that comes
-    then raises Stopped in `release`. During a long kernel Python notices a signal only after the kernel.
+    Between them weights, optimizer and logs may belong to different steps. A signal that comes then raises Stopped in
+    `release`. During a long kernel Python notices a signal only after the kernel.
 
-    saves: whether this rank saves the checkpoint. A rank that does not save only notes the signal: it would wait in
-    vain. together: all ranks save together (shards), so none may stop alone. Then a signal is noted, it interrupts only
-    `interruptible` work, and all ranks raise Stopped when they next meet (Ranks.meet).
+    saves: whether this rank saves the checkpoint. A rank that does not save only notes the signal: rank 0 may need it
+    to finish an update. together: all ranks save together (shards), so none may stop alone. Then a signal is noted, it
+    interrupts only `interruptible` work, and all ranks raise Stopped when they next meet (Ranks.meet).
     """
 
     def __init__(self, saves: bool, together: bool):
@@ -68,7 +68,7 @@ def saved_when_stopped(ranks, sharded: bool, save: Callable[[], None]):
             signals.hold()
             save()
         elif ranks.rank == 0 or not signals.number:  # otherwise a collective failed because rank 0 has stopped
-            raise  # unsaved: where the error came from, weights and step may not belong together
+            raise  # not saved: after this error weights and step may not match
         ranks.leave()
         raise SystemExit(128 + signals.number) from None
     finally:
