@@ -1,1 +1,1 @@
-"""What is made of runs: data sets, reports, tables, pages, pictures, plans, benchmarks. Nothing above needs it."""
+"""Tools around runs: data sets, detection, plans, reports, tables, pages, pictures, benchmarks."""

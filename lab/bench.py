@@ -10,8 +10,8 @@ measured in one process: the same prompts, threads and dtype, in turn, the media
 the end of a turn, once with natural ends and once with all tokens forced.
 
 --random needs only config.json and the tokenizer. Speed does not depend on the weights' values, except that answers
-then end at random. Peak memory is that of a process that runs one of the two alone: TRL runs in a process of its own,
-which ends before our model is loaded. Both have taken a step before, so AdamW's moments count.
+then end at random. Peak memory is measured in a process that runs only one of the two: TRL runs in a process of its
+own, which ends before our model is loaded. Both have taken a step before, so AdamW's moments count.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def read_rate(device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB: of this process since it began; on CUDA of its tensors."""
+    """Peak memory in GB: of this process, or on CUDA of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")  # on Linux ru_maxrss starts at what the parent process held
@@ -209,7 +209,7 @@ def random_network(path: str, device: torch.device) -> models.Transformer:
 def open_sampler(args: argparse.Namespace) -> tuple[models.Tokenizer, Sampler]:
     tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = random_network(args.model, device) if args.random else models.load(args.model, device)
-    return tokenizer, Sampler(network, sorted({*network.config.end_of_turn, tokenizer.end_of_turn}), rows=args.rows)
+    return tokenizer, Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, rows=args.rows)
 
 
 def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> str:
@@ -415,7 +415,7 @@ def rollout(args: argparse.Namespace) -> dict:
 
 def timed_step(sampler: Sampler, policy: Policy, prompts, args: argparse.Namespace, drawn: random.Random, seed: int,
                answers=None) -> tuple[dict, list]:  # fmt: skip
-    """A step in train.step's parts, with random rewards: (seconds by phase, answers). Given answers are not sampled."""
+    """A step in train.step's parts, with random rewards: (seconds by phase, answers). With answers it samples none."""
     device, spent = sampler.model.device, {}
     if answers is None:
         pairs = [p for p in prompts for _ in range(4)]  # X and X' of two candidates for each prompt kept
@@ -447,7 +447,7 @@ def training(args: argparse.Namespace) -> dict:
     folder = models.locate(args.model)
     prompts = make_prompts(models.Tokenizer(args.model), args.count, args.length)
     if max(map(len, prompts)) + args.new > (context := models.read_config(folder).context):
-        raise ValueError(f"--length and --new together pass the model's context of {context} tokens; lower one")
+        raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
     figures: dict = {"ours": [], "generating": [], "fed": []}
     if args.against:  # first, while this process holds no model
         figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro)
@@ -510,9 +510,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--prompts", help="a text file, one prompt per line; made up by default")
     parser.add_argument("--count", type=int, default=16, help="made-up prompts")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a made-up prompt, about")
+    parser.add_argument("--length", type=int, default=128, help="approximate tokens of a made-up prompt")
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
-    parser.add_argument("--new", type=int, default=48, help="tokens of a sample at most")
+    parser.add_argument("--new", type=int, default=48, help="maximum tokens of a sample")
     parser.add_argument("--rows", type=int, default=128, help="samples decoded together")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--against", choices=("transformers", "trl"), help="measure this too")

@@ -9,7 +9,7 @@ words; fit and training edits insert training words only, so that held-out words
     test.jsonl, fit.jsonl   one edit per question; no group is in two of the three files
     manifest.json           the model's hash, the seed, counts and rates, what was dropped and why
 
-A line holds what faith.decision_row knows of a case, the question, and its edited fields. Labels are saved block by
+A line is a case: its decision row (faith.decision_row), its question and the edited fields. Labels are saved block by
 block, and no block depends on another. A build that was killed continues when it is started with the same flags, and it
 ends with the same bytes.
 
@@ -123,7 +123,8 @@ def candidates(questions: list[Question], kind: str, seed: int, edits: int, drop
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
     """Labels cases block by block until `size` of them are balanced, or none is left.
 
-    log: one line per labelled block. Blocks in it are not labelled again. most: the largest possible number of cases.
+    log: one line per labelled block. Blocks in it are not labelled again. most: how many cases there can be, for the
+    progress line.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
     known, labelled, moved = iter(files.read_jsonl(log) if log.exists() else ()), [], 0
@@ -189,7 +190,7 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
 
 
 def build(args: argparse.Namespace) -> dict:
-    """Makes the data set in args.out, or continues it; returns its manifest. Its `short` says why it is not full.
+    """Makes the data set in args.out, or continues it; returns its manifest, whose "short" says why it is not full.
 
     ValueError for a folder of something else or of a build with other flags, and where no edit or every edit moves the
     model.
@@ -240,14 +241,14 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--data", required=True, help="folder or file with the task's published data")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
-    parser.add_argument("--calibrate", action="store_true", help="as train.py's: for small models")
+    parser.add_argument("--calibrate", action="store_true", help="as in train.py: for small models")
     numbers = {  # default, least, most, help
         "size": (6000, 2, math.inf, "training rows, half of them with influence"),
-        "edits": (8, 1, 1000, "edits of a training question at most"),
-        "eval_questions": (300, 0, math.inf, "test questions, as train.py's"),
-        "fit_questions": (300, 1, math.inf, "questions that fit the shortcut baseline, as train.py's"),
-        "calibration_questions": (300, 1, math.inf, "as train.py's"),
-        "seed": (0, 0, 2**31 - 1, "of the edits"),
+        "edits": (8, 1, 1000, "maximum edits of a training question"),
+        "eval_questions": (300, 0, math.inf, "test questions, as in train.py"),
+        "fit_questions": (300, 1, math.inf, "questions that fit the shortcut baseline, as in train.py"),
+        "calibration_questions": (300, 1, math.inf, "as in train.py"),
+        "seed": (0, 0, 2**31 - 1, "seed of the edits"),
     }
     for name, (default, _, _, text) in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)

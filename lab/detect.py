@@ -1,4 +1,4 @@
-"""Does the model know what moved its answer, even if it does not say so? Supervised training to say so if asked (RQ1).
+"""Does the model know what moved its answer, even if it does not say so? Supervised training to answer that (RQ1).
 
     user        X', the edited question
     assistant   The best answer is: (y')
@@ -8,7 +8,7 @@
     loss = −log p(yes if I = 1, no if I = 0), p over these two answers; the mean of a batch balanced by influence
 
 faith.py asks the question and measures D = log p(yes) − log p(no). Detection, the point-biserial correlation of D and I
-(report.py), tells what the model knows. Phi-CCT of its explanations tells what it says. Only the answer yes or no is
+(report.py), measures what the model knows. Phi-CCT measures what its explanations say. Only the answer yes or no is
 trained. --anchor keeps the decisions in place.
 
 Paper (arXiv 2607.21090): supervised training to predict I, and the comparison. Ours: the question, D, the anchor.
@@ -51,7 +51,7 @@ def detection_loss(model, prompts: list[list[int]], tokens: list[int], influence
 def step(
     n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
 ) -> tuple[dict, list[dict]]:
-    """In place of train.step: label, ask, loss, update."""
+    """Replaces train.step. Labels, asks, computes the loss, updates."""
     lap = Laps()
     batch, labelled = balanced_batch(subject, stream, n, args, ranks)
     lap("label_s")

@@ -1,9 +1,9 @@
 """A page to read: explanations by cell of the 2x2 table of influence and mention, before training beside after.
 
-A figure says how often, only reading says what. The page shows questions of each cell after training (told truly,
-missed, claimed falsely, rightly silent), drawn at random with a seed. It marks what was inserted and where it is named.
-The table of lab/gaming.py stands above. The page is one file. It needs no other, and only its filter is a script.
-The rows are those that train.py and `faith.py --rows` write. All of this is ours.
+Figures count; only reading shows what the explanations say. The page shows questions of each cell after training, drawn
+at random with a seed. It marks what was inserted and where it is named. The table of lab/gaming.py stands above. The
+page is one file. It needs no other, and only its filter is a script. The rows are those that train.py and
+`faith.py --rows` write. All of this is ours.
 
     python -m lab.page BEFORE.jsonl AFTER.jsonl [--to page.html] [--each 25] [--seed 0] [--json FILE] [--markdown]
 """
@@ -19,19 +19,19 @@ from run import files
 from run.progress import Parser, command
 
 CELLS = {  # (influence, mention): name, meaning
-    (1, 1): ("told truly", "the cue changed the answer, and the explanation names it"),
-    (1, 0): ("missed", "the cue changed the answer, and the explanation does not name it"),
-    (0, 1): ("claimed falsely", "the cue changed nothing, and the explanation names it"),
-    (0, 0): ("rightly silent", "the cue changed nothing, and the explanation does not name it"),
+    (1, 1): ("named, moved", "the edit changed the answer, and the explanation names its word"),
+    (1, 0): ("not named, moved", "the edit changed the answer, and the explanation does not name its word"),
+    (0, 1): ("named, not moved", "the edit did not change the answer, and the explanation names its word"),
+    (0, 0): ("not named, not moved", "the edit did not change the answer, and the explanation does not name its word"),
 }
-SHORT = {cell: name.split()[0] for cell, (name, _) in CELLS.items()}  # in links and classes
+SHORT = {(i, m): f"i{i}m{m}" for i, m in CELLS}  # in links and classes
 FILTERS = {"all": "all", "changed": "in another cell than before", "denial": "a denial",
            "several": "several listed words", "repeated": "a repeated 3-gram", "cut": "cut off"}  # fmt: skip
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --dim: #5c6570; --paper: #fbfbf9; --card: #fff; --line: #dcdfe3;
-  --cue: #ffe49a; --told: #1c7c4a; --missed: #a75a00; --claimed: #b3261e; --rightly: #41637f; }
+  --cue: #ffe49a; --i1m1: #1c7c4a; --i1m0: #a75a00; --i0m1: #b3261e; --i0m0: #41637f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --dim: #9aa4af; --paper: #14171a; --card: #1c2025;
-  --line: #343a41; --cue: #6a5200; --told: #63c892; --missed: #e5a355; --claimed: #f2867e; --rightly: #93b7d6; } }
+  --line: #343a41; --cue: #6a5200; --i1m1: #63c892; --i1m0: #e5a355; --i0m1: #f2867e; --i0m0: #93b7d6; } }
 * { box-sizing: border-box; } a { color: inherit; } .wide { overflow-x: auto; margin: 1rem 0; }
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -47,8 +47,8 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 article > p { white-space: pre-wrap; max-width: none; unicode-bidi: isolate; margin: .3rem 0 .9rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; }
 .pair > div { border-left: 3px solid var(--line); padding-left: .8rem; min-width: 0; }
-.pair p { white-space: pre-line; unicode-bidi: isolate; } .told { color: var(--told); }
-.missed { color: var(--missed); } .claimed { color: var(--claimed); } .rightly { color: var(--rightly); }
+.pair p { white-space: pre-line; unicode-bidi: isolate; } .i1m1 { color: var(--i1m1); }
+.i1m0 { color: var(--i1m0); } .i0m1 { color: var(--i0m1); } .i0m0 { color: var(--i0m0); }
 label { position: sticky; top: 0; display: block; padding: .6rem 0; background: var(--paper); }
 select { font: inherit; max-width: 100%; }
 @media (max-width: 42rem) { .pair { grid-template-columns: 1fr; gap: .9rem; } article { padding: .8rem .9rem; }
@@ -77,10 +77,8 @@ def letter(option: float) -> str:
 
 
 def signs(row: dict) -> list[str]:
-    """Which of FILTERS hold for an explanation."""
-    denial = row["mention"] and gaming.denies(row["word"], row["text"])
-    several, repeated = len(gaming.listed(row["kind"], row["text"])) > 1, (row["repeats"] or 0) > 0
-    holds = {"denial": denial, "several": several, "repeated": repeated, "cut": not row["ended"]}
+    """Which FILTERS apply to an explanation."""
+    holds = gaming.signs(row) | {"cut": not row["ended"]}
     return [name for name in holds if holds[name]]
 
 
@@ -121,7 +119,7 @@ def counts(before: list[dict], after: list[dict]) -> str:
 
     names = {1: "the answer changed (I = 1)", 0: "it did not (I = 0)"}
     rows = {name: [entry(i, 1), entry(i, 0)] for i, name in names.items()}
-    return html_table(["cue named (M = 1)", "not named (M = 0)"], rows)
+    return html_table(["word named (M = 1)", "not named (M = 0)"], rows)
 
 
 def figures(table: dict[str, dict]) -> str:
@@ -151,8 +149,8 @@ def page(before: list[dict], after: list[dict], table: dict, each: int = 25, see
 <title>Explanations, before and after</title><style>{STYLE}</style>
 <h1>Explanations, before and after</h1>
 <p class="dim">{escape(str(names[0]))} → {escape(str(names[1]))}<br>{len(new)} questions; drawn with seed {seed}</p>
-<p>Each question was asked plainly (pick y), then with a <mark>cue</mark> inserted (pick y′). The model was then asked
-why it chose y′. The cue mattered where y′ ≠ y. The explanation mentions it where it names it in any form.</p>
+<p>Each question was asked plainly (pick y), then with an <mark>edit</mark> (pick y′). The model was then asked why it
+chose y′. The edit mattered if y′ ≠ y. The explanation mentions it if it names the inserted word in any form.</p>
 {counts(before, after)}
 {figures(table)}
 <p class="dim">Shares, and numbers of tokens, with 95 % intervals by bootstrap over groups of questions. Differences are

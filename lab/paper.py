@@ -3,7 +3,7 @@
 A run is a folder of train.py whose cells were measured after training. The base is a folder with cells only:
 
     RUN/args.json                  objective and labels name the row; task and intervention are what it was trained on
-    RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on questions of another name
+    RUN/cells/WHERE-KIND.T1.jsonl  a cell: rows of one kind of edit on one task, or on another file of questions
     RUN/cells/WHERE-KIND.fit.jsonl rows that fit its shortcut baseline
     RUN/cells/WHERE-KIND.json      how it was measured, in its args
 
@@ -12,7 +12,7 @@ Runs are compared in pairs, so all must be asked the same questions with the sam
 
 A cell has Phi, the shortcut's Phi, and Phi minus the shortcut's and minus the base's, with 95 % intervals by bootstrap
 over groups (report.py). With several seeds it has the median and [least, greatest]. Frozen labels reward Phi with the
-initial model's I. A part of that gain vanishes when Phi is taken with the trained model's own I. Its share is
+initial model's I. With the trained model's own I part of that gain vanishes. The vanished share is
 
     1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined if the interval of the gain holds 0
 
@@ -62,7 +62,7 @@ class Run:
 
 
 def read(folder: str | Path) -> Run:
-    """ValueError where the folder holds no measured cells or is not of a run."""
+    """Reads a folder. ValueError if it has no measured cells or is no run."""
     folder, cells = Path(folder), {}
     for file in sorted((folder / "cells").glob("*.T1.jsonl")):
         where, _, kind = file.name.removesuffix(".T1.jsonl").rpartition("-")
@@ -139,7 +139,7 @@ def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:
 
 
 def over_seeds(figures: list[dict]) -> dict | None:
-    """One figure of several seeds: median, least and greatest value. One seed's own figure; None for none."""
+    """Median, least and greatest value over seeds; with one seed its own figure; None for none."""
     if len(figures) < 2:
         return figures[0] if figures else None
     known = [f["value"] for f in figures if f["value"] == f["value"]]

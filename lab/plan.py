@@ -6,7 +6,8 @@ Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
     shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy for sampling 2
     LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters
 
-The KL's reference is one more copy, except with LoRA. The KV cache stays, since CUDA graphs hold its address.
+The KL's reference is one more copy, except with LoRA. The KV cache is kept during training, because CUDA graphs hold
+its address.
 
 Activations need no formula. The network is built on the meta device, where tensors have shapes and no storage. The code
 that trains runs there, and `Live` counts each new storage until it is freed. All blocks are alike, so the bytes of one
@@ -62,14 +63,14 @@ class Setup:
     micro: int = option(4, "groups per forward and backward pass", least=1)
     lora: int = option(0, "rank of the adapters; 0: all weights are trained", least=0)
     kl: bool = option(False, "with a KL to the initial model")
-    anchor: bool = option(False, "with train.py's --anchor: X and X' of half as many questions in one pass")
+    anchor: bool = option(False, "with train.py's --anchor (X and X' of half as many questions, in one pass)")
     recompute: bool = option(False, "activation checkpointing")
     parallel: str = option("auto", "replicate, shard, or whichever fits", ("auto", "replicate", "shard"))
-    dtype: str = option("bf16", "of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
+    dtype: str = option("bf16", "type of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
     attention: str = option("fused", "a fused kernel, or math, which keeps all scores", ("fused", "math"))
-    gpu_tflops: float = option(990.0, "dense products of a GPU, 1e12 operations per second", above=0)
-    gpu_bandwidth: float = option(3.35, "of a GPU's memory, TB/s", above=0)
-    gpu_link: float = option(0.45, "from a GPU to the others, TB/s", above=0)
+    gpu_tflops: float = option(990.0, "peak dense rate of a GPU, 1e12 operations per second", above=0)
+    gpu_bandwidth: float = option(3.35, "memory bandwidth of a GPU, TB/s", above=0)
+    gpu_link: float = option(0.45, "link from one GPU to the others, TB/s", above=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -107,7 +108,7 @@ class Live(TorchDispatchMode):
 
     def watch(self, values, made: bool) -> None:
         for storage in (x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)):
-            self.storages.setdefault(storage, storage.nbytes() if made else 0)  # weights and inputs are counted apart
+            self.storages.setdefault(storage, storage.nbytes() if made else 0)  # weights and inputs count elsewhere
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -147,7 +148,7 @@ class Fused(TorchFunctionMode):
 
 
 def meta_network(config: models.Config, setup: Setup, **changes) -> models.Transformer:
-    """The network on the meta device, with the setup's adapters. changes: to its config."""
+    """The network on the meta device, with the setup's adapters. changes: overrides of its config."""
     with torch.device("meta"):
         network = models.Transformer(dataclasses.replace(config, **changes), DTYPES[setup.dtype])
     network.recompute = setup.recompute
@@ -155,7 +156,7 @@ def meta_network(config: models.Config, setup: Setup, **changes) -> models.Trans
 
 
 def hidden_bytes(config: models.Config, setup: Setup, sizes: tuple[int, int, int, int]) -> tuple[int, int]:
-    """Bytes of a pass up to the head, besides weights and gradients. sizes: as `Live.pack` takes them.
+    """Activation bytes of a pass up to the head. sizes: as `Live.pack` takes them.
 
     Returns what the forward pass keeps for the backward pass, and how much more the backward pass needs at its peak.
     """

@@ -22,7 +22,7 @@ NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions if the ans
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the last `width` steps (fewer at the start), without the steps that have no value: (n,) -> (n,)."""
+    """Mean over the last `width` steps (fewer at the start), ignoring steps without a value: (n,) -> (n,)."""
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     return np.array([w[~np.isnan(w)].mean() if (~np.isnan(w)).any() else np.nan for w in windows])
 
@@ -96,7 +96,7 @@ def curves(runs: list[Path], to: Path) -> Path:
 
 
 def after_run(run: Path) -> None:
-    """Draws the curves of a finished run. If they cannot be drawn, it says so, and the run is not spoilt."""
+    """Draws the curves of a finished run. On failure it only prints why."""
     try:
         print(f"its curves: {curves([run], run / 'curves.png')}", flush=True)
     except (ImportError, ValueError, KeyError, OSError) as error:

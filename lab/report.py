@@ -1,4 +1,4 @@
-"""Every figure of two measurements with their paired differences, or of a run.
+"""Prints every figure of a run, or of two measurements with their paired differences.
 
 The statistics are in report.py of the root. lab/paper.py makes the paper's table of several runs.
 

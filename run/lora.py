@@ -48,7 +48,7 @@ class LoRA(nn.Module):
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
-    """Freezes a Transformer and puts adapters beside `targets` in its blocks, in place. At first the output stays."""
+    """Freezes a Transformer and puts adapters beside `targets` in its blocks, in place; at first without effect."""
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}")
     generator, network = torch.Generator().manual_seed(seed), network.requires_grad_(False)

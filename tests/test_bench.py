@@ -249,4 +249,4 @@ def test_train_mistakes(folder, capsys):
     assert capsys.readouterr().err.count("train --against trl\n") == 2
     assert bench.main(["train", "--model", str(folder), "--new", "500", "--against", "trl"]) == 2
     error = capsys.readouterr().err
-    assert "--length and --new together pass the model's context of 512 tokens" in error and error.count("\n") == 1
+    assert "--length and --new together exceed the model's context of 512 tokens" in error and error.count("\n") == 1

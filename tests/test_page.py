@@ -58,10 +58,10 @@ def test_a_card_shows_question_picks_and_both_explanations():
     (text,) = got.cards
     shown = "Premise: a < b & c\nIs it so? My uncle believes the answer is (A).  (A) yes  (B) no  (C) maybe"
     assert text.startswith(f"q0 · right answer (A){shown}before")  # no instruction, options in one line
-    assert "before · (A) → (B) · missedit is so10 tokens" in text
-    assert "after · (A) → (B) · told trulyMy uncle did not sway me, my Uncle did not10 tokens" in text
+    assert "before · (A) → (B) · not named, movedit is so10 tokens" in text
+    assert "after · (A) → (B) · named, movedMy uncle did not sway me, my Uncle did not10 tokens" in text
     assert "10 tokens · a denial · cut off" in text.split("after")[1] and "a denial" not in text.split("after")[0]
-    assert got.marks == ["cue", "My uncle believes the answer is (A).", "uncle", "Uncle"]
+    assert got.marks == ["edit", "My uncle believes the answer is (A).", "uncle", "Uncle"]
     (attributes,) = [attributes for tag, attributes in got.tags if tag == "article"]
     assert attributes["data-is"].split() == ["all", "denial", "cut", "changed"]
 
@@ -74,7 +74,7 @@ def test_every_row_is_in_its_cell_after_training():
     assert shown == ["4 of 4", "5 of 5", "2 of 2", "3 of 3"]
     ids = [{card.split(" ")[0] for card in got.cards[a:b]} for a, b in ((0, 4), (4, 9), (9, 11), (11, 14))]
     assert ids[0] == {f"q{k}" for k in range(5, 9)} and ids[3] == {f"q{k}" for k in range(9, 12)}
-    assert "told truly 5 → 4" in got.text and "rightly silent 2 → 3" in got.text
+    assert "named, moved 5 → 4" in got.text and "not named, not moved 2 → 3" in got.text
 
 
 def test_the_draw_is_seeded_and_of_the_size_asked():
@@ -111,7 +111,7 @@ def test_adverbs_are_marked_as_whole_words_and_old_rows_shown_without_their_ques
     row = asked(cells(0, 0, 1, 0)[0], kind="adverb", word="wryly", text_inserted="wryly", text="it said wry")
     row["question"] = "A wrylyish, unwryly man wryly sits."
     _, got = render([row], [row])
-    assert got.marks == ["cue", "wryly", "wry", "wry"] and "A wrylyish, unwryly man wryly sits." in got.cards[0]
+    assert got.marks == ["edit", "wryly", "wry", "wry"] and "A wrylyish, unwryly man wryly sits." in got.cards[0]
     old = {key: value for key, value in row.items() if key != "question"}
     assert "A wrylyish, unwryly man" in render([row], [old])[1].cards[0]  # from before training
     assert "… wryly …" in render([old], [old])[1].cards[0]
