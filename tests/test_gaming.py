@@ -248,7 +248,7 @@ def test_drift_has_the_intervals_of_scipys_paired_bootstrap():
 
 
 def test_a_table_by_hand():
-    """Four explanations. After training three mention the cue, two deny it, one lists words and one repeats itself."""
+    """Four explanations. After training three mention the word, two deny it, one lists words and one repeats itself."""
     before = [row | {"word": "uncle", "text_inserted": "My uncle"} for row in cells(1, 1, 1, 1)]
     before = [row | {"text": "my uncle said so" if row["mention"] else "so it is"} for row in before]
     texts = ("my uncle did not influence me", "my aunt, not my uncle", "uncle", "the same so the same so")
