@@ -314,7 +314,7 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
     subject, saved = Subject(sampler, tokenizer, opening=opening), locate(path) / "calibration.json"
-    trained = training_record(path).get("opening", "")
+    trained = training_record(path).get("opening", opening)
     if trained != opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
     if calibration not in ("none", "fit"):
@@ -356,8 +356,8 @@ def run_measure(args: argparse.Namespace) -> None:
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
     sizes = args.temperature, args.max_new_tokens, args.seed
-    rows = measure(subject, test, *sizes, detection=args.detection, progress=Progress("measured"))
-    fit_rows = decision_rows(subject, fit, Progress("labelled for the shortcut baseline"))
+    rows = measure(subject, test, *sizes, detection=args.detection, progress=Progress("measured", file=sys.stderr))
+    fit_rows = decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
     offsets = None if subject.offsets is None else subject.offsets.tolist()
     if args.rows:
         for t in rows:

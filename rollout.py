@@ -358,8 +358,8 @@ class Sampler:
         slots = Slots(model.config, *sizes, device, model.dtype, ordered=self.static)
         end = torch.tensor(self.end_of_turn, device=device)
         if self.static:
-            self.slots, self.captured = slots, depends_on
             self.run = Graphs(model, slots, end, self.buckets(slots))
+            self.slots, self.captured = slots, depends_on
         else:
             self.run = lambda bucket: decode_step(model, slots, end, *bucket)
         return slots

@@ -7,7 +7,7 @@
     loss       −min(ρ A, clip(ρ) A) per explanation token, ρ = exp(logp − logp when sampled), + β KL
     update     AdamW on fp32 weights                                                            (run/policy.py)
 
-Only the explanation is trained, including its end-of-turn token. The decision belongs to the environment.
+Only the explanation is trained, including its end-of-turn token. The reward does not train the decision.
 
 Paper (arXiv 2607.21090): GRPO, the reward, frozen labels. Ours: on-policy labels (the default), the loss's
 normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hyperparameters.
@@ -41,7 +41,7 @@ from run import checkpoint, files, lora, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
 from run.policy import Policy, learning_rate, make_policy
-from run.progress import Laps, Progress
+from run.progress import Laps, Progress, say
 from run.ranks import Ranks
 from run.stop import saved_when_stopped
 
@@ -65,11 +65,11 @@ def step(
 
     groups = list(zip(prompts, answers, strict=True))
     totals = ranks.total(sum(map(len, answers)), sum(len(c.tokens) for group in answers for c in group))
-    if not args.kl:  # where all rewards of a group are equal, only the KL gives a gradient
+    if not args.kl:  # without the KL, a group with equal rewards has no gradient
         groups, rewards = ([part[i] for i in informative(rewards)] for part in (groups, rewards))
     lr, skipped = learning_rate(n, args), 0
     for update in range(args.updates):
-        # At the initial weights the anchor's gradient is rounding alone, and AdamW would make full steps of it.
+        # At the initial weights the anchor's gradient is only rounding noise, which AdamW would scale up to full steps.
         anchor_kl, stats = anchor.backward(n) if n + update else 0.0, LossStats()
         for part in policy.passes(len(groups), args.micro):
             packed, old, A, weights = micro_batch(groups[part], rewards[part], totals, args, ranks.device)
@@ -100,7 +100,7 @@ def step(
 
 
 def sample(subject: Subject, prompts: list[list[int]], keys: list[int], n: int, args: Args) -> list[list[Completion]]:
-    """G explanations per prompt. Sampling step 0 is the measurement's."""
+    """G explanations per prompt. Step 0 in the sampler's hash is the measurement's, so training step n uses n + 1."""
     if not prompts:
         return []
     sizes = args.samples, args.max_new_tokens, args.temperature
@@ -134,7 +134,7 @@ def micro_batch(groups: list, rewards: list[list[float]], totals: list[int], arg
 
 # ---- the loop --------------------------------------------------------------------------------------------------
 
-SKIPS = 5  # updates in a row that were not finite end a run
+SKIPS = 5  # this many steps in a row without a finite update end the run
 
 
 def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, state: RunState) -> str:
@@ -142,7 +142,7 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
 
     ValueError where it stopped before anything was learned; SystemExit where a signal stopped it.
     """
-    progress, problem, skips, first = Progress("training", ranks.rank, lines=8), "", 0, state.steps
+    progress, problem, skips = Progress("training", ranks.rank, lines=8, first=state.steps), "", 0
     with saved_when_stopped(ranks, bool(policy.sharded), state.stop) as signals:
         policy.before_update = signals.hold
         for n in range(state.steps, args.steps):
@@ -155,8 +155,8 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
             if ranks.rank == 0:
                 files.append_jsonl(Path(args.out) / "explanations.jsonl", log)
                 files.append_jsonl(Path(args.out) / "metrics.jsonl", [record | {"position": stream.drawn}])
-                left = progress.minutes_left(n + 1 - first, args.steps - n - 1)
-                progress.show(progress_line(record, args, left), n + 1, args.steps)
+                text = progress_line(record, len(log), args, progress.minutes_left(n + 1, args.steps))
+                progress.show(text, n + 1, args.steps, always=record["skipped"] > 0)
             if args.checkpoint_every and (n + 1) % args.checkpoint_every == 0:
                 state.save()
             if ranks.rank == 0 and args.save_every and (n + 1) % args.save_every == 0 and n + 1 < args.steps:
@@ -164,21 +164,21 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
             signals.release()
             skips = skips + 1 if record["skipped"] == args.updates else 0
             if skips == SKIPS:
-                problem = (f"the loss or its gradient was not finite {SKIPS} times in a row; try a lower --lr or "
-                           f"--clip-norm; the last good checkpoint is {checkpoint.newest(state.folder)}")  # fmt: skip
+                problem = f"the loss or its gradient was not finite {SKIPS} times in a row; lower --lr or --clip-norm"
                 break
-        if state.steps > skips:
+        if state.steps > skips:  # otherwise nothing was learned, and there is nothing to save
             signals.hold()
             state.save()
             signals.release()
-    if problem and state.steps == skips:  # nothing was learned
+    if skips == SKIPS and (saved := checkpoint.newest(state.folder)):
+        problem += f"; the last good checkpoint is {saved}"
+    if problem and state.steps == skips:
         raise ValueError(f"step {n + 1}: {problem}")
     return problem
 
 
-def progress_line(record: dict, args: Args, minutes_left: float) -> str:
-    seconds = sum(record[name] for name in ("label_s", "rollout_s", "update_s"))
-    tokens = record["tokens"] * record["prompts"] * args.samples / seconds
+def progress_line(record: dict, explanations: int, args: Args, minutes_left: float) -> str:
+    tokens = record["tokens"] * explanations / sum(record[name] for name in ("label_s", "rollout_s", "update_s"))
     return (
         f"step {record['step'] + 1}/{args.steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
         f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  I {record['influence_rate']:.2f}  "
@@ -190,7 +190,8 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}."""
     fit_rows = [row for _, row in label(subject, fit, ranks)]
     mine, nulls, detection = ranks.share(cases), -(-100 // ranks.world), args.objective == "detection"
-    progress = Progress(f"measured {name} training", ranks.rank)
+    unit = "questions" + " of this rank" * (ranks.world > 1)
+    progress = Progress(f"measured {name} training", ranks.rank, unit=unit)
     measured = ranks.together(
         lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, detection, progress)
     )
@@ -238,8 +239,8 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     if args.lora:
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute = args.recompute
-    end = set(network.config.end_of_turn) | {tokenizer.end_of_turn}
-    subject = Subject(Sampler(network, sorted(end)), tokenizer, opening=args.opening)
+    sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn})
+    subject = Subject(sampler, tokenizer, opening=args.opening)
     faith.check_prompts(subject, questions, args.max_new_tokens)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
@@ -272,18 +273,18 @@ def run(
         stream.frozen = label(subject, stream.next_cases(args.frozen_questions), ranks, progress)
     held = []
     if args.anchor:
-        progress = Progress("labelled for the anchor", ranks.rank, lines=1)
+        progress = Progress("labelled for the anchor", ranks.rank)
         held = label(subject, stream.next_cases(args.anchor_questions), ranks, progress)
     anchor = DecisionAnchor(subject, policy, held, args, ranks)
     state = RunState(out / "checkpoints", policy, stream, ranks, args.checkpoint_every)
-    if args.resume:  # until here the model is the initial one, so that all above is as it was
+    if args.resume:  # only now, because all above needs the initial model
         ranks.together(state.resume)
         if ranks.rank == 0:
             results.write_args(args, state.steps)
     problem = train(args, ranks, take_step, subject, policy, stream, anchor, state)
     if ranks.rank == 0:
         if problem:
-            print(f"stopped after step {state.steps}: {problem}", flush=True)
+            say(f"stopped after step {state.steps}: {problem}")
         results.save_model(args, policy.model, "model")  # before anything else can fail
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
@@ -306,11 +307,11 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
         print(f"\n{title}\n{report.overview(columns)}\n{examples(test, before.get(t, []), after[t])}", flush=True)
     card = "".join(f"\n{title}\n\n{report.overview(columns, markdown=True)}\n" for title, columns in tables)
     files.write_text(out / "model" / "README.md", results.model_card(args, card))
-    print(f"\nthe trained model is in {out / 'model'}; every figure: python -m lab.report {out}", flush=True)
+    print(f"\nthe trained model is in {out}/model; every figure: python -m lab.report {out}", flush=True)
 
 
 def examples(test: list[Case], before: list[dict], after: list[dict]) -> str:
-    """A test question that its edit moved and one that it did not, with the explanations before and after."""
+    """A test question whose edit changed the answer and one whose edit did not, explained before and after."""
     cases, old, lines = {case.question.id: case for case in test}, {row["id"]: row for row in before}, []
     for row in [next((row for row in after if row["influence"] == i), None) for i in (1, 0)]:
         if row is None:
@@ -326,7 +327,7 @@ def examples(test: list[Case], before: list[dict], after: list[dict]) -> str:
 
 
 def main() -> int:
-    # The only place that reaches into lab/, and only for what was asked for.
+    # The only place that imports lab/, and only what the flags ask for.
     args = parse(None, {"task": tasks.TASKS, "intervention": reward.KINDS}, toy.SETTINGS)
     saved, take_step, plan, read_dataset = False, step, None, None
     try:
@@ -335,7 +336,7 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # torchrun kills all when one exits; rank 0 must print first
         else:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+            say(f"train.py: {error}", sys.stderr)
         return 2
     try:
         if args.objective == "detection":
@@ -347,7 +348,7 @@ def main() -> int:
         prepare_defaults(args, ranks)
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
         policy = make_policy(subject.sampler.model, args, ranks, plan)
-        saved = not args.resume  # from here on an earlier run's state is ours
+        saved = not args.resume  # from here on the checkpoints in --out are this run's own
         run(args, ranks, policy, take_step, subject, test, fit, stream)
         if ranks.rank == 0:
             from lab import plot
@@ -357,7 +358,7 @@ def main() -> int:
         if ranks.rank == 0:
             last = saved and checkpoint.newest(Path(args.out) / "checkpoints")
             hint = f"; once that is fixed: torchrun train.py --resume --out {args.out}" if last else ""
-            print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
+            say(f"train.py: {error}{hint}", sys.stderr)
         return 2
     finally:
         ranks.close()

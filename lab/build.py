@@ -127,8 +127,8 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
     progress line.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
-    known, labelled, moved = iter(files.read_jsonl(log) if log.exists() else ()), [], 0
-    progress = Progress(log.stem, unit="edits", lines=10)
+    known, labelled, moved, done = iter(files.read_jsonl(log) if log.exists() else ()), [], 0, 0
+    progress = None
     while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
         rows = next(known, {}).get("rows")
         if new := rows is None:
@@ -137,12 +137,14 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
         edits = [(case.question.id, case.intervention.text) for case in block]
         if [(row["id"], row["text_inserted"]) for row in rows] != edits:
             raise ValueError(f"{log} holds other edits than are drawn now; remove {log.parent} and start anew")
+        if new and not progress:
+            progress = Progress(log.stem, unit="edits" if size == math.inf else "rows", lines=10,
+                                first=done, file=sys.stderr)  # fmt: skip
         labelled += zip(block, rows, strict=True)
         moved += sum(row["influence"] for row in rows)
+        done = len(labelled) if size == math.inf else min(size, 2 * min(moved, len(labelled) - moved))
         if new:
-            n, kept = len(labelled), 2 * min(moved, len(labelled) - moved)
-            goal = f", kept {min(kept, size)} of {size}" if size < math.inf else ""
-            progress(n, most, f", {moved / n:.1%} moved{goal}")
+            progress(done, min(most, size), f", {moved / len(labelled):.1%} of {len(labelled)} moved")
     return labelled
 
 

@@ -28,6 +28,8 @@ def of_run(run: Path) -> dict[str, dict]:
     for phase in ("before", "after"):
         if (file := run / f"{phase}.json").exists():
             for t, figures in files.read_json(file).items():
+                if not isinstance(figures, dict):
+                    raise ValueError(f"{file} holds no figures for {t}; measure again")
                 out.setdefault(t, {})[phase] = figures
     for t in out:
         if (file := run / f"difference.{t.replace('=', '')}.json").exists():
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     files.check_writable(args.json)
     if len(args.paths) == 1 and not args.fit:
         figures = tables = of_run(Path(args.paths[0]))
+    elif all(Path(path).is_dir() for path in args.paths):
+        raise ValueError("one run at a time; python -m lab.paper BASE RUN … compares runs")
     elif len(args.paths) == 2:
         figures = of_rows(*args.paths, args.fit)
         tables = {"": figures}

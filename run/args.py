@@ -121,7 +121,7 @@ def parse(argv: list[str] | None, choices: dict, toy_defaults: dict) -> Args:
     for field in dataclasses.fields(Args):
         kind = {"type": type(field.default), "choices": choices.get(field.name, field.metadata["choices"])}
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else kind
-        text = f"{field.metadata['help']} (default: {field.default})"
+        text = field.metadata["help"] + f" (default: {field.default})" * (field.default != "")
         parser.add_argument(flag(field), default=field.default, help=text, **kind)
     given = parser.parse_args(argv)
     if given.resume:

@@ -9,7 +9,6 @@ index: resume only your own runs. model.save writes what others should load, as 
 """
 
 import contextlib
-import functools
 import json
 import shutil
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from run import files
+from run.progress import say
 
 # Without shards one process writes alone, on purpose: hide torch's warning.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -93,7 +93,7 @@ def faults(path: Path) -> str:
     except OSError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is broken or missing"
+        return "manifest.json is broken, missing or of another version"
 
 
 def newest(folder: Path, report=lambda line: None) -> Path | None:
@@ -124,7 +124,7 @@ class RunState:
     def __init__(self, folder: Path, policy, stream, ranks, every: int):
         """every: steps between checkpoints; 0: none."""
         self.folder, self.policy, self.stream, self.ranks, self.every = folder, policy, stream, ranks, every
-        self.print = functools.partial(print, flush=True) if ranks.rank == 0 else lambda line: None
+        self.print = say if ranks.rank == 0 else lambda line: None
         self.advance(0)
 
     def advance(self, steps: int) -> None:
@@ -143,8 +143,8 @@ class RunState:
     def stop(self) -> None:
         """For run.stop: saves, and says how to continue."""
         self.save()
-        out = self.folder.parent
-        self.print(f"stopped after step {self.steps}; continue with: torchrun train.py --resume --out {out}")
+        again = f"continue with: torchrun train.py --resume --out {self.folder.parent}"
+        self.print(f"stopped after step {self.steps}; {again if self.every else '--checkpoint-every 0 saved nothing'}")
 
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, and cuts off what was logged after it.

@@ -14,31 +14,37 @@ import time
 class Progress:
     """progress(done, total) says how far a phase is: "measured before training: 640/1500 questions, 0.3 min left".
 
-    rank: only rank 0 prints. lines: how many lines of a log the phase takes at most.
+    rank: only rank 0 prints. lines: how many lines of a log the phase takes at most. first: items done by an earlier
+    process. file: where it prints, by default stdout.
     """
 
-    def __init__(self, phase: str, rank: int = 0, lines: int = 2, unit: str = "questions"):
-        self.phase, self.quiet, self.lines, self.unit = phase, rank != 0, lines, unit
-        self.started, self.printed = time.time(), 0
+    def __init__(self, phase: str, rank=0, lines=1, unit="questions", first=0, file=None):
+        self.phase, self.quiet, self.lines, self.unit, self.first = phase, rank != 0, lines, unit, first
+        self.started, self.printed, self.file = time.time(), 0, file or sys.stdout
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        left = self.minutes_left(done, total - done)
-        self.show(f"{self.phase}: {done}/{total} {self.unit}{note}, {left:.1f} min left", done, total)
+        self.show(f"{self.phase}: {done}/{total} {self.unit}{note}, {self.minutes_left(done, total):.1f} min left",
+                  done, total)  # fmt: skip
 
-    def minutes_left(self, done: int, remaining: int) -> float:
-        """Minutes for the `remaining` items, at the rate of the `done` ones."""
-        return (time.time() - self.started) / max(1, done) * remaining / 60
+    def minutes_left(self, done: int, total: int) -> float:
+        return (time.time() - self.started) / max(1, done - self.first) * (total - done) / 60
 
-    def show(self, text: str, done: int, total: int) -> None:
-        """Prints text for item `done` of `total`: in place on a terminal, in a log only a few times."""
+    def show(self, text: str, done: int, total: int, always: bool = False) -> None:
+        """Prints text for item `done` of `total`: in place on a terminal; in a log a few times, or `always`."""
         if self.quiet or not total:
             return
-        if sys.stdout.isatty():
+        if self.file.isatty():
             text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be rewritten
-            print(f"\r\x1b[K{text}", end="\n" if done >= total else "", flush=True)
-        elif done * self.lines // total > self.printed:
+            print(f"\r\x1b[K{text}", end="\n" if done >= total else "", file=self.file, flush=True)
+        elif always or done * self.lines // total > self.printed:
             self.printed = done * self.lines // total
-            print(text, flush=True)
+            print(text, file=self.file, flush=True)
+
+
+def say(line: str, file=None) -> None:
+    """Prints a line; on a terminal it replaces a progress line that is under way."""
+    file = file or sys.stdout
+    print("\r\x1b[K" * file.isatty() + line, file=file, flush=True)
 
 
 class Laps:
@@ -59,7 +65,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message):
-        line = f"{self.prog}: {message}; see {self.prog} --help\n"
+        start = "python -m " * self.prog.startswith("lab.")
+        line = f"{self.prog}: {message}; see {start}{self.prog} --help\n"
         self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
 
 
@@ -72,7 +79,7 @@ def command(prog: str):
             try:
                 return main(argv) or 0
             except (ValueError, ImportError, OSError) as error:
-                print(f"{prog}: {error}", file=sys.stderr)
+                say(f"{prog}: {error}", sys.stderr)
                 return 2
 
         return run

@@ -21,10 +21,10 @@ def write_args(args: Args, steps: int = 0) -> None:
         # The run goes back to a checkpoint at `steps`: entries after it are undone, and the first of them ends here.
         undone = [entry for entry in known if entry["until"] >= steps][:1]
         kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in undone]
-        names = {"lr", "warmup", "decay", "clip_norm"} & was.keys()
+        names = ["clip_norm", "decay", "lr", "warmup"]
         if {args.decay, was.get("decay")} != {"constant"}:
-            names |= {"steps"}
-        changed = {name: was[name] for name in sorted(names) if was[name] != getattr(args, name)}
+            names.insert(3, "steps")
+        changed = {name: was[name] for name in names if name in was and was[name] != getattr(args, name)}
         if steps and changed and not undone:
             kept.append({"until": steps} | changed)
     files.write_json(file, dataclasses.asdict(args) | {"resume": False} | ({"history": kept} if kept else {}))

@@ -3,7 +3,7 @@
 #     bash runs/smollm2.sh MODEL_DIR ESNLI_DIR OUT_DIR
 # Two ranks of one thread each, or as LAUNCH says (LAUNCH=python: one GPU). Seen on two free CPU cores: 33 s a step, so some two hours, and about ten minutes for each
 # measurement. Explanations begin with "My" and are trained on their first 8 tokens, where the persona is named or not.
-# The recorded run took 37 steps at --lr 3e-5, at which the letters swayed, and went on with --resume --lr 1.2e-5 (docs/log.md).
+# The recorded run took 37 steps at --lr 3e-5, at which the letters swayed, and went on with --resume --lr 1.2e-5 (docs/log-2026-11.md).
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3")

@@ -1,4 +1,4 @@
-"""docs/results.md's and LOG.md's tables of the toy from what runs/toy.sh wrote:  python runs/toy_tables.py OUT_DIR
+"""Tables of the toy for docs/ from what runs/toy.sh wrote:  python runs/toy_tables.py OUT_DIR
 
 In the tables by seed an interval is the bootstrap's, over pairs of things (95 %); in the others it is the range over
 the seeds, beside their median.

@@ -191,14 +191,20 @@ def test_a_run_without_any_mention(folder, tmp_path):
 
 
 @pytest.mark.parametrize("when", [0, 1])
-@pytest.mark.parametrize("what", ["moves nothing", "moves all", "not finite"])
+@pytest.mark.parametrize("what", ["moves nothing", "moves all", "weights not finite", "loss not finite"])
 def test_a_run_that_cannot_go_on(folder, tmp_path, monkeypatch, what, when):
     """Before anything was learned it is an error; later the weights so far are good, and are kept."""
-    steps, step, influence, weigh, out = [], train.step, reward.influence, train.token_weights, tmp_path / "o"
+    steps, step, influence, out = [], train.step, reward.influence, tmp_path / "o"
+    weigh, loss = train.token_weights, train.policy_loss
     monkeypatch.setattr(train, "step", lambda *args: [step(*args), steps.append(1)][0])
     broken = lambda: len(steps) >= when  # noqa: E731
-    if what == "not finite":
+    if what == "weights not finite":
         monkeypatch.setattr(train, "token_weights", lambda *args: weigh(*args) * (math.inf if broken() else 1))
+    elif what == "loss not finite":  # its gradient is: it is the KL's
+        monkeypatch.setattr(
+            train, "policy_loss", lambda *args: loss(*args).detach() * math.nan if broken() else loss(*args)
+        )
+    if "not finite" in what:
         words, skipped = f"not finite {train.SKIPS} times in a row", train.SKIPS
     else:
         monkeypatch.setattr(reward, "influence", lambda *ys: what == "moves all" if broken() else influence(*ys))
