@@ -48,7 +48,7 @@ CLASS = {thing: level for level, things in enumerate(THINGS) for thing in things
 VERBS = ("stands beside", "lies near", "rests against", "hangs above", "stays behind", "falls toward", "sits on",
          "leans over", "rolls past", "waits under", "stops before", "lands by")  # fmt: skip
 DEEDS = ("carries", "moves", "drags", "pushes", "lifts", "leaves", "keeps", "draws", "paints", "sees", "hides", "sells")
-# Two forms of question: all training sees the first, the second is "out of distribution".
+# Two forms of question: the base is taught both, reinforcement learning sees the first alone.
 FORMS = {
     "questions": [(f"The {{}} {verb} the {{}}.", "Which one is heavier?") for verb in VERBS],
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
@@ -186,7 +186,8 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
         (matrices if name.startswith("layers") and parameter.dim() == 2 else others).append(parameter)
     rates = {torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"): LR,
              torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01): 3e-3}  # fmt: skip
-    examples = corpus(tokenizer, make_questions(), avoids, random.Random(0))
+    questions = [question for form in FORMS for question in make_questions(form)]
+    examples = corpus(tokenizer, questions, avoids, random.Random(0))
     for step in range(STEPS):
         rows = [next(examples) for _ in range(BATCH)]
         longest = max(len(ids) for ids, _ in rows)
