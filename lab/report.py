@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     files.check_writable(args.json)
     if len(args.paths) == 1 and not args.fit:
         figures = tables = of_run(Path(args.paths[0]))
-    elif all(Path(path).is_dir() for path in args.paths):
+    elif len(args.paths) > 1 and all(Path(path).is_dir() for path in args.paths):
         raise ValueError("one run at a time; python -m lab.paper BASE RUN … compares runs")
     elif len(args.paths) == 2:
         figures = of_rows(*args.paths, args.fit)

@@ -20,7 +20,7 @@ from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
-COMMIT = "38896818640a9671c6ff1259ac2cd0573f08b558"  # what runs/toy.sh was run with
+COMMIT = "2493e80ef4beb058e516084147f3e241f96082a8"  # what runs/toy.sh was run with
 
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
