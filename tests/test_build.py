@@ -226,7 +226,9 @@ def test_random_kills(folder, tmp_path):
 
 def refused(capsys, given, words):
     code, (_, error) = build.main(given), capsys.readouterr()
-    assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("lab.build: "), error
+    *progress, line, end = error.split("\n")
+    assert code == 2 and words in line and line.startswith("lab.build: ") and not end, error
+    assert all(text.startswith("labelling-") for text in progress), error
 
 
 @pytest.mark.parametrize(
