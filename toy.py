@@ -59,8 +59,8 @@ HARD = 4.0  # the loss's weight of what matters: the letter, the word after "bec
 # What can be named after --model: the shape, and whether the base avoids false reasons.
 VARIANTS = {"toy": ("llama", True), "toy-qwen3": ("qwen3", True), "toy-plain": ("llama", False)}
 # The defaults of train.py with the toy.
-SETTINGS = {"lr": 7e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32,
-            "warmup": 5, "max_new_tokens": 16, "micro": 32, "eval_questions": 600, "fit_questions": 300}  # fmt: skip
+SETTINGS = {"lr": 5e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32,
+            "warmup": 15, "max_new_tokens": 16, "micro": 32, "eval_questions": 600, "fit_questions": 300}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
