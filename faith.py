@@ -396,7 +396,8 @@ def run_ask(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     asking = argv[:1] == ["ask"]
-    parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0])
+    more = "" if asking else " `faith.py ask` walks one question through."
+    parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0] + more)
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],

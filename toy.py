@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import faith
 import model as models
 import reward
-from run.progress import Progress
+from run.progress import Parser, Progress, command
 from tasks import Question
 
 # Lightest first: the weight classes 0 to 7.
@@ -240,8 +240,14 @@ def prepare(variant: str = "toy") -> Path:
     return folder if folder.exists() else build(folder, variant)
 
 
-def main() -> None:
-    folder = build(Path(sys.argv[1])) if len(sys.argv) > 1 else prepare()
+@command("toy.py")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="toy.py", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="where to build both (default: the user's cache)")
+    folder = parser.parse_args(argv).folder
+    if folder and folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder")
+    folder = build(folder) if folder else prepare()
     print(folder)
     subject = faith.open_subject(str(folder / "model"), "none", "", 2)
     rng = random.Random(1)
@@ -257,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -201,3 +201,14 @@ def test_it_is_an_ordinary_model(run):
         assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == ids
         with torch.no_grad():
             assert (models.load(folder)(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-4
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """python toy.py FOLDER builds there and prints what the base does; it never builds over a folder."""
+    monkeypatch.setattr(toy, "STEPS", 2)
+    monkeypatch.setattr(toy, "BATCH", 2)
+    assert toy.main([str(tmp_path / "toy")]) == 0 and (tmp_path / "toy" / "model").is_dir()
+    assert capsys.readouterr().out.count("% of decisions by the rule") == 2
+    assert (
+        toy.main([str(tmp_path)]) == 2 and capsys.readouterr().err == f"toy.py: {tmp_path} exists; name a new folder\n"
+    )
