@@ -54,12 +54,12 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
-STEPS, BATCH, LR = 500, 96, 9e-3  # of the base's supervised training
+STEPS, BATCH, LR = 500, 96, 6e-3  # of the base's supervised training
 HARD = 4.0  # the loss's weight of what matters: the letter, the word after "because", the inserted word
 # What can be named after --model: the shape, and whether the base avoids false reasons.
 VARIANTS = {"toy": ("llama", True), "toy-qwen3": ("qwen3", True), "toy-plain": ("llama", False)}
 # The defaults of train.py with the toy.
-SETTINGS = {"lr": 5e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32,
+SETTINGS = {"lr": 4e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32,
             "warmup": 15, "max_new_tokens": 16, "micro": 32, "eval_questions": 600, "fit_questions": 300}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
