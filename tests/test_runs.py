@@ -20,7 +20,7 @@ from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
-COMMIT = "e44e1b82336d2f5d527a52fc22d469a4546597dc"  # what runs/toy.sh was run with
+COMMIT = "91a860ac1a53780b3859ada33e8ce417b21c9118"  # what runs/toy.sh was run with
 
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
