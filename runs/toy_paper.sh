@@ -2,7 +2,7 @@
 # The paper's experiment in the embedded world: base, RQ1, RQ2-frozen and RQ2-on-policy, trained on adverbs with three seeds.
 # All are measured on 1,500 held-out questions, on the other question form, and on bias phrases. Then the table is printed.
 #     bash runs/toy_paper.sh OUT_DIR
-# JOBS (2) runs work side by side with one thread each: about 20 minutes on two cores. Finished runs are skipped,
+# JOBS (2) runs work side by side with one thread each: 8 minutes on two cores. Finished runs are skipped,
 # interrupted ones continue. DRY=1 prints the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
