@@ -43,7 +43,7 @@ from chat import locate
 from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
 from run import files, lora
-from run.args import option
+from run.args import check_options, option
 from run.progress import Parser, command
 
 HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
@@ -73,15 +73,7 @@ class Setup:
     gpu_link: float = option(0.45, "link from one GPU to the others, TB/s", above=0)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, known = getattr(self, field.name), field.metadata
-            choices, least, above = known["choices"], known["least"], known["above"]
-            if choices and value not in choices:
-                raise ValueError(f"{flag(field)} must be one of {', '.join(choices)}, not {value!r}")
-            if least is not None and not value >= least:
-                raise ValueError(f"{flag(field)} must be at least {least}, not {value}")
-            if above is not None and not above < value < math.inf:  # NaN fails too
-                raise ValueError(f"{flag(field)} must be above {above}, not {value:g}")
+        check_options(self, flag)
         if self.parallel == "shard" and self.gpus == 1:
             raise ValueError("--parallel shard needs several GPUs, and there is one; raise --gpus or use replicate")
 

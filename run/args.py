@@ -84,14 +84,21 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
+def check_options(settings, flag=flag) -> None:
+    """Raises ValueError for a field of a dataclass of `option`s that is not among its choices or within its bounds."""
+    for field in dataclasses.fields(settings):
+        value, known = getattr(settings, field.name), field.metadata
+        if known["choices"] and value not in known["choices"]:
+            raise ValueError(f"{flag(field)} must be one of {', '.join(known['choices'])}, not {value!r}")
+        if known["least"] is not None and not value >= known["least"]:  # NaN fails too
+            raise ValueError(f"{flag(field)} must be at least {known['least']}, not {value}")
+        if known["above"] is not None and not known["above"] < value < math.inf:
+            raise ValueError(f"{flag(field)} must be above {known['above']}, not {value}")
+
+
 def check(args: Args) -> None:
     """Raises ValueError for a value that no run can have."""
-    for field in dataclasses.fields(Args):
-        value, least, above = getattr(args, field.name), field.metadata["least"], field.metadata["above"]
-        if least is not None and not value >= least:  # NaN fails too
-            raise ValueError(f"{flag(field)} must be at least {least}, not {value}")
-        if above is not None and not above < value < math.inf:
-            raise ValueError(f"{flag(field)} must be above {above}, not {value}")
+    check_options(args)
     if not args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":
