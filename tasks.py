@@ -19,15 +19,15 @@ StrategyQA (Geva et al. 2021). The order of Social IQa's answers and the splits 
     python tasks.py TASK PATH      counts questions, groups, and how often each option is the gold one
 """
 
-import csv
 import hashlib
-import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from run import files
 
 FILES = {
     "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
@@ -63,10 +63,10 @@ def load(task: str, path: str | Path) -> list[Question]:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     read, path, names = READERS[task], Path(path), " or ".join(FILES[task])
     try:
-        files = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
-        if not files:
+        found = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
+        if not found:
             raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
-        return [question for file in files for question in read(file)]
+        return [question for file in found for question in read(file)]
     except OSError as error:
         where = f"{error.filename}: cannot be read ({error.strerror})"
         raise ValueError(f"{where}; give the folder with {names}, or one file") from None
@@ -105,7 +105,7 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
 
 
 def _esnli(file: Path) -> Iterator[Question]:
-    for line, row in _table(file, ("gold_label", "Sentence1", "Sentence2")):
+    for line, row in files.csv_table(file, ("gold_label", "Sentence1", "Sentence2")):
         where = f"{file}, line {line}"
         parts = _texts(row, where, "Sentence1", "Sentence2")
         gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
@@ -113,14 +113,14 @@ def _esnli(file: Path) -> Iterator[Question]:
 
 
 def _social_iqa(file: Path) -> Iterator[Question]:
-    rows, beside = _lines(file), file.with_name(file.stem + "-labels.lst")
+    rows, beside = files.lines_of(file), file.with_name(file.stem + "-labels.lst")
     if not beside.is_file():
         raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
-    labels = _lines(beside)
+    labels = files.lines_of(beside)
     if len(rows) != len(labels):
         raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; correct one of them")
     for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
-        where, row = f"{file}, line {line}", _json(text, file, line)
+        where, row = f"{file}, line {line}", files.json_of(text, file, line)
         right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
         parts = _texts(row, where, "context", "question")
         answers = _texts(row, where, "answerA", "answerB", "answerC")
@@ -130,14 +130,14 @@ def _social_iqa(file: Path) -> Iterator[Question]:
 
 
 def _comve(file: Path) -> Iterator[Question]:
-    rows = _table(file, ("id", "sent0", "sent1"))
+    rows = files.csv_table(file, ("id", "sent0", "sent1"))
     # The authors give the answers of dev and of test the same name, so dev and test must be in two folders.
     names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
     beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
     if beside is None:
         raise ValueError(f"{file}: its answers are missing; put {' or '.join(names)} beside it")
     answers: dict[str, int] = {}
-    for line, cells in _cells(beside):
+    for line, cells in files.csv_rows(beside):
         if len(cells) != 2 or cells[0] in answers:
             raise ValueError(f"{beside}, line {line}: {','.join(cells)!r}; it must be a new id, then 0 or 1")
         answers[cells[0]] = _choice(cells[1], ("0", "1"), f"{beside}, line {line}")
@@ -153,7 +153,7 @@ def _comve(file: Path) -> Iterator[Question]:
 
 
 def _strategyqa(file: Path) -> Iterator[Question]:
-    rows = _json(_text(file), file, 1)
+    rows = files.json_of(files.text_of(file), file, 1)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
     for entry, row in enumerate(rows, start=1):
@@ -165,12 +165,12 @@ def _strategyqa(file: Path) -> Iterator[Question]:
 
 def _toy(file: Path) -> Iterator[Question]:
     beside = file.with_name("causes.json")
-    causes = _json(_text(beside), beside, 1)
+    causes = files.json_of(files.text_of(beside), beside, 1)
     if not isinstance(causes, list) or not all(isinstance(cause, list) for cause in causes):
         raise ValueError(f"{beside}: it must be a list of lists; make the files again with toy.py")
     causes = [frozenset(cause) for cause in causes]
-    for line, text in enumerate(_lines(file), start=1):
-        where, row = f"{file}, line {line}", _json(text, file, line)
+    for line, text in enumerate(files.lines_of(file), start=1):
+        where, row = f"{file}, line {line}", files.json_of(text, file, line)
         parts, options = (row.get(k) if isinstance(row, dict) else None for k in ("parts", "options"))
         if not all(isinstance(value, list) and value for value in (parts, options)):
             raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
@@ -181,59 +181,6 @@ def _toy(file: Path) -> Iterator[Question]:
 
 
 READERS = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa, "toy": _toy}
-
-
-def _text(file: Path) -> str:
-    """The text of the file without a byte-order mark."""
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{file}: the file is empty; download it again")
-    return text
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines, split at LF alone (CR may remain): splitlines also splits at U+2028, which JSON allows in a text."""
-    return _text(file).rstrip("\r\n").split("\n")
-
-
-def _cells(file: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF."""
-    reader, rows, line = csv.reader(io.StringIO(_text(file), newline=None), strict=True), [], 1
-    try:
-        for cells in reader:
-            if cells:
-                rows.append((line, cells))
-            line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
-    return rows
-
-
-def _table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows below the header by column name, each with its line."""
-    (_, header), *rows = _cells(file)
-    if missing := [name for name in columns if name not in header]:
-        raise ValueError(f"{file}, line 1: no column {' or '.join(missing)}; give the published file")
-    if not rows:
-        raise ValueError(f"{file}: no rows below the header; download it again")
-    for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; correct the row")
-    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
-
-
-def _json(text: str, file: Path, line: int) -> object:
-    """The value of a JSON text that begins at this line of the file."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line, why = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
-        raise ValueError(f"{file}, line {line}: not JSON ({why}); download the file again") from None
 
 
 def _texts(row: object, where: str, *names: str) -> tuple[str, ...]:
