@@ -4,26 +4,13 @@ Every prompt goes through `Tokenizer.render`, which gives what the model's own c
 `Tokenizer.encode`.
 """
 
-import os
 import re
 from pathlib import Path
 
 import tokenizers
 
-from run.files import read_json
-
-
-def locate(path: str | Path) -> Path:
-    """The directory of a model: `path` itself, or the snapshot of a hub id in the local hub cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-    repo = hub / f"models--{str(path).replace('/', '--')}"
-    ref = repo / "refs" / "main"
-    if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
-        return snapshot
-    raise ValueError(f"no model at {path}: no such directory, no such hub id in {hub}; hf download {path} fetches it")
+from run.hub import locate
+from run.reading import read_json
 
 
 class Tokenizer:

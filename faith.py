@@ -33,10 +33,11 @@ import torch
 import report
 import reward
 import tasks
-from model import Tokenizer, load, locate, read_json
+from model import Tokenizer, load
 from reward import Intervention
 from rollout import Completion, Sampler
-from run import files
+from run import files, reading
+from run.hub import locate
 from run.progress import Parser, Progress
 from tasks import Question
 
@@ -305,7 +306,7 @@ def measure(
 def training_record(path: str) -> dict:
     """training.json from this model's own folder (for an adapter, not from its base); {} if there is none."""
     record = locate(path) / "training.json"
-    return read_json(record) if record.exists() else {}
+    return reading.read_json(record) if record.exists() else {}
 
 
 def open_subject(path: str, calibration: str, opening: str, options: int) -> Subject:

@@ -30,9 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chat import Tokenizer, locate
+from chat import Tokenizer
 from run import lora
-from run.files import read_json, whole_folder
+from run.files import whole_folder
+from run.hub import locate
+from run.reading import read_json
 
 
 @dataclass(frozen=True)

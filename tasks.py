@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from run import files
+from run import reading
 
 FILES = {
     "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
@@ -62,14 +62,12 @@ def load(task: str, path: str | Path) -> list[Question]:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     read, path, names = READERS[task], Path(path), " or ".join(FILES[task])
-    try:
-        found = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
-        return [question for file in found for question in read(file)]
-    except OSError as error:
-        where = f"{error.filename}: cannot be read ({error.strerror})"
-        raise ValueError(f"{where}; give the folder with {names}, or one file") from None
+    if not path.exists():
+        raise ValueError(f"{path} is missing; give the folder with {names}, or one file")
+    found = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
+    return [question for file in found for question in read(file)]
 
 
 def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
@@ -105,7 +103,7 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
 
 
 def _esnli(file: Path) -> Iterator[Question]:
-    for line, row in files.csv_table(file, ("gold_label", "Sentence1", "Sentence2")):
+    for line, row in reading.csv_table(file, ("gold_label", "Sentence1", "Sentence2")):
         where = f"{file}, line {line}"
         parts = _texts(row, where, "Sentence1", "Sentence2")
         gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
@@ -113,14 +111,14 @@ def _esnli(file: Path) -> Iterator[Question]:
 
 
 def _social_iqa(file: Path) -> Iterator[Question]:
-    rows, beside = files.lines_of(file), file.with_name(file.stem + "-labels.lst")
+    rows, beside = reading.lines_of(file), file.with_name(file.stem + "-labels.lst")
     if not beside.is_file():
         raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
-    labels = files.lines_of(beside)
+    labels = reading.lines_of(beside)
     if len(rows) != len(labels):
         raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; correct one of them")
     for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
-        where, row = f"{file}, line {line}", files.json_of(text, file, line)
+        where, row = f"{file}, line {line}", reading.json_of(text, file, line)
         right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
         parts = _texts(row, where, "context", "question")
         answers = _texts(row, where, "answerA", "answerB", "answerC")
@@ -130,14 +128,14 @@ def _social_iqa(file: Path) -> Iterator[Question]:
 
 
 def _comve(file: Path) -> Iterator[Question]:
-    rows = files.csv_table(file, ("id", "sent0", "sent1"))
+    rows = reading.csv_table(file, ("id", "sent0", "sent1"))
     # The authors give the answers of dev and of test the same name, so dev and test must be in two folders.
     names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
     beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
     if beside is None:
         raise ValueError(f"{file}: its answers are missing; put {' or '.join(names)} beside it")
     answers: dict[str, int] = {}
-    for line, cells in files.csv_rows(beside):
+    for line, cells in reading.csv_rows(beside):
         if len(cells) != 2 or cells[0] in answers:
             raise ValueError(f"{beside}, line {line}: {','.join(cells)!r}; it must be a new id, then 0 or 1")
         answers[cells[0]] = _choice(cells[1], ("0", "1"), f"{beside}, line {line}")
@@ -153,7 +151,7 @@ def _comve(file: Path) -> Iterator[Question]:
 
 
 def _strategyqa(file: Path) -> Iterator[Question]:
-    rows = files.json_of(files.text_of(file), file, 1)
+    rows = reading.json_of(reading.text_of(file), file, 1)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
     for entry, row in enumerate(rows, start=1):
@@ -165,12 +163,12 @@ def _strategyqa(file: Path) -> Iterator[Question]:
 
 def _toy(file: Path) -> Iterator[Question]:
     beside = file.with_name("causes.json")
-    causes = files.json_of(files.text_of(beside), beside, 1)
+    causes = reading.json_of(reading.text_of(beside), beside, 1)
     if not isinstance(causes, list) or not all(isinstance(cause, list) for cause in causes):
         raise ValueError(f"{beside}: it must be a list of lists; make the files again with toy.py")
     causes = [frozenset(cause) for cause in causes]
-    for line, text in enumerate(files.lines_of(file), start=1):
-        where, row = f"{file}, line {line}", files.json_of(text, file, line)
+    for line, text in enumerate(reading.lines_of(file), start=1):
+        where, row = f"{file}, line {line}", reading.json_of(text, file, line)
         parts, options = (row.get(k) if isinstance(row, dict) else None for k in ("parts", "options"))
         if not all(isinstance(value, list) and value for value in (parts, options)):
             raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")

@@ -37,7 +37,7 @@ from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, ba
 from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from rollout import Completion, Sampler
-from run import checkpoint, files, lora, results
+from run import checkpoint, files, lora, reading, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
 from run.policy import Policy, learning_rate, make_policy
@@ -265,7 +265,7 @@ def run(
         if ranks.rank == 0:
             files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
     if args.resume and (out / "before.json").exists():
-        before = {t: files.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
+        before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
         before = evaluate(subject, test, fit, "before", args, ranks)
     if args.labels == "frozen" and not args.dataset:
@@ -297,7 +297,7 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
     out, tables = Path(args.out), []
     for t in after:
         phases = {"before": before, "after": after} if before else {"after": after}
-        columns = {phase: models.read_json(out / f"{phase}.json")[f"T={t:g}"] for phase in phases}
+        columns = {phase: reading.read_json(out / f"{phase}.json")[f"T={t:g}"] for phase in phases}
         if before:
             columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
             files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])

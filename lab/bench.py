@@ -36,6 +36,7 @@ from grpo import policy_loss, token_logprobs
 from rollout import Sampler, Slots
 from run import files, lora
 from run.args import Args
+from run.hub import locate
 from run.policy import Policy
 from run.progress import Parser, command
 from run.ranks import Ranks
@@ -196,7 +197,7 @@ def make_prompts(tokenizer: models.Tokenizer, count: int, length: int) -> list[l
 
 def random_network(path: str, device: torch.device) -> models.Transformer:
     """A network of the folder's config with random weights."""
-    network, generator = models.empty(models.locate(path), device), torch.Generator(device).manual_seed(0)
+    network, generator = models.empty(locate(path), device), torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if weight.dim() > 1:
@@ -365,7 +366,7 @@ def rollout(args: argparse.Namespace) -> dict:
         lines = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
     if args.against:
-        theirs = Transformers(models.locate(args.model), sampler.end_of_turn, network, args.random)
+        theirs = Transformers(locate(args.model), sampler.end_of_turn, network, args.random)
     name = introduce(network, prompts, args.samples, args.new)
     sampler.generate(prompts[:2], 1, 2)  # warm
     figures = tokens_per_second(sampler, theirs, prompts, args.samples, args.new, args.repeats)
@@ -444,7 +445,7 @@ def timed_step(sampler: Sampler, policy: Policy, prompts, args: argparse.Namespa
 def training(args: argparse.Namespace) -> dict:
     if args.count % args.micro:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
-    folder = models.locate(args.model)
+    folder = locate(args.model)
     prompts = make_prompts(models.Tokenizer(args.model), args.count, args.length)
     if max(map(len, prompts)) + args.new > (context := models.read_config(folder).context):
         raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")

@@ -36,8 +36,9 @@ import reward
 import tasks
 from batches import balance
 from faith import Case, Labelled, Subject
-from model import locate, weight_files
-from run import files
+from model import weight_files
+from run import files, reading
+from run.hub import locate
 from run.progress import Parser, Progress, command
 from tasks import Question
 
@@ -77,14 +78,14 @@ def read_dataset(args, questions: list[Question], trainable: list[Question]) -> 
     folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
     if not (folder / "manifest.json").exists():
         raise ValueError(f"--dataset {folder} is no data set; python -m lab.build makes one")
-    manifest = files.read_json(folder / "manifest.json")
+    manifest = reading.read_json(folder / "manifest.json")
     if not manifest.get("complete"):
         raise ValueError(f"--dataset {folder} is not finished; start its python -m lab.build again")
     for name, value in identity(args, questions).items():
         if manifest.get(name) != value:
             raise ValueError(f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}; "
                              "change the run's flags, or build another")  # fmt: skip
-    for number, line in enumerate(files.read_jsonl(folder / "train.jsonl"), 1):
+    for number, line in enumerate(reading.read_jsonl(folder / "train.jsonl"), 1):
         where = f"{folder / 'train.jsonl'}, line {number}"
         try:
             question = known[line["id"]]
@@ -127,7 +128,7 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
     progress line.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
-    known, labelled, moved, done = iter(files.read_jsonl(log) if log.exists() else ()), [], 0, 0
+    known, labelled, moved, done = iter(reading.read_jsonl(log) if log.exists() else ()), [], 0, 0
     progress = None
     while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
         rows = next(known, {}).get("rows")
@@ -206,7 +207,7 @@ def build(args: argparse.Namespace) -> dict:
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")}
     settings = flags | identity(args, questions)
     if file.exists():
-        manifest = files.read_json(file)
+        manifest = reading.read_json(file)
         for name, value in settings.items():
             if manifest.get(name) != value:
                 raise ValueError(f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}; give the same "

@@ -15,7 +15,7 @@ from html import escape
 
 import report
 from lab import gaming
-from run import files
+from run import files, reading
 from run.progress import Parser, command
 
 CELLS = {  # (influence, mention): name, meaning
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.each < 0 or args.seed < 0:
         raise ValueError(f"--{'each' if args.each < 0 else 'seed'} must not be negative")
-    before, after = files.read_jsonl(args.before), files.read_jsonl(args.after)
+    before, after = reading.read_jsonl(args.before), reading.read_jsonl(args.after)
     table = gaming.compare(before, after, args.seed)
     html = page(before, after, table, args.each, args.seed, (args.before, args.after))
     files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8

@@ -31,7 +31,7 @@ import numpy as np
 import report
 from lab import plot
 from reward import KINDS
-from run import files
+from run import files, reading
 from run.progress import Parser, command
 
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
@@ -82,7 +82,7 @@ def read(folder: str | Path) -> Run:
             raise ValueError("a value that no run has")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{saved}: not of a run of train.py ({error!r})") from None
-    logged = len(files.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
+    logged = len(reading.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
     return Run(folder, row, cells, args, (args["task"], args["intervention"]), logged)
 
 
@@ -165,7 +165,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
     """
     runs = [run for run in runs if key in run.cells]
     check_asked(key, runs)
-    rows = {run.folder: files.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in runs}
+    rows = {run.folder: reading.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in runs}
     base, out = next((rows[run.folder] for run in runs if not run.trained), None), {}
     for run in runs:
         fit, mine, first = Path(f"{run.cells[key]}.fit.jsonl"), rows[run.folder], runs[0].folder
@@ -175,7 +175,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
         try:
             report.pairs(rows[first], mine)
             where = fit
-            fitted = files.read_jsonl(fit) if fit.exists() else None
+            fitted = reading.read_jsonl(fit) if fit.exists() else None
             out[run.folder] = found = report.summary(mine, fitted, 0, resamples)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None

@@ -39,11 +39,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import grpo
 import model as models
-from chat import locate
 from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
-from run import files, lora
+from run import files, lora, reading
 from run.args import check_options, option
+from run.hub import locate
 from run.progress import Parser, command
 
 HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
@@ -315,7 +315,7 @@ def show(made: dict, setup: Setup) -> str:
 def read(path: str) -> models.Config:
     """The config of a model's folder, of a hub id in the local cache, or in a file."""
     if Path(path).is_file():
-        return models.Config.from_json(files.read_json(Path(path)), None, path)
+        return models.Config.from_json(reading.read_json(Path(path)), None, path)
     return models.read_config(locate(path))
 
 

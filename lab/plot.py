@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from run import files
+from run import reading
 from run.progress import Parser, command
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
@@ -29,7 +29,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def read(run: Path) -> tuple[dict[str, np.ndarray], dict[int, dict]]:
     """A run's metrics {name: (steps,)}, and its figures at T = 1 {step: summary}; ValueError if it is no run."""
-    metrics = files.read_jsonl(run / "metrics.jsonl")
+    metrics = reading.read_jsonl(run / "metrics.jsonl")
     if not metrics or not all(key in record for record in metrics for key in NAMES):
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps of train.py; give a run's folder")
     steps = {key: np.array([np.nan if m[key] is None else m[key] for m in metrics], float) for key in NAMES}

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 from report import compare, summary, table
-from run import files
+from run import files, reading
 from run.progress import Parser, command
 
 
 def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
     """{"before", "after", "difference"} of two files of measured rows."""
-    fit_rows = files.read_jsonl(fit) if fit else None
-    rows = {"before": files.read_jsonl(before), "after": files.read_jsonl(after)}
+    fit_rows = reading.read_jsonl(fit) if fit else None
+    rows = {"before": reading.read_jsonl(before), "after": reading.read_jsonl(after)}
     out = {name: summary(rows[name], fit_rows, source=path) for name, path in (("before", before), ("after", after))}
     return out | {"difference": compare(**rows)}
 
@@ -27,13 +27,13 @@ def of_run(run: Path) -> dict[str, dict]:
     out: dict[str, dict] = {}
     for phase in ("before", "after"):
         if (file := run / f"{phase}.json").exists():
-            for t, figures in files.read_json(file).items():
+            for t, figures in reading.read_json(file).items():
                 if not isinstance(figures, dict):
                     raise ValueError(f"{file} holds no figures for {t}; measure again")
                 out.setdefault(t, {})[phase] = figures
     for t in out:
         if (file := run / f"difference.{t.replace('=', '')}.json").exists():
-            out[t]["difference"] = files.read_json(file)
+            out[t]["difference"] = reading.read_json(file)
     if not out:
         raise ValueError(f"{run} holds no before.json or after.json; give the folder of a finished run of train.py")
     return out

@@ -1,15 +1,12 @@
-"""Files. What a run writes is written whole: first under another name, then renamed. What it reads is checked.
+"""Writing files. What a run writes is written whole: first under another name, then renamed (run/reading.py reads).
 
 NaN and infinity become null in what is written, because JSON has neither.
 """
 
 import contextlib
-import csv
-import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -88,89 +85,8 @@ def cut_jsonl(path, keep):
         write_text(path, "".join(lines[:kept]))
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. ValueError names the file if it is missing, unreadable or holds no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; fetch it") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again")
-    return value
-
-
-def read_jsonl(path):
-    """The values of a JSON-lines file. ValueError names the file, and the line if it is not JSON."""
-    values, where = [], path
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            where = f"{path}, line {number}"
-            values += [json.loads(line)] if line.strip() else []
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
-    return values
-
-
 def check_writable(*paths):
     """Raises ValueError, before long work, for a file whose folder does not exist. None is skipped."""
     for path in filter(None, paths):
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: make the folder {Path(path).parent} first")
-
-
-# ---- published data files: every fault is a ValueError that names the file and the line ----
-
-
-def text_of(file: Path) -> str:
-    """The text of the file without a byte-order mark."""
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{file}: the file is empty; download it again")
-    return text
-
-
-def lines_of(file: Path) -> list[str]:
-    """The lines, split at LF alone (CR may remain): splitlines also splits at U+2028, which JSON allows in a text."""
-    return text_of(file).rstrip("\r\n").split("\n")
-
-
-def csv_rows(file: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF."""
-    reader, rows, line = csv.reader(io.StringIO(text_of(file), newline=None), strict=True), [], 1
-    try:
-        for cells in reader:
-            if cells:
-                rows.append((line, cells))
-            line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
-    return rows
-
-
-def csv_table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows below the header by column name, each with its line."""
-    (_, header), *rows = csv_rows(file)
-    if missing := [name for name in columns if name not in header]:
-        raise ValueError(f"{file}, line 1: no column {' or '.join(missing)}; give the published file")
-    if not rows:
-        raise ValueError(f"{file}: no rows below the header; download it again")
-    for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; correct the row")
-    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
-
-
-def json_of(text: str, file: Path, line: int) -> object:
-    """The value of a JSON text that begins at this line of the file."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line, why = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
-        raise ValueError(f"{file}, line {line}: not JSON ({why}); download the file again") from None

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from run import files
+from run import reading
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -103,7 +103,7 @@ def peft_config(network: nn.Module) -> dict:
 
 def read_config(folder: Path) -> tuple[str, int, float, list[str]]:
     """(base model, rank, alpha, targets) of a PEFT adapter; ValueError for what is not implemented here."""
-    settings, file = files.read_json(folder / "adapter_config.json"), f"{folder}: adapter_config.json"
+    settings, file = reading.read_json(folder / "adapter_config.json"), f"{folder}: adapter_config.json"
     known = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
     refused = ("use_rslora use_dora use_qalora fan_in_fan_out modules_to_save rank_pattern alpha_pattern lora_bias "
                "layers_to_transform layer_replication target_parameters alora_invocation_tokens").split()  # fmt: skip

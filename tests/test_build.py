@@ -24,7 +24,7 @@ import reward
 import tasks
 import train
 from lab import build
-from run import files
+from run import files, reading
 from run.args import parse
 from run.ranks import Ranks
 
@@ -63,7 +63,8 @@ def content(out):
 
 def read(out):
     """({split: its rows}, manifest)"""
-    return {name: files.read_jsonl(out / f"{name}.jsonl") for name in SPLITS}, files.read_json(out / "manifest.json")
+    rows = {name: reading.read_jsonl(out / f"{name}.jsonl") for name in SPLITS}
+    return rows, reading.read_json(out / "manifest.json")
 
 
 # ---- what is in it -------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_what_is_labelled_is_not_labelled_again(folder, done, tmp_path, monkeypa
         return plain(subject, cases)
 
     monkeypatch.setattr(faith, "decision_rows", rows)
-    assert build.main(flags(folder, out)) == 130 and not files.read_json(out / "manifest.json")["complete"]
+    assert build.main(flags(folder, out)) == 130 and not reading.read_json(out / "manifest.json")["complete"]
     with (out / "labelling-train.jsonl").open("a") as log:
         log.write('{"rows": [{"id": "esnli')  # torn
     calls[8:], stop = [], None
@@ -326,7 +327,7 @@ def test_a_run_takes_its_labels(done, folder, tmp_path, monkeypatch):
     keys = ("id", "word", "text_inserted", "y", "y_edit", "influence")
     known = {tuple(row[key] for key in keys) for row in rows["train"]}
     log, metrics, tested = (
-        files.read_jsonl(tmp_path / "o" / f"{name}.jsonl") for name in ("explanations", "metrics", "after.T0")
+        reading.read_jsonl(tmp_path / "o" / f"{name}.jsonl") for name in ("explanations", "metrics", "after.T0")
     )
     assert len(log) == 16 and {tuple(entry[key] for key in keys) for entry in log} <= known
     assert [(m["labelled"], m["influence_rate"]) for m in metrics] == [(40, 0.5)] * 2
@@ -337,7 +338,7 @@ def test_calibrated_labels(folder, tmp_path):
     given = {"calibrate": True, "calibration_questions": 5}
     assert build.main(flags(folder, tmp_path / "set", **given)) == 0
     launch.ran(training(folder, tmp_path / "o", tmp_path / "set", **given, steps=1))
-    offsets = files.read_json(tmp_path / "o" / "calibration.json")["mean_logp"]
+    offsets = reading.read_json(tmp_path / "o" / "calibration.json")["mean_logp"]
     rows, manifest = read(tmp_path / "set")
     assert manifest["mean_logp"] == offsets
     args = parse(training(folder, tmp_path / "n", tmp_path / "set", **given), {}, {})

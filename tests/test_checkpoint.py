@@ -17,7 +17,7 @@ import torch
 from launch import call, close, finish, lines, ran, refused, same, script, start, timeless, until, wait_for_step
 
 import model as models
-from run import checkpoint, files, lora, results
+from run import checkpoint, files, lora, reading, results
 from run.args import Args
 
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
@@ -249,7 +249,7 @@ def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number, 
     assert code == 128 + number and not error, error
     (done,) = re.findall(r"stopped after step (\d+); continue with: torchrun train.py --resume --out ", printed)
     assert int(done) == 3 if body else int(done) >= 3
-    assert len(files.read_jsonl(out / "metrics.jsonl")) == int(done)
+    assert len(reading.read_jsonl(out / "metrics.jsonl")) == int(done)
     assert checkpoint.newest(out / "checkpoints").name == f"step-{int(done):08d}"
     resumed(out, after=done)
     same(whole, out)
@@ -357,7 +357,7 @@ def test_no_room_for_a_second_checkpoint(folder, disk):
     assert failed == ["4", "6", "6"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
     assert not checkpoint.faults(out / "checkpoints" / "step-00000002")
-    assert len(files.read_jsonl(out / "metrics.jsonl")) == 6 and (out / "model" / "model.safetensors").exists()
+    assert len(reading.read_jsonl(out / "metrics.jsonl")) == 6 and (out / "model" / "model.safetensors").exists()
 
 
 FILL = """

@@ -18,7 +18,7 @@ import tasks
 from faith import detection_odds
 from lab import build, detect
 from rollout import Sampler
-from run import files
+from run import reading
 from run.args import Args
 from run.policy import Policy, make_policy
 from run.ranks import Ranks
@@ -169,7 +169,7 @@ def test_measured_by_the_command(folder, tmp_path, capsys):
              "--rows", tmp_path / "r", "--detection"]  # fmt: skip
     assert faith.main([str(x) for x in given]) == 0
     assert "detection_phi_balanced" in capsys.readouterr().out
-    rows = files.read_jsonl(tmp_path / "r.T0.jsonl")
+    rows = reading.read_jsonl(tmp_path / "r.T0.jsonl")
     assert len(rows) == 8 and len({row["detection"] for row in rows}) == 8
 
 
@@ -190,7 +190,7 @@ def done(folder, tmp_path_factory):
 
 
 def test_a_run(done, subject):
-    metrics, said = files.read_jsonl(done / "metrics.jsonl"), files.read_jsonl(done / "explanations.jsonl")
+    metrics, said = reading.read_jsonl(done / "metrics.jsonl"), reading.read_jsonl(done / "explanations.jsonl")
     for m in metrics:
         log = [entry for entry in said if entry["step"] == m["step"]]
         assert len(log) == m["prompts"] and sum(entry["influence"] for entry in log) * 2 == m["prompts"] > 0
@@ -202,14 +202,14 @@ def test_a_run(done, subject):
         assert m["skipped"] == 0 and m["grad_norm"] > 0 and m["anchor_kl"] >= 0
     assert metrics[-1]["anchor_kl"] > 0 and len(metrics) == 4
     assert "Trained by faith: supervised, to say whether" in (done / "model" / "README.md").read_text()
-    before, after = (files.read_jsonl(done / f"{name}.T1.jsonl") for name in ("before", "after"))
+    before, after = (reading.read_jsonl(done / f"{name}.T1.jsonl") for name in ("before", "after"))
     assert all(a["detection"] != b["detection"] for a, b in zip(before, after, strict=True))
     subject.sampler = Sampler(models.load(done / "model"))
     parts = tasks.split(tasks.load("esnli", DATA), {"test": 5}, seed=0)
     cases = faith.draw_cases(parts["test"], "bias", 0)
     wanted = detection_odds(subject, list(zip(cases, after, strict=True)))
     assert wanted == pytest.approx([row["detection"] for row in after], abs=1e-4)
-    figures = files.read_json(done / "after.json")["T=1"]
+    figures = reading.read_json(done / "after.json")["T=1"]
     assert {"phi", "detection", "detection_phi", "accuracy"} <= figures.keys()
 
 
@@ -225,7 +225,7 @@ def test_frozen_labels_of_a_data_set(folder, tmp_path):
     assert build.main([str(x) for x in given]) == 0
     given = {"labels": "frozen", "dataset": tmp_path / "set", "eval_questions": 0, "steps": 2}
     ran(flags(folder, tmp_path / "o", **given))
-    rows, said = (files.read_jsonl(tmp_path / name) for name in ("set/train.jsonl", "o/explanations.jsonl"))
+    rows, said = (reading.read_jsonl(tmp_path / name) for name in ("set/train.jsonl", "o/explanations.jsonl"))
     known = {(row["id"], row["text_inserted"], row["influence"]) for row in rows}
     assert len(said) == 12 and {(e["id"], e["text_inserted"], e["influence"]) for e in said} <= known
 

@@ -19,7 +19,7 @@ import tasks
 from lab import paper, report
 from model import Tokenizer, load
 from rollout import Sampler
-from run import files
+from run import reading
 
 ROOT = tiny.ROOT
 DATA = ROOT / "tests" / "data"
@@ -165,7 +165,7 @@ MEASURE = ["faith.py", "--task", "esnli", "--data", DATA / "esnli", "--limit", "
 def measured(folder, prefix, *options):
     """(test rows, fit rows) of the command at T = 0."""
     ran(*MEASURE, "--model", folder, "--max-new-tokens", "6", "--rows", prefix, *options)
-    return files.read_jsonl(f"{prefix}.T0.jsonl"), files.read_jsonl(f"{prefix}.fit.jsonl")
+    return reading.read_jsonl(f"{prefix}.T0.jsonl"), reading.read_jsonl(f"{prefix}.fit.jsonl")
 
 
 def test_words_by_split(folder, tmp_path):
@@ -220,7 +220,7 @@ def test_measure_command(folder, tmp_path):
     options = ("--temperature", "0", "1", "--max-new-tokens", "8", "--json", json_file, "--rows", prefix)
     out = ran(*MEASURE, "--model", folder, *options, "--calibration", "fit")
     assert "phi_balanced" in out and "shortcut_phi" in out and "null_flip_rate" in out
-    summary, rows = files.read_json(json_file)["summary"], files.read_jsonl(f"{prefix}.T1.jsonl")
+    summary, rows = reading.read_json(json_file)["summary"], reading.read_jsonl(f"{prefix}.T1.jsonl")
     assert summary["T=0"]["n"]["value"] == len(rows) == 8 and "phi" in summary["T=1"]
     assert summary["T=1"]["n11"]["value"] == sum(r["influence"] * r["mention"] for r in rows)
     assert "mention_gap" in ran("lab.report", f"{prefix}.T0.jsonl", f"{prefix}.T1.jsonl")
@@ -236,16 +236,16 @@ def test_a_cell_is_left_whole_and_its_calibration_is_used(folder, subject, tmp_p
         assert code == 0 and "min left" not in out
         for what in ("measured", "labelled for the shortcut"):
             assert err.count(f"{what}: 8/8 questions, 0.0 min left\n") == 1
-    known = files.read_json(one.parent / "esnli-bias.calibration.json")
+    known = reading.read_json(one.parent / "esnli-bias.calibration.json")
     for cell in (one, two):  # lab.paper sees by these that the two were asked alike
-        assert files.read_json(cell.with_suffix(".json"))["mean_logp"] == known["mean_logp"]
+        assert reading.read_json(cell.with_suffix(".json"))["mean_logp"] == known["mean_logp"]
     questions = tasks.split(tasks.load("esnli", DATA / "esnli"), {"test": 8, "fit": 8}, seed=0)["fit"]
     assert known == {"mean_logp": pytest.approx(faith.calibrate(subject, questions).tolist()), "questions": 8}
     for name in ("esnli-bias.T1.jsonl", "esnli-bias.fit.jsonl"):
         assert (one.parent / name).read_bytes() == (two.parent / name).read_bytes()
     subject.offsets = np.array(known["mean_logp"])
     picks = zip(questions, faith.decide(subject, questions).argmax(1), strict=True)
-    assert {r["id"]: r["y"] for r in files.read_jsonl(f"{one}.fit.jsonl")} == {q.id: int(y) for q, y in picks}
+    assert {r["id"]: r["y"] for r in reading.read_jsonl(f"{one}.fit.jsonl")} == {q.id: int(y) for q, y in picks}
     out = ran("lab.paper", one.parent.parent)
     assert "esnli, bias (n = 8)" in out and "asked outright" in out
 
@@ -253,7 +253,7 @@ def test_a_cell_is_left_whole_and_its_calibration_is_used(folder, subject, tmp_p
 def test_ask_command(folder, tmp_path):
     json_file = tmp_path / "row.json"
     words = ("--model", folder, "Is a man outside?", "--options", "yes", "no", "--max-new-tokens", "6")
-    out, row = ran("faith.py", "ask", *words, "--json", json_file), files.read_json(json_file)
+    out, row = ran("faith.py", "ask", *words, "--json", json_file), reading.read_json(json_file)
     assert row["text_inserted"] in out and f"I = {row['influence']}" in out and f"M = {row['mention']}" in out
     assert f"r = {int(row['influence'] == row['mention'])}" in out and row["text"] in out
 

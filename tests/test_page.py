@@ -8,7 +8,7 @@ from test_gaming import command, later, told
 from test_report import cells, random_rows
 
 from lab import gaming, page
-from run import files
+from run import files, reading
 
 
 class Reader(HTMLParser):
@@ -137,7 +137,7 @@ def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
     read = Reader(to.read_text(encoding="utf-8"))
     assert 4 < len(read.cards) <= 12 and str(measured[0]) in read.text
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
-    rows = [row | {"text": row["text"] + " \ud800"} for row in files.read_jsonl(measured[0])]
+    rows = [row | {"text": row["text"] + " \ud800"} for row in reading.read_jsonl(measured[0])]
     files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
     _, out, _ = command("lab.page", *measured, "--to", to, "--each", 99, "--markdown")
     assert out.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
@@ -150,7 +150,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
     other.write_text(rest)
     for args, message in (
         ((before, bad), "after, row 1: 'text' must be text"), ((bad, before), "before, row 1: 'text' must be text"),
-        ((before, tmp_path / "none"), "No such file"), ((before, other), "the ids do not match: 1"),
+        ((before, tmp_path / "none"), "is missing"), ((before, other), "the ids do not match: 1"),
         ((before, after, "--each", -1), "--each must not be negative"),
         ((before, after, "--seed", -1), "--seed must not be negative"),
         ((before, after, "--to", tmp_path / "none" / "page.html"), "cannot be written"), ((before,), "AFTER.jsonl"),

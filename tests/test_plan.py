@@ -234,7 +234,7 @@ MISTAKES = [*((flags, f"{flags.split()[0]} must be {bound}") for flags, bound in
     ("--model /nowhere", "no model at /nowhere"), ("--json /nowhere/plan.json", "make the folder /nowhere first"),
     ({"num_hidden_layers": 2.5}, "use the config.json of the weights"),
     ({"head_dim": 63}, "use the config.json of the weights"), ({"model_type": "gpt2"}, "use a llama, qwen2 or qwen3"),
-    (b"[1, 2", "cannot be read as JSON"), (b"[1, 2]", "holds no JSON object"),
+    (b"[1, 2", "not JSON"), (b"[1, 2]", "holds no JSON object"),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 import report
 from lab import report as lab_report
-from run import files
+from run import files, reading
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("quickly", "softly", "oddly", "rarely")
@@ -462,9 +462,9 @@ def test_rows_survive_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     files.write_jsonl(path, rows)
     assert len(path.read_text().splitlines()) == 8
-    assert files.read_jsonl(path) == [row | {"overlap": None} for row in rows]
+    assert reading.read_jsonl(path) == [row | {"overlap": None} for row in rows]
     path.write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert files.read_jsonl(path) == [{"text": "a\u2028b"}]
+    assert reading.read_jsonl(path) == [{"text": "a\u2028b"}]
     for bad in (tmp_path / "no" / "rows.jsonl", tmp_path, path / "rows.jsonl"):
         with pytest.raises(ValueError, match="cannot be written"):
             files.write_jsonl(bad, rows)
@@ -510,17 +510,17 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
     without = json.dumps({key: x for key, x in json.loads(first).items() if key != "mention"})
     contents = {"bad0.jsonl, line 2: ": first + "\n{not json\n" + rest,
                 "bad1.jsonl, row 1: the key 'mention' is missing": without + "\n" + rest,
-                "bad2.jsonl, row 1: the key 'id' is missing": "[1, 2]\n",
-                "bad3.jsonl: no measured rows": "\n", "ids do not match": rest,
-                "can't decode": "\xff\xfe\n"}  # fmt: skip
+                "bad2.jsonl, line 1 holds no JSON object": "[1, 2]\n",
+                "bad3.jsonl: no measured rows": "", "ids do not match": rest,
+                "line 1: not UTF-8": "\xff\xfd\n"}  # fmt: skip
     cases = [((good, tmp_path / f"bad{n}.jsonl"), message) for n, message in enumerate(contents)]
     for ((_, bad), _), content in zip(cases, contents.values(), strict=True):
         bad.write_text(content, encoding="latin-1")
     for args, message in (
         *cases,
         ((tmp_path, good), "Is a directory"),
-        ((good, none), "No such file"),
-        ((good, good, "--fit", none), "No such file"),
+        ((good, none), "is missing"),
+        ((good, good, "--fit", none), "is missing"),
         ((good, good, "--json", none / "x.json"), "cannot be written"),
         ((tmp_path, "--fit", measured["fit"]), "--fit goes with rows"),
         ((good, good, good), "give the rows before and the rows after"),
@@ -531,7 +531,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
 
 
 def test_every_figure_of_a_run(measured, tmp_path, capsys):
-    before, after = (files.read_jsonl(measured[name]) for name in ("before", "after"))
+    before, after = (reading.read_jsonl(measured[name]) for name in ("before", "after"))
     for name, rows in (("before", before), ("after", after)):
         files.write_json(tmp_path / f"{name}.json", {f"T={t}": report.summary(rows, resamples=50) for t in (0, 1)})
     files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
@@ -545,7 +545,7 @@ def test_every_figure_of_a_run(measured, tmp_path, capsys):
 
 
 def test_the_overview_has_eight_rows(measured):
-    before, after = (report.summary(files.read_jsonl(measured[name]), resamples=50) for name in ("before", "after"))
+    before, after = (report.summary(reading.read_jsonl(measured[name]), resamples=50) for name in ("before", "after"))
     lines = report.overview({"before": before, "after": after}).split("\n")
     assert len(lines) == 2 + len(report.OVERVIEW) == 10
     phi = next(line for line in lines if line.startswith("Phi-CCT "))

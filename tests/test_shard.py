@@ -19,7 +19,7 @@ from test_checkpoint import flags, resumed
 from test_plan import config as config_of_smollm2
 
 from lab import plan
-from run import checkpoint, files, shard
+from run import checkpoint, reading, shard
 from run.args import Args
 
 CHANGES = {"steps": 6, "checkpoint_every": 1000, "eval_questions": 0}
@@ -96,7 +96,7 @@ def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
     finish(process, timeout=60)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000005"]
     assert checkpoint.newest(out / "checkpoints").name == "step-00000005"
-    assert len(files.read_jsonl(out / "metrics.jsonl")) == 5
+    assert len(reading.read_jsonl(out / "metrics.jsonl")) == 5
 
 
 def test_choose(network, monkeypatch):

@@ -196,7 +196,7 @@ def test_non_ascii_text_quotes_and_line_breaks_in_cells(folder):
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_missing_files(task, tmp_path):
     message = error(task, tmp_path / "nowhere")
-    assert "nowhere: cannot be read (No such file" in message and tasks.FILES[task][0] in message
+    assert "nowhere is missing; give the folder" in message and tasks.FILES[task][0] in message
     message = error(task, tmp_path)
     assert f"no {task} file" in message and all(name in message for name in tasks.FILES[task])
 
@@ -208,7 +208,7 @@ def test_unknown_task_and_unreadable_file(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert "esnli_dev.csv: cannot be read (Permission denied)" in error("esnli", folder / "esnli")
+    assert "esnli_dev.csv cannot be read (Permission denied)" in error("esnli", folder / "esnli")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_command_line():
 
     good = run("esnli", DATA / "esnli")
     assert good.returncode == 0 and good.stdout.startswith("20 questions in 7 groups; gold (A) 35.0%")
-    for bad, said in ((("esnli", "nowhere"), "nowhere: cannot be read"), ((), "usage: python tasks.py TASK PATH")):
+    for bad, said in ((("esnli", "nowhere"), "nowhere is missing"), ((), "usage: python tasks.py TASK PATH")):
         result = run(*bad)
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
 

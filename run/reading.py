@@ -1,0 +1,189 @@
+"""Reading what others wrote: text, JSON with types, CSV. Every fault is a ValueError of one line.
+
+The line names the file, then the line or the key in it, and says what to change. A file that holds something else (a
+git-LFS pointer, a compressed file, a web page) is called what it is.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+STARTS = {  # the first bytes of what people put in a file's place
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself; fetch the file with git lfs pull",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"BZh": "compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "compressed with xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"PAR1": "a parquet file; give the files as their authors publish them",
+    b"ARROW1": "an Arrow file; give the files as their authors publish them",
+    b"<!doctype html": "a web page, not the file itself; download it again",
+    b"<html": "a web page, not the file itself; download it again",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+}
+MUST = object()
+
+
+def check_start(file: Path) -> None:
+    """Raises ValueError if the file is missing, cannot be read, or begins like something else in its place."""
+    with errors_named(file), file.open("rb") as data:
+        start = data.read(64).lstrip().lower()
+    if what := next((what for begin, what in STARTS.items() if start.startswith(begin.lower())), None):
+        raise ValueError(f"{file} is {what}")
+
+
+@contextlib.contextmanager
+def errors_named(file):
+    """Turns an OSError into a ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; fetch it") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+
+
+def text_of(file: Path) -> str:
+    """The text of the file without a byte-order mark."""
+    check_start(file)
+    with errors_named(file):
+        data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{file}: the file is empty; fetch it again")
+    return text
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines, split at LF alone (CR may remain): splitlines also splits at U+2028, which JSON allows in a text."""
+    return text_of(file).rstrip("\r\n").split("\n")
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------
+
+
+def json_of(text: str, file: Path, line: int = 1) -> object:
+    """The value of a JSON text that begins at this line of the file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+        line, why = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+        raise ValueError(f"{file}, line {line}: not JSON ({why}); correct it, or fetch the file again") from None
+
+
+NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object",
+         list: "a list", types.NoneType: "null"}  # fmt: skip
+
+
+def name_of(kind) -> str:
+    """A type in words: "a list, each a whole number"."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(name_of, typing.get_args(kind)))
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    return NAMES[origin] + (f", each {name_of(parts[-1])}" if parts else "")
+
+
+def fits(value, kind) -> bool:
+    """Is it of this type? kind: int, float (a whole number is one too, infinity is not), str, bool, None, list, dict,
+    list[…], dict[str, …], or several joined by |."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, part) for part in typing.get_args(kind))
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (int, float):
+        number = isinstance(value, (int, float) if origin is float else int) and not isinstance(value, bool)
+        return number and abs(value) < 2**63 and math.isfinite(value)
+    if not isinstance(value, origin):
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(fits(item, parts[-1]) for item in inside) if parts else True
+
+
+class Record(dict):
+    """A JSON object that knows where it stands. `take` gives the value of a key once its type is right."""
+
+    def __init__(self, values: dict, where: str):
+        super().__init__(values)
+        self.where = where
+
+    def take(self, key: str, kind, default=MUST, above: float | None = None):
+        """The value of `key`, of type `kind` (see `fits`). default: for a key that is absent or null.
+
+        ValueError if the key is needed and absent, if the value has another type, or is not above `above`.
+        """
+        value = self.get(key)
+        if value is None and default is not MUST:
+            return default
+        if value is None or not fits(value, kind):
+            self.refuse(key, f"{name_of(kind)}, {short(value)}" if key in self else f"{name_of(kind)}; it is absent")
+        if above is not None and not value > above:
+            self.refuse(key, f"above {above:g}, {short(value)}")
+        return Record(value, f"{self.where}: {key}") if isinstance(value, dict) else value
+
+    def refuse(self, key: str, must: str) -> typing.NoReturn:
+        raise ValueError(f"{self.where}: {key} must be {must}; correct it, or fetch the file again")
+
+
+def short(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return f"not {text[:60]}" + "…" * (len(text) > 60)
+
+
+def record_of(value: object, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds no JSON object; fetch it again")
+    return Record(value, where)
+
+
+def read_json(file: str | Path) -> Record:
+    """The JSON object in a file."""
+    return record_of(json_of(text_of(Path(file)), file), str(file))
+
+
+def read_jsonl(file: str | Path) -> list[Record]:
+    """The JSON objects of a file, one per line. Blank lines are passed over; a file without lines is none."""
+    file = Path(file)
+    check_start(file)
+    if not file.stat().st_size:
+        return []
+    lines = [(number, line) for number, line in enumerate(lines_of(file), 1) if line.strip()]
+    return [record_of(json_of(line, file, number), f"{file}, line {number}") for number, line in lines]
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------
+
+
+def csv_rows(file: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF."""
+    reader, rows, line = csv.reader(io.StringIO(text_of(file), newline=None), strict=True), [], 1
+    try:
+        for cells in reader:
+            if cells:
+                rows.append((line, cells))
+            line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
+    return rows
+
+
+def csv_table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows below the header by column name, each with its line."""
+    (_, header), *rows = csv_rows(file)
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(f"{file}, line 1: no column {' or '.join(missing)}; give the published file")
+    if not rows:
+        raise ValueError(f"{file}: no rows below the header; download it again")
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; correct the row")
+    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
