@@ -29,8 +29,9 @@ class NothingToBalance(ValueError):
 class Stream:
     """Edited training questions in an endless stream: each epoch in a new order, with new edits."""
 
-    def __init__(self, questions: list[tasks.Question], args: Args):
-        self.questions, self.kind, self.seed = questions, args.intervention, args.seed
+    def __init__(self, questions: list[tasks.Question], args: Args, kept_back=()):
+        """kept_back: the test questions of the run, which are never trained on."""
+        self.questions, self.kept_back, self.kind, self.seed = questions, kept_back, args.intervention, args.seed
         self.words = reward.words(args.intervention, held_out=False)
         self.drawn = 0  # cases handed out so far
         self.epoch, self.remaining = -1, []

@@ -20,11 +20,10 @@ Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outri
 
 import argparse
 import hashlib
-import json
 import random
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ import tasks
 from model import Tokenizer, load
 from reward import Intervention
 from rollout import Completion, Sampler
-from run import files, reading
+from run import files, identity, reading, results
 from run.hub import locate
 from run.progress import Parser, Progress
 from tasks import Question
@@ -92,6 +91,7 @@ class Subject:
     tokenizer: Tokenizer
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
     opening: str = ""  # every explanation is forced to begin with these words; the recorded text leaves them out
+    made_of: dict[str, str] = field(default_factory=dict)  # hashes of what its results depend on (run/identity.py)
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,23 @@ def detection_odds(subject: Subject, labelled: Labelled) -> list[float]:
     prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
     logp = subject.sampler.option_logprobs(prompts, yes_no_tokens(subject.tokenizer))  # (n, 2)
     return (logp[:, 1] - logp[:, 0]).tolist()
+
+
+def made_of(subject: Subject, questions: list[Question]) -> dict[str, str]:
+    """Hashes of everything but the weights and the flags that results on these questions depend on."""
+    config = {name: value for name, value in vars(subject.sampler.model.config).items() if name != "raw"}
+    end, tokenizer = sorted(subject.sampler.end_of_turn), subject.tokenizer
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    chat = [tokenizer.render(turns[:1], "("), tokenizer.render(turns)]
+    values = {
+        "config": [config, end],
+        "tokenizer": [tokenizer.tokenizer.to_str(), chat],
+        "prompts": [ASK, BEGIN, LETTERS, LAST, WHY, WOULD, YES_NO],
+        "opening": subject.opening,
+        "words": [[reward.words(kind) for kind in reward.KINDS], reward.PHRASINGS],
+        "questions": [[q.task, q.id, q.parts, q.options, q.gold, q.group, sorted(q.moved_by or ())] for q in questions],
+    }
+    return {name: identity.digest(value) for name, value in values.items()}
 
 
 # ---- measurement -----------------------------------------------------------------------------------------------
@@ -309,8 +326,9 @@ def training_record(path: str) -> dict:
     return reading.read_json(record) if record.exists() else {}
 
 
-def open_subject(path: str, calibration: str, opening: str, options: int) -> Subject:
-    """The model in `path`. calibration: "none", "fit", or a calibration.json with `options` offsets."""
+def open_subject(path: str, calibration: str, opening: str, options: int, task: str = "") -> Subject:
+    """The model in `path`. calibration: "none", "fit", or a calibration.json with `options` offsets for this task."""
+    identity.check_base(path, training_record(path))
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
@@ -319,15 +337,33 @@ def open_subject(path: str, calibration: str, opening: str, options: int) -> Sub
     if trained != opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
     if calibration not in ("none", "fit"):
-        try:
-            subject.offsets = np.array(json.loads(Path(calibration).read_text())["mean_logp"], dtype=np.float64)
-            if subject.offsets.shape != (options,) or not np.isfinite(subject.offsets).all():
-                raise ValueError(f"it must hold {options} numbers, one per option")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--calibration {calibration}: not none, fit or a calibration.json ({error})") from None
+        subject.offsets = read_offsets(subject, calibration, options, task)
     elif calibration == "none" and saved.exists():
         print(f"note: this model was trained with calibrated decisions; see --calibration {saved}")
     return subject
+
+
+def write_offsets(subject: Subject, questions: int, task: str, file: Path) -> None:
+    """Writes the offsets, and what they were made of, as a calibration.json."""
+    values = {"mean_logp": subject.offsets.tolist(), "questions": questions, "task": task}
+    files.write_json(file, values | {"made_of": subject.made_of})
+
+
+def read_offsets(subject: Subject, file: str, options: int, task: str) -> np.ndarray:
+    """The offsets (options,) of a calibration.json; ValueError if it is of another task or other prompts."""
+    try:
+        saved = reading.read_json(file)
+        offsets = saved.take("mean_logp", list[float])
+        if len(offsets) != options:
+            saved.refuse("mean_logp", f"{options} numbers, one per option")
+        if task and saved.take("task", str, task) != task:
+            saved.refuse("task", f"{task!r}, as --task")
+        if "made_of" in saved:
+            now = made_of(subject, [])
+            identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
+    except ValueError as error:
+        raise ValueError(f"--calibration takes none, fit or a calibration.json: {error}") from None
+    return np.array(offsets)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -341,18 +377,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run_measure(args: argparse.Namespace) -> None:
-    trained = training_record(args.model)
-    same = trained.get("task") == args.task and trained.get("data") == str(Path(args.data).resolve())
-    if same and args.limit > trained["eval_questions"]:
-        raise ValueError(f"--limit {args.limit}: this model was trained on all but {trained['eval_questions']} "
-                         "questions of this data; use a --limit of at most that")  # fmt: skip
     questions = tasks.load(args.task, args.data)
     # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
     parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
+    identity.check_unseen(args.model, parts["test"], "--limit")
     vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
     test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
     fit = draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, held_out=False))
-    subject = open_subject(args.model, args.calibration, args.opening, len(questions[0].options))
+    subject = open_subject(args.model, args.calibration, args.opening, len(questions[0].options), args.task)
+    subject.made_of = made_of(subject, questions) | {"weights": identity.weights(args.model)}
     check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = calibrate(subject, parts["fit"])
@@ -361,11 +394,9 @@ def run_measure(args: argparse.Namespace) -> None:
     fit_rows = decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
     offsets = None if subject.offsets is None else subject.offsets.tolist()
     if args.rows:
-        for t in rows:
-            files.write_jsonl(f"{args.rows}.T{t:g}.jsonl", rows[t])
-        files.write_jsonl(f"{args.rows}.fit.jsonl", fit_rows)
+        results.write_measured(args.rows, rows, fit_rows, subject.made_of)
         if args.calibration == "fit":
-            files.write_json(f"{args.rows}.calibration.json", {"mean_logp": offsets, "questions": len(parts["fit"])})
+            write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
     if args.json:

@@ -37,7 +37,7 @@ from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, ba
 from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from rollout import Completion, Sampler
-from run import checkpoint, files, lora, reading, results
+from run import checkpoint, files, identity, lora, reading, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
 from run.policy import Policy, learning_rate, make_policy
@@ -198,7 +198,8 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
-        results.write_measured(args, name, rows, fit_rows, summaries)
+        results.write_measured(Path(args.out) / name, rows, fit_rows, subject.made_of)
+        files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows
 
 
@@ -229,9 +230,8 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     questions = tasks.load(args.task, args.data)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: no run trains on test questions
-    stream = Stream(parts["fit"] + parts["train"], args)
-    if args.dataset:
-        stream.frozen = read_dataset(args, questions, stream.questions)
+    stream = Stream(parts["fit"] + parts["train"], args, parts["test"])
+    identity.check_unseen(args.model, parts["test"], "--eval-questions", stream.questions)
     tokenizer = models.Tokenizer(args.model)
     network = models.load(args.model, ranks.device)
     if lora.adapters(network):
@@ -241,6 +241,9 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     network.recompute = args.recompute
     sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn})
     subject = Subject(sampler, tokenizer, opening=args.opening)
+    subject.made_of = faith.made_of(subject, questions)
+    if args.dataset:
+        stream.frozen = read_dataset(args, subject.made_of, stream.questions)
     faith.check_prompts(subject, questions, args.max_new_tokens)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
@@ -253,17 +256,20 @@ def run(
 ) -> None:
     """The whole run, with what `prepare` returned: measure, train, save, measure again."""
     out, before = Path(args.out), {}
+    subject.made_of = ranks.on_first(lambda: results.identify(args, subject.made_of))
     if ranks.rank == 0:
         if not args.resume:
             out.mkdir(parents=True, exist_ok=True)
             results.write_args(args)
+        if not (out / "identity.json").exists():
+            results.write_identity(args, subject.made_of, stream)
         print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
               f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip
     if args.calibrate:
         plain = stream.questions[: args.calibration_questions]
         subject.offsets = faith.calibrate(subject, plain)
         if ranks.rank == 0:
-            files.write_json(out / "calibration.json", {"mean_logp": subject.offsets.tolist(), "questions": len(plain)})
+            faith.write_offsets(subject, len(plain), args.task, out / "calibration.json")
     if args.resume and (out / "before.json").exists():
         before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
@@ -276,7 +282,7 @@ def run(
         progress = Progress("labelled for the anchor", ranks.rank)
         held = label(subject, stream.next_cases(args.anchor_questions), ranks, progress)
     anchor = DecisionAnchor(subject, policy, held, args, ranks)
-    state = RunState(out / "checkpoints", policy, stream, ranks, args.checkpoint_every)
+    state = RunState(out / "checkpoints", policy, stream, subject.made_of, ranks, args.checkpoint_every)
     if args.resume:  # only now, because all above needs the initial model
         ranks.together(state.resume)
         if ranks.rank == 0:
@@ -286,6 +292,7 @@ def run(
         if problem:
             say(f"stopped after step {state.steps}: {problem}")
         results.save_model(args, policy.model, "model")  # before anything else can fail
+        subject.made_of |= {"weights": identity.weights(out / "model")}
     after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
     if ranks.rank == 0:
         finish(args, test, before, after)

@@ -7,7 +7,7 @@ words; fit and training edits insert training words only, so that held-out words
 
     train.jsonl             balanced, for `train.py --labels frozen --dataset FOLDER`
     test.jsonl, fit.jsonl   one edit per question; no group is in two of the three files
-    manifest.json           the model's hash, the seed, counts and rates, what was dropped and why
+    manifest.json           the flags, hashes of model and data, counts and rates, what was dropped and why
 
 A line is a case: its decision row (faith.decision_row), its question and the edited fields. Labels are saved block by
 block, and no block depends on another. A build that was killed continues when it is started with the same flags, and it
@@ -20,9 +20,7 @@ Paper (arXiv 2607.21090): labels of the initial model, balanced, about 6,000. Ou
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import sys
 from collections import Counter
@@ -36,8 +34,7 @@ import reward
 import tasks
 from batches import balance
 from faith import Case, Labelled, Subject
-from model import weight_files
-from run import files, reading
+from run import files, identity, reading
 from run.hub import locate
 from run.progress import Parser, Progress, command
 from tasks import Question
@@ -46,18 +43,11 @@ BLOCK = 32  # cases labelled and saved at a time
 EDITABLE = ("parts", "options", "appeal")  # fields of a question that an edit may change
 
 
-def identity(args, questions: list[Question]) -> dict:
-    """Everything that fixes the splits and the labels: flags of a build or of a train.py run, the model, the data."""
-    digest = hashlib.sha256()
-    for file in weight_files(locate(args.model)):  # in the order of their names
-        with file.open("rb") as data:
-            while chunk := data.read(1 << 24):
-                digest.update(chunk)
-    texts = json.dumps([(q.id, q.parts, q.options, q.gold, q.group) for q in questions])
+def settings(args) -> dict:
+    """The flags of a build, or of a train.py run, that fix the splits and the labels."""
     return {
-        "model_sha256": digest.hexdigest(), "task": args.task,
-        "data_sha256": hashlib.sha256(texts.encode()).hexdigest(), "intervention": args.intervention,
-        "eval_questions": args.eval_questions, "fit_questions": args.fit_questions,
+        "task": args.task, "intervention": args.intervention, "eval_questions": args.eval_questions,
+        "fit_questions": args.fit_questions,
         "calibration_questions": args.calibration_questions if args.calibrate else 0,
     }  # fmt: skip
 
@@ -69,11 +59,11 @@ def record(case: Case, row: dict) -> dict:
     return row | question | {"edited": changed}
 
 
-def read_dataset(args, questions: list[Question], trainable: list[Question]) -> Labelled:
-    """The training cases of --dataset and their rows, for a train.py run with these flags and questions.
+def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> Labelled:
+    """The training cases of --dataset and their rows, for a train.py run with these flags.
 
-    trainable: the questions that the run may train on. ValueError where the data set is unfinished, was built with
-    another model, task, intervention, calibration or split, or holds other questions.
+    trainable: the questions that the run may train on. ValueError where the data set is unfinished, was built for
+    another task, intervention, calibration or split, or with other data or prompts. run/results.py compares weights.
     """
     folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
     if not (folder / "manifest.json").exists():
@@ -81,10 +71,13 @@ def read_dataset(args, questions: list[Question], trainable: list[Question]) -> 
     manifest = reading.read_json(folder / "manifest.json")
     if not manifest.get("complete"):
         raise ValueError(f"--dataset {folder} is not finished; start its python -m lab.build again")
-    for name, value in identity(args, questions).items():
+    for name, value in settings(args).items():
         if manifest.get(name) != value:
             raise ValueError(f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}; "
                              "change the run's flags, or build another")  # fmt: skip
+    names = made_of.keys() - {"opening"}  # its labels are decisions only
+    known_as, advice = manifest.get("made_of"), "change it back, or build another"
+    identity.check_same(known_as, made_of, f"--dataset {folder}", advice, names)
     for number, line in enumerate(reading.read_jsonl(folder / "train.jsonl"), 1):
         where = f"{folder / 'train.jsonl'}, line {number}"
         try:
@@ -204,21 +197,22 @@ def build(args: argparse.Namespace) -> dict:
     parts = tasks.split(questions, sizes, seed=0)  # as train.py
     if (locate(args.model) / "adapter_config.json").exists():
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
-    flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")}
-    settings = flags | identity(args, questions)
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
+    subject = faith.open_subject(args.model, "none", "", len(questions[0].options))
+    made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
-        for name, value in settings.items():
+        for name, value in flags.items():
             if manifest.get(name) != value:
                 raise ValueError(f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}; give the same "
                                  "flags, or another --out")  # fmt: skip
+        identity.check_same(manifest.get("made_of"), made_of, str(out), "restore them, or give another --out")
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
         raise ValueError(f"{out} already holds something; choose another --out or remove it")
     else:
-        manifest = settings | {"complete": False}
+        manifest = flags | {"made_of": made_of, "complete": False}
     logs = {name: out / f"labelling-{name}.jsonl" for name in parts}
     if not manifest["complete"]:
-        subject = faith.open_subject(args.model, "none", "", len(questions[0].options))
         faith.check_prompts(subject, questions, 1)
         out.mkdir(parents=True, exist_ok=True)
         if args.calibrate and not manifest.get("mean_logp"):

@@ -31,8 +31,9 @@ import numpy as np
 import report
 from lab import plot
 from reward import KINDS
-from run import files, reading
+from run import files, identity, reading
 from run.progress import Parser, command
+from run.results import check_rows
 
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
@@ -123,6 +124,26 @@ def check_asked(key: Key, runs: list[Run]) -> None:
         known[run.folder] = how
 
 
+def check_made_of(key: Key, runs: list[Run]) -> None:
+    """ValueError where a cell was measured with other questions, prompts or words, or with another model."""
+    cells = [f"{run.cells[key]}.T1.jsonl" for run in runs]
+    check_rows(*cells, names=("questions", "prompts", "words", "tokenizer"))
+    base = next((hashes(f"{run.cells[key]}.identity.json") for run in runs if not run.trained), {})
+    for run in (run for run in runs if run.trained):
+        where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
+        if begun and base:
+            identity.check_same(begun, base, where, "give the base that the run began with", ["weights"])
+        cell = hashes(f"{run.cells[key]}.identity.json")
+        if cell and (run.folder / "model").exists():
+            now = {"weights": identity.weights(run.folder / "model")}
+            identity.check_same(cell, now, str(run.cells[key]), f"measure {run.folder}/model again")
+
+
+def hashes(file: str | Path) -> dict[str, str]:
+    """What a file of hashes says; {} if it is missing, as beside measurements of earlier versions."""
+    return reading.read_json(file).take("made_of", dict[str, str]) if Path(file).exists() else {}
+
+
 def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:
     """Phi before, after with the initial model's I and with its own, and the share of the gain that vanishes."""
     a, b = report.pairs(base, rows)
@@ -165,6 +186,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
     """
     runs = [run for run in runs if key in run.cells]
     check_asked(key, runs)
+    check_made_of(key, runs)
     rows = {run.folder: reading.read_jsonl(f"{run.cells[key]}.T1.jsonl") for run in runs}
     base, out = next((rows[run.folder] for run in runs if not run.trained), None), {}
     for run in runs:

@@ -12,10 +12,14 @@ from pathlib import Path
 from report import compare, summary, table
 from run import files, reading
 from run.progress import Parser, command
+from run.results import check_rows
 
 
 def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
     """{"before", "after", "difference"} of two files of measured rows."""
+    check_rows(before, after)
+    for rows in (before, after) if fit else ():
+        check_rows(fit, rows)
     fit_rows = reading.read_jsonl(fit) if fit else None
     rows = {"before": reading.read_jsonl(before), "after": reading.read_jsonl(after)}
     out = {name: summary(rows[name], fit_rows, source=path) for name, path in (("before", before), ("after", after))}

@@ -9,7 +9,6 @@ index: resume only your own runs. model.save writes what others should load, as 
 """
 
 import contextlib
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from run import files
+from run.identity import check_same, digest
 from run.progress import say
+from run.reading import read_json
 
 # Without shards one process writes alone, on purpose: hide torch's warning.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -37,12 +38,12 @@ def first_cause(message):
         raise ValueError(message(getattr(cause, "strerror", None) or lines[-1])) from None
 
 
-def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, keep: int = 2, ranks=None) -> None:
+def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, made_of=None, keep=2, ranks=None):
     """Writes the state after `steps` steps, then removes all but the newest `keep` checkpoints.
 
     One process calls this. With shards all `ranks` call it, each writes its own, and the folder must be visible to all.
-    position: what else a run needs to continue, as JSON. Raises ValueError if it cannot be written; earlier checkpoints
-    stay.
+    position: what else a run needs to continue, as JSON. made_of: hashes that `read` compares. Raises ValueError if
+    it cannot be written; earlier checkpoints stay.
     """
     target = folder / f"step-{steps:08d}"
     part = target.with_suffix(".part")
@@ -65,6 +66,8 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, 
     def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         manifest = {"steps": steps, "position": position, "names": sorted(tensors), "files": sizes}
+        manifest["made_of"] = made_of or {}
+        manifest["sha256"] = digest(manifest)
         files.write_json(part / "manifest.json", manifest)
         part.rename(target)
         for old in [path for path in sorted(folder.glob(STEPS)) if not faults(path)][:-keep]:
@@ -84,16 +87,17 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, 
 def faults(path: Path) -> str:
     """What is wrong with the checkpoint in `path`, in a few words; empty if it is whole."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = dict(read_json(path / "manifest.json"))
+        if manifest.pop("sha256", None) != digest(manifest):
+            return "manifest.json was changed, or is of another version"
         for name, size in manifest["files"].items():
             if (found := (path / name).stat().st_size) != size:
                 return f"{name} has {found} bytes of {size}"
-        good = isinstance(manifest["position"], dict) and manifest["steps"] > 0 and isinstance(manifest["names"], list)
-        return "" if good else "manifest.json is not a checkpoint's"
     except OSError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is broken, missing or of another version"
+    except ValueError:
+        return "manifest.json is broken or missing"
+    return ""
 
 
 def newest(folder: Path, report=lambda line: None) -> Path | None:
@@ -105,12 +109,14 @@ def newest(folder: Path, report=lambda line: None) -> Path | None:
     return None
 
 
-def read(path: Path, tensors: dict[str, Tensor], one_process: bool = True) -> tuple[int, dict]:
+def read(path: Path, tensors: dict[str, Tensor], made_of=None, one_process: bool = True) -> tuple[int, dict]:
     """Reads a checkpoint into `tensors`, in place; returns the steps done and the position.
 
     Raises ValueError if it belongs to another run. With shards all ranks call it, and one_process is False.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_json(path / "manifest.json")
+    if known := manifest.get("made_of"):
+        check_same(known, made_of or {}, path, "give the checkpoints of this run")
     if odd := sorted(set(manifest["names"]) ^ tensors.keys()):
         raise ValueError(f"{path}: it does not fit this run ({odd[0]} is in one of them only)")
     with first_cause(lambda cause: f"{path}: it does not fit this run ({cause})"):
@@ -121,9 +127,10 @@ def read(path: Path, tensors: dict[str, Tensor], one_process: bool = True) -> tu
 class RunState:
     """What a checkpoint holds: the policy's tensors, the number of steps done, the position in the data."""
 
-    def __init__(self, folder: Path, policy, stream, ranks, every: int):
-        """every: steps between checkpoints; 0: none."""
+    def __init__(self, folder: Path, policy, stream, made_of: dict, ranks, every: int):
+        """made_of: hashes of what the run is made of (identity.py). every: steps between checkpoints; 0: none."""
         self.folder, self.policy, self.stream, self.ranks, self.every = folder, policy, stream, ranks, every
+        self.made_of = dict(made_of)
         self.print = say if ranks.rank == 0 else lambda line: None
         self.advance(0)
 
@@ -136,7 +143,7 @@ class RunState:
         ranks = self.ranks if self.policy.sharded else None
         if self.every and self.steps and (ranks or self.ranks.rank == 0):
             try:
-                write(self.folder, self.steps, self.policy.state(), self.position, ranks=ranks)
+                write(self.folder, self.steps, self.policy.state(), self.position, self.made_of, ranks=ranks)
             except ValueError as error:
                 self.print(f"no checkpoint after step {self.steps}: {error}; the earlier ones are kept")
 
@@ -154,7 +161,7 @@ class RunState:
         """
         path, log = newest(self.folder, self.print), self.folder.parent / "metrics.jsonl"
         if path:
-            steps, position = read(path, self.policy.state(), one_process=not self.policy.sharded)
+            steps, position = read(path, self.policy.state(), self.made_of, one_process=not self.policy.sharded)
             self.policy.refresh()
             self.stream.resume_at(**position)
             self.advance(steps)

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import model as models
-from run import files
+from run import files, identity
 from run.args import Args, command
+from run.progress import say
+from run.reading import read_json
 
 
 def write_args(args: Args, steps: int = 0) -> None:
@@ -17,7 +19,7 @@ def write_args(args: Args, steps: int = 0) -> None:
     """
     file, kept = Path(args.out) / "args.json", []
     if args.resume:
-        was, known = json.loads(file.read_text()), history(args)
+        was, known = read_json(file), history(args)
         # The run goes back to a checkpoint at `steps`: entries after it are undone, and the first of them ends here.
         undone = [entry for entry in known if entry["until"] >= steps][:1]
         kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in undone]
@@ -33,15 +35,54 @@ def write_args(args: Args, steps: int = 0) -> None:
 def history(args: Args) -> list[dict]:
     """The earlier flags of a resumed run, as `write_args` kept them."""
     file = Path(args.out) / "args.json"
-    return json.loads(file.read_text()).get("history", []) if file.exists() else []
+    return read_json(file).take("history", list[dict], []) if file.exists() else []
 
 
-def write_measured(args: Args, name: str, rows: dict[float, list], fit_rows: list, summaries: dict) -> None:
-    """Writes what faith.measure gave (OUT/name.T0.jsonl, …, OUT/name.fit.jsonl) and its summary (OUT/name.json)."""
+def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
+    """`made_of` with the hash of --model's weights.
+
+    ValueError where a resumed run was begun with something else, or a frozen data set was labelled with other weights.
+    """
+    kept, dataset = Path(args.out) / "identity.json", Path(args.dataset) / "manifest.json"
+    begun = read_json(kept) if args.resume and kept.exists() else {}
+    identity.HASHED.update(begun.get("files", {}))
+    made_of = made_of | {"weights": identity.weights(args.model)}
+    if begun:
+        identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
+    elif args.resume:
+        say(f"note: {kept} is missing, so nobody knows whether the model and the data are those it was begun with")
+    if args.dataset:
+        known, advice = read_json(dataset).get("made_of"), "give that model, or build another"
+        identity.check_same(known, made_of, f"--dataset {args.dataset}", advice, ["weights"])
+    return made_of
+
+
+def write_identity(args: Args, made_of: dict[str, str], stream) -> None:
+    """Writes OUT/identity.json, and in OUT/questions.txt the questions that the run trains on or keeps for tests."""
+    files.write_json(Path(args.out) / "identity.json", {"made_of": made_of, "files": identity.HASHED})
+    seen = identity.list_text(args.model, stream.questions, stream.kept_back)
+    files.write_text(Path(args.out) / identity.LIST, seen)
+
+
+def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, made_of: dict) -> None:
+    """Writes what faith.measure gave: PREFIX.T0.jsonl, …, PREFIX.fit.jsonl, and PREFIX.identity.json."""
     parts = {f"T{t:g}": rows[t] for t in rows} | {"fit": fit_rows}
     for part in parts:
-        files.write_jsonl(Path(args.out) / f"{name}.{part}.jsonl", parts[part])
-    files.write_json(Path(args.out) / f"{name}.json", summaries)
+        files.write_jsonl(f"{prefix}.{part}.jsonl", parts[part])
+    files.write_json(f"{prefix}.identity.json", {"made_of": made_of})
+
+
+def check_rows(*rows: str | Path, names=("questions", "prompts", "words", "opening")) -> None:
+    """Raises ValueError if files of measured rows were not made of the same, as far as it is known beside them."""
+    first, was = None, None
+    for file in map(str, rows):
+        kept = Path(file.removesuffix(".jsonl").rpartition(".")[0] + ".identity.json")
+        if not kept.exists():
+            continue
+        now = read_json(kept).take("made_of", dict[str, str])
+        if was:
+            identity.check_same(was, now, first, f"measure {first} and {file} alike", names)
+        first, was = file, now
 
 
 def save_model(args: Args, model: models.Transformer, name: str) -> None:
@@ -51,9 +92,10 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     record = dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())}
     record |= {"history": earlier} if (earlier := history(args)) else {}
+    record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"]}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
-    if args.calibrate:
-        also.append(("calibration.json", (folder.parent / "calibration.json").read_text()))
+    for name in (identity.LIST, *["calibration.json"] * args.calibrate):
+        also.append((name, (folder.parent / name).read_text(encoding="utf-8")))
     with files.errors_named(folder):
         models.save(model, folder, model_card(args), also=also)
 

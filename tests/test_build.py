@@ -1,6 +1,5 @@
 """lab.build: what a data set holds, that a killed build ends with the same bytes, and that train.py takes no other."""
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ import reward
 import tasks
 import train
 from lab import build
-from run import files, reading
+from run import files, identity, reading
 from run.args import parse
 from run.ranks import Ranks
 
@@ -125,7 +124,7 @@ def test_held_out_words_are_in_test_cases_only(kind, tmp_path, monkeypatch):
 def test_manifest(done, folder, subject, parts):
     """The hash is sha256sum's. What was labelled but not kept is what an independent count gives."""
     manifest = read(done)[1]
-    assert manifest["model_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert manifest["made_of"]["weights"] == identity.weights(folder)
     assert manifest["complete"] and manifest["short"] == "" and manifest["seed"] == 0
     assert {path.name for path in done.iterdir()} == {"manifest.json", *(f"{name}.jsonl" for name in SPLITS)}
     counts = Counter()
@@ -160,8 +159,8 @@ def test_cases_are_written_and_read(task, kind, tmp_path, monkeypatch):
     files.write_jsonl(tmp_path / "train.jsonl", [build.record(*pair) for pair in labelled])
     manifest = {"complete": True, "seed": 4, "splits": {"train": {"rows": len(cases)}}}
     files.write_json(tmp_path / "manifest.json", manifest)
-    monkeypatch.setattr(build, "identity", lambda args, questions: {"seed": 4})
-    got = build.read_dataset(types.SimpleNamespace(dataset=tmp_path), questions, questions)
+    monkeypatch.setattr(build, "settings", lambda args: {"seed": 4})
+    got = build.read_dataset(types.SimpleNamespace(dataset=tmp_path), {}, questions)
     assert [case for case, _ in got] == cases and len(cases) > 5
     assert [{key: row[key] for key in labelled[0][1]} for _, row in got] == [row for _, row in labelled]
 
@@ -264,10 +263,10 @@ def test_other_weights_or_data_of_the_same_name_are_refused(folder, tmp_path, ca
     capsys.readouterr()
     shutil.rmtree(data)
     other_data(data)
-    refused(capsys, given, "begun with data_sha256")
+    refused(capsys, given, "made with other questions")
     shutil.copytree(DATA, data, dirs_exist_ok=True)
     tiny.build(model, seed=18)
-    refused(capsys, given, "begun with model_sha256")
+    refused(capsys, given, "made with other weights")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +355,7 @@ ANOTHER = [  # changes of train.py's flags, of the manifest (None removes), of t
     ({"intervention": "adverb"}, {}, {}, "its intervention is 'bias', this run's 'adverb'"),
     ({"eval_questions": 4}, {}, {}, "its eval_questions is 5, this run's 4"),
     ({"task": "social_iqa", "data": DATA.parent / "social_iqa"}, {}, {}, "its task is 'esnli'"),
-    ({"model": "other"}, {}, {}, "its model_sha256 is"), ({"data": "other"}, {}, {}, "its data_sha256 is"),
+    ({"model": "other"}, {}, {}, "made with other weights"), ({"data": "other"}, {}, {}, "made with other questions"),
     ({"calibrate": True}, {}, {}, "its calibration_questions is 0, this run's 300"),
     ({"dataset": DATA}, {}, {}, "is no data set"), ({}, {"complete": False}, {}, "is not finished"),
     ({}, {"splits": None}, {}, "has 40 lines"), ({}, {}, None, "has 39 lines"),

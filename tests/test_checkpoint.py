@@ -169,9 +169,11 @@ def test_a_full_disk_for_the_model(network, disk, rank):
     """The model is there as a whole, or not under its name; then an error says what is not written."""
     small, network = disk(2**20), lora.attach(network, rank, 8.0) if rank else network
     args, model = Args(out=str(small), lora=rank, resume=True, calibrate=True), small / "model"
-    (small / "calibration.json").write_text('{"mean_logp": [0, 0, 0]}')
+    known = {"calibration.json": '{"mean_logp": [0, 0, 0]}', "identity.json": '{"made_of": {}}', "questions.txt": ""}
+    for name, text in known.items():
+        (small / name).write_text(text)
     failure = f"{model}.*cannot be written \\(.*No space left on device.*\\)"
-    assert pages_needed(small, lambda: results.save_model(args, network, "model"), failure, ["calibration.json"]) > 5
+    assert pages_needed(small, lambda: results.save_model(args, network, "model"), failure, [*known]) > 5
     assert json.loads((model / "training.json").read_text())["lora"] == rank
     assert (model / "calibration.json").read_text() == (small / "calibration.json").read_text()
     if not rank:

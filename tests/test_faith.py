@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -240,7 +238,7 @@ def test_a_cell_is_left_whole_and_its_calibration_is_used(folder, subject, tmp_p
     for cell in (one, two):  # lab.paper sees by these that the two were asked alike
         assert reading.read_json(cell.with_suffix(".json"))["mean_logp"] == known["mean_logp"]
     questions = tasks.split(tasks.load("esnli", DATA / "esnli"), {"test": 8, "fit": 8}, seed=0)["fit"]
-    assert known == {"mean_logp": pytest.approx(faith.calibrate(subject, questions).tolist()), "questions": 8}
+    assert known["mean_logp"] == pytest.approx(faith.calibrate(subject, questions).tolist()) and known["questions"] == 8
     for name in ("esnli-bias.T1.jsonl", "esnli-bias.fit.jsonl"):
         assert (one.parent / name).read_bytes() == (two.parent / name).read_bytes()
     subject.offsets = np.array(known["mean_logp"])
@@ -264,7 +262,7 @@ def test_ask_command(folder, tmp_path):
         ("--frobnicate", "unrecognized arguments: --frobnicate"), ("--task snli", "invalid choice: 'snli'"),
         ("--limit many", "invalid int value: 'many'"), ("--model no/such-model", "hf download no/such-model"),
         ("--data no-such-folder", "no-such-folder"), ("--limit 500", "500"),
-        ("--calibration nothing.json", "not none, fit or a calibration.json"), ("--fit 0", "--fit must be at least 2"),
+        ("--calibration nothing.json", "takes none, fit or a"), ("--fit 0", "--fit must be at least 2"),
         ("--temperature 0 0", "--temperature takes different numbers"),
         ("--temperature nan", "--temperature takes different numbers"), ("--seed -1", "--seed must be at least 0"),
         ("--json no-such-folder/x.json", "make the folder no-such-folder first"),
@@ -299,10 +297,3 @@ def test_keys_name_questions_and_their_edits(questions):
     cases = faith.draw_cases(questions, "bias", 0) + faith.draw_cases(questions, "bias", 1)
     keys = [case.key for case in cases]
     assert len(set(keys)) == len(cases) and all(0 <= key < 2**63 for key in keys)
-
-
-def test_questions_trained_on_are_not_measured(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "trained")
-    record = {"task": "esnli", "data": str((DATA / "esnli").resolve()), "eval_questions": 7}
-    (tmp_path / "trained" / "training.json").write_text(json.dumps(record))
-    assert "trained on all but 7 questions of this data" in refused(*MEASURE, "--model", tmp_path / "trained")

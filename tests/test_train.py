@@ -58,7 +58,8 @@ def test_files_of_a_run(done, folder):
         (again,) = re.findall(r"train\.py (.*)", (out / name / "README.md").read_text())
         assert parse_(shlex.split(again)) == parse_(given)  # the card's command is this run's
         trained = json.loads((out / name / "training.json").read_text())
-        assert trained == saved | {"data": str(DATA.resolve())}
+        made_of = json.loads((out / "identity.json").read_text())["made_of"]
+        assert trained == saved | {"data": str(DATA.resolve()), "made_of": made_of}
 
 
 def test_metrics_of_a_run(done):

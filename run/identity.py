@@ -1,0 +1,112 @@
+"""What a result was made of, as sha256 hashes, and the refusal to mix results that were made of different things.
+
+    weights      the model's safetensors files (of an adapter: its base's too)
+    config       the switches of model.Config, with the tokens that end an answer
+    tokenizer    tokenizer.json, and the chat turns as they are rendered
+    prompts      the texts around a question: how it is asked, how the explanation is asked for
+    words        the word lists and the sentences that an edit inserts
+    questions    the questions as loaded, in their order
+
+They stand beside what depends on them: in OUT/identity.json of a run, the manifest.json of a checkpoint and of a data
+set, PREFIX.identity.json of measured rows, calibration.json, and training.json of a trained model. Whoever reads one of
+these calls `check_same`. A trained model also lists the questions of its run (questions.txt), for `check_unseen`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from model import weight_files
+from run.hub import locate
+from run.reading import read_json
+
+HASHED: dict[str, list] = {}  # path: [size, mtime in ns, sha256]; a run keeps it, so that large files are read once
+LIST = "questions.txt"
+
+
+def digest(value) -> str:
+    """The sha256 of a value that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """The sha256 of a file. A file whose path, size and time of change are known is not read again."""
+    file = file.absolute()
+    stamp = [file.stat().st_size, file.stat().st_mtime_ns]
+    if HASHED.get(str(file), [])[:2] != stamp:
+        sha = hashlib.sha256()
+        with file.open("rb") as data:
+            while chunk := data.read(1 << 24):
+                sha.update(chunk)
+        HASHED[str(file)] = [*stamp, sha.hexdigest()]
+    return HASHED[str(file)][2]
+
+
+def weights(path: str | Path) -> str:
+    """The hash of a model's weights: of all its safetensors files in the order of their names."""
+    folder = locate(path)
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists():
+        return digest([file_digest(file) for file in weight_files(folder)])
+    base = weights(read_json(adapter).take("base_model_name_or_path", str))
+    return digest([base, file_digest(adapter), file_digest(folder / "adapter_model.safetensors")])
+
+
+def check_same(was: object, now: dict[str, str], where: str, advice: str, names: Iterable[str] = ()) -> None:
+    """Raises ValueError if the hashes `was`, kept in `where`, differ from `now`. names: which of them count, or all."""
+    known = was if isinstance(was, dict) else {}
+    odd = [name for name in names or now if name in now and known.get(name) != now[name]]
+    if odd:
+        then = ", ".join(f"{name} {str(known.get(name))[:12]} then and {now[name][:12]} now" for name in odd)
+        raise ValueError(f"{where} was made with other {' and '.join(odd)} (sha256: {then}); {advice}")
+
+
+def check_base(path: str | Path, record: dict) -> None:
+    """Raises ValueError if the base of an adapter has other weights than in its training. record: its training.json."""
+    adapter, made_of = locate(path) / "adapter_config.json", record.get("made_of")
+    if made_of and adapter.exists():
+        base = read_json(adapter).take("base_model_name_or_path", str)
+        check_same(made_of, {"weights": weights(base)}, f"the adapter {path}", f"put the right model at {base}")
+
+
+# ---- which questions a trained model has seen ------------------------------------------------------------------
+
+
+def mark(question) -> str:
+    """Identifies a question's group, which splits keep together."""
+    return digest([question.task, question.group])[:12]
+
+
+def question_list(model: str | Path) -> dict[str, set[str]]:
+    """{"trained": marks, "test": marks} of the runs that made this model; empty sets for a model of others.
+
+    For an adapter they are its own, because it was trained on a model of others.
+    """
+    known: dict[str, set[str]] = {"trained": set(), "test": set()}
+    file = locate(model) / LIST
+    for number, line in enumerate(file.read_text("utf-8").split("\n")[:-1] if file.exists() else (), 1):
+        kind, _, name = line.partition(" ")
+        if kind not in known or len(name) != 12:
+            raise ValueError(f"{file}, line {number}: not of a model that train.py saved; remove the file")
+        known[kind].add(name)
+    return known
+
+
+def list_text(model: str | Path, trained: Iterable, test: Iterable) -> str:
+    """The text of questions.txt for a model trained from `model` with these questions."""
+    known = question_list(model)
+    known["trained"] |= {mark(q) for q in trained}
+    known["test"] |= {mark(q) for q in test}
+    return "".join(f"{kind} {name}\n" for kind in known for name in sorted(known[kind]))
+
+
+def check_unseen(model: str | Path, test: list, flag: str, trained: Iterable = ()) -> None:
+    """Raises ValueError if the model was trained on one of the questions `test`, or tested on one of `trained`."""
+    known = question_list(model)
+    if seen := [q for q in test if mark(q) in known["trained"]]:
+        raise ValueError(f"the model {model} was trained on {len(seen)} of these {len(test)} test questions, such as "
+                         f"{seen[0].id}; give a smaller {flag}, or other data")  # fmt: skip
+    if kept := [q for q in trained if mark(q) in known["test"]]:
+        raise ValueError(f"this run would train on {len(kept)} test questions of the run that made {model}, such as "
+                         f"{kept[0].id}; give its {flag}, or other data")  # fmt: skip

@@ -1,0 +1,206 @@
+"""Runs, data sets, checkpoints, measured rows and models say what they were made of, and a mismatch is refused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+from launch import DATA, call, flags, ran, refused
+
+import faith
+import reward
+from lab import build, paper, report
+from run import checkpoint, identity
+
+
+def change_weights(folder):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0).contiguous()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_data(folder):
+    """A word of some questions; their ids stay."""
+    file = folder / "esnli_dev.csv"
+    assert "shirt" in file.read_text()
+    file.write_text(file.read_text().replace("shirt", "skirt"))
+
+
+CHANGES = {  # what differs: how it comes about, given the model's folder, the data's folder and a monkeypatch
+    "weights": lambda model, data, patch: change_weights(model),
+    "config": lambda model, data, patch: change_json(model / "config.json", rope_theta=20000.0),
+    "config, by an end of turn": lambda model, data, patch: change_json(
+        model / "generation_config.json", eos_token_id=[3]),
+    "tokenizer": lambda model, data, patch: change_json(
+        model / "tokenizer_config.json", chat_template="{{ '<|im_start|>system\nHello<|im_end|>\n' }}" + tiny.TEMPLATE),
+    "prompts": lambda model, data, patch: patch.setattr(faith, "WHY", "Why ({letter})?"),
+    "words": lambda model, data, patch: patch.setattr(reward, "PHRASINGS", reward.PHRASINGS[::-1]),
+    "questions": lambda model, data, patch: change_data(data),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(folder, tmp_path_factory):
+    """A model, data, a run of two steps on them, and rows of two measurements."""
+    place = tmp_path_factory.mktemp("begun")
+    shutil.copytree(folder, place / "model")
+    shutil.copytree(DATA, place / "data")
+    ran(flags(place / "model", place / "run", data=place / "data", checkpoint_every=1))
+    return place
+
+
+@pytest.fixture
+def copy(begun, monkeypatch):
+    """The same place with a fresh run folder; the model and data are put back afterwards."""
+    monkeypatch.setattr(identity, "HASHED", {})
+    kept = begun.with_name(begun.name + "-kept")
+    shutil.copytree(begun, kept)
+    yield begun
+    shutil.rmtree(begun)
+    kept.rename(begun)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resumed_run(copy, change, monkeypatch):
+    CHANGES[change](copy / "model", copy / "data", monkeypatch)
+    before = (copy / "run" / "metrics.jsonl").read_text()
+    error = refused(["--resume", "--out", copy / "run", "--steps", 3])
+    assert f"was made with other {change.split(',')[0]} (sha256: " in error, error
+    assert (copy / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_of_the_same(copy, capsys):
+    """It goes on, without reading the weights again; a run from before there was an identity.json says so."""
+    kept = json.loads((copy / "run" / "identity.json").read_text())
+    (file,) = kept["files"]
+    assert file == str(copy / "model" / "model.safetensors")
+    assert kept["files"][file][2] == hashlib.sha256((copy / "model" / "model.safetensors").read_bytes()).hexdigest()
+    again = ["--resume", "--out", copy / "run", "--steps", 3]
+    assert call(again)[0] == 0
+    (copy / "run" / "identity.json").unlink()
+    code, printed, _ = call([*again[:-1], 4])
+    assert code == 0 and "identity.json is missing" in printed and (copy / "run" / "identity.json").exists()
+
+
+def test_a_large_file_is_read_once(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    first = identity.file_digest(file)
+    opened, plain = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *mode, **way: opened.append(1) or plain(self, *mode, **way))
+    assert identity.file_digest(file) == first and not opened
+    file.write_bytes(b"other")
+    assert identity.file_digest(file) == hashlib.sha256(b"other").hexdigest() and opened
+
+
+def test_a_checkpoint_of_another_run(copy, tmp_path):
+    """Its tensors have the same names and shapes."""
+    other = tiny.build(tmp_path / "model", seed=18)
+    ran(flags(other, tmp_path / "run", data=copy / "data", checkpoint_every=1))
+    shutil.rmtree(copy / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "run" / "checkpoints", copy / "run" / "checkpoints")
+    error = refused(["--resume", "--out", copy / "run", "--steps", 3])
+    assert "step-00000002 was made with other weights" in error
+    manifest = copy / "run" / "checkpoints" / "step-00000002" / "manifest.json"
+    change_json(manifest, steps=1)
+    assert checkpoint.faults(manifest.parent) == "manifest.json was changed, or is of another version"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_data_set_that_is_continued(copy, change, monkeypatch, capsys):
+    given = ["--model", copy / "model", "--data", copy / "data", "--task", "esnli", "--out", copy / "set",
+             "--size", 4, "--eval-questions", 2, "--fit-questions", 2]  # fmt: skip
+    assert build.main([*map(str, given)]) == 0
+    CHANGES[change](copy / "model", copy / "data", monkeypatch)
+    assert build.main([*map(str, given)]) == 2
+    assert f"set was made with other {change.split(',')[0]} (sha256: " in capsys.readouterr().err
+
+
+def test_an_adapter_over_a_changed_base(copy, capsys):
+    out = copy / "lora"
+    ran(flags(copy / "model", out, data=copy / "data", lora=2, steps=1))
+    measure = ["--model", str(out / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit", "5",
+               "--fit", "2", "--max-new-tokens", "2"]  # fmt: skip
+    assert faith.main(measure) == 0
+    change_weights(copy / "model")
+    assert faith.main(measure) == 2
+    assert f"the adapter {out}/model was made with other weights" in capsys.readouterr().err
+
+
+def test_questions_of_an_earlier_run(copy, folder, capsys):
+    """Neither measured where they were trained on, nor trained on where they were kept for tests; from run to run."""
+    model = copy / "run" / "model"
+    kinds = [line.split()[0] for line in (model / "questions.txt").read_text().splitlines()]
+    assert set(kinds) == {"trained", "test"} and kinds.count("test") <= 5
+    measure = ["--model", str(model), "--task", "esnli", "--fit", "2", "--max-new-tokens", "2", "--data"]
+    assert faith.main([*measure, str(copy / "data"), "--limit", "5"]) == 0
+    assert faith.main([*measure, str(copy / "data"), "--limit", "8"]) == 2
+    assert "was trained on" in (error := capsys.readouterr().err) and "give a smaller --limit" in error
+    moved = shutil.copy(DATA / "esnli_dev.csv", copy / "elsewhere.csv")  # the same questions from another file
+    assert faith.main([*measure, str(moved), "--limit", "8"]) == 2
+    for eval_questions, words in ((8, "was trained on"), (2, "would train on"), (0, "would train on")):
+        given = flags(model, copy / "second", data=copy / "data", eval_questions=eval_questions)
+        assert words in refused(given) and not (copy / "second").exists()
+    ran(flags(model, copy / "second", data=copy / "data", steps=1))
+    assert (copy / "second" / "model" / "questions.txt").read_text() == (model / "questions.txt").read_text()
+    (copy / "run" / "model" / "questions.txt").write_text("trained\n")
+    assert "questions.txt, line 1: " in refused(flags(model, copy / "third", data=copy / "data"))
+
+
+def test_calibration_of_another_task_or_other_prompts(copy, monkeypatch, capsys):
+    ran(flags(copy / "model", copy / "calibrated", data=copy / "data", steps=1) + ["--calibrate"])
+    file = copy / "calibrated" / "model" / "calibration.json"
+    ask = ["--model", str(copy / "model"), "--limit", "2", "--fit", "2", "--max-new-tokens", "2", "--calibration"]
+    esnli = ["--task", "esnli", "--data", str(copy / "data")]
+    social = ["--task", "social_iqa", "--data", str(DATA.parent / "social_iqa")]
+    assert faith.main([*ask, str(file), *esnli]) == 0
+    assert faith.main([*ask, str(file), *social]) == 2 and "task must be 'social_iqa'" in capsys.readouterr().err
+    monkeypatch.setattr(faith, "LAST", "Give the letter.")
+    assert faith.main([*ask, str(file), *esnli]) == 2 and "other prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["prompts", "words", "questions"])
+def test_rows_that_are_compared(copy, change, monkeypatch, capsys):
+    """Both of a table and of a report; weights may differ, and files without hashes are of an earlier version."""
+    cells = [copy / name / "cells" / "esnli-bias" for name in ("base", "run")]
+    measure = ["--task", "esnli", "--data", str(copy / "data"), "--limit", "5", "--fit", "2", "--max-new-tokens", "2",
+               "--temperature", "1"]  # fmt: skip
+    for cell, model in zip(cells, (copy / "model", copy / "run" / "model"), strict=True):
+        cell.parent.mkdir(parents=True)
+        assert faith.main([*measure, "--model", str(model), "--rows", str(cell)]) == 0
+    rows = [f"{cell}.T1.jsonl" for cell in cells]
+    assert report.main(rows) == 0 and paper.main([str(cell.parent.parent) for cell in cells]) == 0
+    CHANGES[change](copy / "model", copy / "data", monkeypatch)
+    if change == "questions":  # the question that differs may not be among those measured
+        (copy / "run" / "model" / "questions.txt").unlink()
+    assert faith.main([*measure, "--model", str(copy / "run" / "model"), "--rows", str(cells[1])]) == 0
+    capsys.readouterr()
+    for tool, given in ((report, rows), (paper, [str(cell.parent.parent) for cell in cells])):
+        assert tool.main(given) == 2 and f"other {change}" in capsys.readouterr().err
+    for cell in cells:
+        (cell.parent / "esnli-bias.identity.json").unlink()
+    assert report.main(rows) == 0
+
+
+def test_cells_of_another_model(copy, tmp_path, capsys):
+    """The base is not the model that the run began with; or the run has gone on since its cell was measured."""
+    cells = [copy / name / "cells" / "esnli-bias" for name in ("base", "run")]
+    measure = ["--task", "esnli", "--data", str(copy / "data"), "--limit", "5", "--fit", "2", "--max-new-tokens", "2",
+               "--temperature", "1"]  # fmt: skip
+    other = tiny.build(tmp_path / "model", seed=18)
+    for cell, model in zip(cells, (other, copy / "run" / "model"), strict=True):
+        cell.parent.mkdir(parents=True)
+        assert faith.main([*measure, "--model", str(model), "--rows", str(cell)]) == 0
+    table = [str(copy / "base"), str(copy / "run")]
+    assert paper.main(table) == 2 and "give the base that the run began with" in capsys.readouterr().err
+    assert faith.main([*measure, "--model", str(copy / "model"), "--rows", str(cells[0])]) == 0
+    assert paper.main(table) == 0
+    ran(["--resume", "--out", copy / "run", "--steps", 3])
+    assert paper.main(table) == 2 and f"measure {copy}/run/model again" in capsys.readouterr().err
