@@ -377,7 +377,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run_measure(args: argparse.Namespace) -> None:
-    questions = tasks.load(args.task, args.data)
+    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
     parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
     identity.check_unseen(args.model, parts["test"], "--limit")
@@ -445,6 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         parser.add_argument("--task", choices=tasks.TASKS, required=True)
         parser.add_argument("--data", required=True, help="folder or file with the task's published data")
+        parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
         parser.add_argument("--limit", type=int, default=300, help="number of test questions")
         parser.add_argument("--fit", type=int, default=300, help="other questions, to fit the shortcut baseline")
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all",

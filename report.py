@@ -18,9 +18,11 @@ lab/report.py prints the figures of two files of rows, or of a run.
 import numpy as np
 
 BINARY = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt", "planted")
-NUMBERS = ("gold", "y", "y_edit", "y_null", "suggestion", "tokens", "overlap", "repeats", *BINARY)
-NULLABLE = ("y_null", "suggestion", "overlap", "repeats", "decoy_prompt", "planted")  # None: not measured, or absent
-KEYS = ("id", "group", "kind", "word", "phrasing", "p", "p_edit", *NUMBERS)
+OPTIONS = ("gold", "y", "y_edit", "y_null", "suggestion")
+NUMBERS = (*OPTIONS, "tokens", "overlap", "repeats", *BINARY)
+TEXTS = ("id", "group", "kind", "word")
+NULLABLE = ("y_null", "suggestion", "phrasing", "overlap", "repeats", "decoy_prompt", "planted")  # None: not measured
+KEYS = (*TEXTS, "phrasing", "p", "p_edit", *NUMBERS)
 SHORTCUT_KEYS = ("y_edit", "suggestion", "word", "phrasing")
 MEANS = ("decoy", "decoy_any", "decoy_prompt", "overlap", "repeats", "ended", "tokens")
 CELLS = ((1, 1), (1, 0), (0, 1), (0, 0))  # (I, M) of the 2x2 table
@@ -88,16 +90,25 @@ def figures(c, w):
 
 
 def check(row, keys, where):
-    """ValueError unless the row holds the keys, with numbers where they belong. `where` names it in the message."""
+    """ValueError unless the row holds the keys, each with a value that it can have.
+
+    The message names the row as its file and line, or as `where` if it was not read from a file.
+    """
+    where = getattr(row, "where", where)
     for key in keys:
         if not isinstance(row, dict) or key not in row:
             raise ValueError(f"{where}: the key '{key}' is missing; measure these rows again")
         value = row[key]
         number = isinstance(value, (int, float, np.number, np.bool_)) and abs(value) < 1e15  # no NaN
-        fits = key not in (*NUMBERS, "detection") or (number and (key not in BINARY or value in (0, 1)))
-        if key in ("p", "p_edit"):
+        if key in TEXTS:
+            fits = isinstance(value, str)
+        elif key in ("p", "p_edit"):
             fits = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
             fits = fits and len(value) > 1 and min(value) >= 0 and abs(sum(value) - 1) < 0.01
+        elif key in (*OPTIONS, "phrasing", "tokens"):
+            fits = number and value >= 0 and value % 1 == 0
+        else:
+            fits = number and (key == "detection" or 0 <= value <= 1) and (key not in BINARY or value in (0, 1))
         if not fits and not (key in NULLABLE and (value is None or value != value)):
             raise ValueError(f"{where}: '{key}' cannot be {value!r}")
 
@@ -109,11 +120,11 @@ def columns(rows, source="rows"):
     """
     derived, more = [], ("detection",) * any(isinstance(row, dict) and "detection" in row for row in rows)
     for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
+        where = getattr(row, "where", f"{source}, row {number}")
         check(row, KEYS + more, where)
         p, q = np.array(row["p"]), np.array(row["p_edit"])
-        if len(p) != len(q) or not {row["gold"], row["y"], row["y_edit"]} <= set(range(len(p))):
-            raise ValueError(f"{where}: 'gold', 'y', 'y_edit' must be options of both 'p' and 'p_edit'")
+        if len(p) != len(q) or any(row[key] is not None and row[key] >= len(p) for key in OPTIONS):
+            raise ValueError(f"{where}: {', '.join(OPTIONS)} must be options of both 'p' and 'p_edit'")
         if row["influence"] != (row["y"] != row["y_edit"]):
             raise ValueError(f"{where}: 'influence' must be 1 exactly where 'y' and 'y_edit' differ")
         derived.append((len(p), abs(q - p).sum() / 2, np.diff(np.sort(p))[-1]))

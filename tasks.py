@@ -16,11 +16,12 @@ does not depend on the file's order, and new questions do not reorder the others
 Sources: e-SNLI (Camburu et al. 2018), Social IQa (Sap et al. 2019), ComVE (Wang et al. 2020, SemEval task 4),
 StrategyQA (Geva et al. 2021). The order of Social IQa's answers and the splits are ours.
 
-    python tasks.py TASK PATH      counts questions, groups, and how often each option is the gold one
+    python tasks.py TASK PATH [--skip-bad-rows]    counts questions, groups, how often each option is the gold one
 """
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run import reading
+from run.progress import say
+from run.reading import BadRows
 
 FILES = {
     "esnli": ("esnli_train_1.csv", "esnli_train_2.csv", "esnli_dev.csv", "esnli_test.csv"),
@@ -53,11 +56,12 @@ class Question:
     moved_by: frozenset[str] | None = None  # names of the edits that were made to change the answer; None if unknown
 
 
-def load(task: str, path: str | Path) -> list[Question]:
+def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Question]:
     """The questions of one file, or of all published files in a folder, in the order of FILES.
 
     Rows that occur twice are kept. They share a group, so no split separates them. Any fault of the files is a
-    ValueError of one line that names the file and the place.
+    ValueError of one line that names the file and the place. skip_bad_rows: rows with a fault are left out, and rank 0
+    says how many on stderr. The other questions keep their ids. A fault of the whole file is still an error.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
@@ -67,7 +71,16 @@ def load(task: str, path: str | Path) -> list[Question]:
     found = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
     if not found:
         raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
-    return [question for file in found for question in read(file)]
+    questions = []
+    for file in found:
+        good = list(read(file, bad := BadRows(skip_bad_rows)))
+        if bad and not good:
+            raise ValueError(f"all {len(bad):,} rows of {file} are bad, the first: {bad[0]}")
+        if bad and os.environ.get("RANK", "0") == "0":
+            rows = f"skipped {len(bad):,} of {len(good) + len(bad):,} rows of {file}"
+            say(f"{rows}, the first: {bad[0].removeprefix(f'{file}, ')}", sys.stderr)
+        questions += good
+    return questions
 
 
 def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
@@ -102,15 +115,19 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
     return splits
 
 
-def _esnli(file: Path) -> Iterator[Question]:
-    for line, row in reading.csv_table(file, ("gold_label", "Sentence1", "Sentence2")):
+# Each reader reads a row inside `with bad:`, see run/reading.py. What is outside concerns the whole file.
+
+
+def _esnli(file: Path, bad: BadRows) -> Iterator[Question]:
+    for line, row in reading.csv_table(file, ("gold_label", "Sentence1", "Sentence2"), bad):
         where = f"{file}, line {line}"
-        parts = _texts(row, where, "Sentence1", "Sentence2")
-        gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
-        yield Question("esnli", f"esnli/{file.stem}:{line}", parts, ("yes", "no", "maybe"), gold, parts[0])
+        with bad:
+            parts = _texts(row, where, "Sentence1", "Sentence2")
+            gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
+            yield Question("esnli", f"esnli/{file.stem}:{line}", parts, ("yes", "no", "maybe"), gold, parts[0])
 
 
-def _social_iqa(file: Path) -> Iterator[Question]:
+def _social_iqa(file: Path, bad: BadRows) -> Iterator[Question]:
     rows, beside = reading.lines_of(file), file.with_name(file.stem + "-labels.lst")
     if not beside.is_file():
         raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
@@ -118,64 +135,75 @@ def _social_iqa(file: Path) -> Iterator[Question]:
     if len(rows) != len(labels):
         raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; correct one of them")
     for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
-        where, row = f"{file}, line {line}", reading.json_of(text, file, line)
-        right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
-        parts = _texts(row, where, "context", "question")
-        answers = _texts(row, where, "answerA", "answerB", "answerC")
-        order = sorted(range(3), key=lambda i: _hash("social_iqa", parts, answers[i]))
-        options, gold = tuple(answers[i] for i in order), order.index(right)
-        yield Question("social_iqa", f"social_iqa/{file.stem}:{line}", parts, options, gold, parts[0])
+        where = f"{file}, line {line}"
+        with bad:
+            row = reading.json_of(text, file, line)
+            right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
+            parts = _texts(row, where, "context", "question")
+            answers = _texts(row, where, "answerA", "answerB", "answerC")
+            order = sorted(range(3), key=lambda i: _hash("social_iqa", parts, answers[i]))  # noqa: B023
+            options, gold = tuple(answers[i] for i in order), order.index(right)
+            yield Question("social_iqa", f"social_iqa/{file.stem}:{line}", parts, options, gold, parts[0])
 
 
-def _comve(file: Path) -> Iterator[Question]:
-    rows = reading.csv_table(file, ("id", "sent0", "sent1"))
+def _comve(file: Path, bad: BadRows) -> Iterator[Question]:
+    rows = reading.csv_table(file, ("id", "sent0", "sent1"), bad)
     # The authors give the answers of dev and of test the same name, so dev and test must be in two folders.
     names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
     beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
     if beside is None:
         raise ValueError(f"{file}: its answers are missing; put {' or '.join(names)} beside it")
-    answers: dict[str, int] = {}
-    for line, cells in reading.csv_rows(beside):
-        if len(cells) != 2 or cells[0] in answers:
-            raise ValueError(f"{beside}, line {line}: {','.join(cells)!r}; it must be a new id, then 0 or 1")
-        answers[cells[0]] = _choice(cells[1], ("0", "1"), f"{beside}, line {line}")
+    answers: dict[str, list[tuple[int, str]]] = {}
+    for line, (key, *label) in reading.csv_rows(beside, None, BadRows()):
+        answers.setdefault(key, []).append((line, ",".join(label)))
+    ids = Counter(row["id"] for _, row in rows)
+    both = len(ids.keys() & answers.keys())
+    if 2 * both < max(len(ids), len(answers)):
+        raise ValueError(f"{beside}: {both} of its {len(answers)} ids are among the {len(ids)} of {file.name}; "
+                         "give the answers of this file")  # fmt: skip
     for line, row in rows:
         where, key = f"{file}, line {line}", row["id"]
-        if key not in answers:  # each answer is taken out below, so a second row of this id fails too
-            raise ValueError(f"{where}: id {key!r} comes twice or has no answer in {beside.name}; correct it")
-        pair, gold = _texts(row, where, "sent0", "sent1"), answers.pop(key)
-        # Sorted, so that the same two statements in the other order are the same group.
-        yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
-    if answers:
-        raise ValueError(f"{beside}: id {next(iter(answers))!r} is not in {file.name}; every answer needs its question")
+        with bad:
+            if ids[key] > 1 or len(answers.get(key, ())) != 1:
+                raise ValueError(f"{where}: id {key!r} must be there once, and once in {beside.name}; correct it")
+            ((answered, label),) = answers[key]
+            gold = _choice(label, ("0", "1"), f"{beside}, line {answered}")
+            pair = _texts(row, where, "sent0", "sent1")
+            # Sorted, so that the same two statements in the other order are the same group.
+            yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
+    if not bad.skip and (left := [key for key in answers if key not in ids]):
+        raise ValueError(f"{beside}: id {left[0]!r} is not in {file.name}; every answer needs its question")
 
 
-def _strategyqa(file: Path) -> Iterator[Question]:
+def _strategyqa(file: Path, bad: BadRows) -> Iterator[Question]:
     rows = reading.json_of(reading.text_of(file), file, 1)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
     for entry, row in enumerate(rows, start=1):
         where = f"{file}, entry {entry}"
-        parts = _texts(row, where, "question")
-        gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
-        yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
+        with bad:
+            parts = _texts(row, where, "question")
+            gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
+            yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
 
 
-def _toy(file: Path) -> Iterator[Question]:
-    beside = file.with_name("causes.json")
+def _toy(file: Path, bad: BadRows) -> Iterator[Question]:
+    beside, seen = file.with_name("causes.json"), set()
     causes = reading.json_of(reading.text_of(beside), beside, 1)
-    if not isinstance(causes, list) or not all(isinstance(cause, list) for cause in causes):
-        raise ValueError(f"{beside}: it must be a list of lists; make the files again with toy.py")
-    causes = [frozenset(cause) for cause in causes]
+    if not reading.fits(causes, list[list[str]]):
+        raise ValueError(f"{beside}: it must be a list of lists of texts; make the files again with toy.py")
     for line, text in enumerate(reading.lines_of(file), start=1):
-        where, row = f"{file}, line {line}", reading.json_of(text, file, line)
-        parts, options = (row.get(k) if isinstance(row, dict) else None for k in ("parts", "options"))
-        if not all(isinstance(value, list) and value for value in (parts, options)):
-            raise ValueError(f"{where}: parts and options must be lists; make the file again with toy.py")
-        gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(options))], where)
-        cause = causes[_choice(json.dumps(row.get("moved_by")), [str(i) for i in range(len(causes))], where)]
-        id, group = _texts(row, where, "id", "group")
-        yield Question("toy", id, tuple(parts), tuple(options), gold, group, moved_by=cause)
+        where = f"{file}, line {line}"
+        with bad:
+            row = reading.record_of(reading.json_of(text, file, line), where)
+            parts, options = (tuple(row.take(key, list[str])) for key in ("parts", "options"))
+            gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(options))], where)
+            cause = causes[_choice(json.dumps(row.get("moved_by")), [str(i) for i in range(len(causes))], where)]
+            id, group = _texts(row, where, "id", "group")
+            if not parts or not 2 <= len(options) <= 10 or not all(map(_is_text, parts + options)) or id in seen:
+                raise ValueError(f"{where}: parts, 2 to 10 options and an id of its own are needed; correct it")
+            seen.add(id)
+            yield Question("toy", id, parts, options, gold, group, moved_by=frozenset(cause))
 
 
 READERS = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa, "toy": _toy}
@@ -186,9 +214,13 @@ def _texts(row: object, where: str, *names: str) -> tuple[str, ...]:
     for name in names:
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             raise ValueError(f"{where}: no field {name!r} that is a string; give the published file")
-        if not row[name].strip() or any("\ud800" <= c <= "\udfff" for c in row[name]):
+        if not _is_text(row[name]):
             raise ValueError(f"{where}: {name} is empty or not valid text; correct or remove the row")
     return tuple(row[name].strip() for name in names)
+
+
+def _is_text(value: str) -> bool:
+    return bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _choice(label: str, labels: Sequence[str], where: str) -> int:
@@ -204,9 +236,9 @@ def _hash(*values: object) -> bytes:
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 3:
-            raise ValueError("usage: python tasks.py TASK PATH")
-        loaded = load(sys.argv[1], sys.argv[2])
+        if len(sys.argv) != 3 and sys.argv[3:] != ["--skip-bad-rows"]:
+            raise ValueError("usage: python tasks.py TASK PATH [--skip-bad-rows]")
+        loaded = load(sys.argv[1], sys.argv[2], len(sys.argv) == 4)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

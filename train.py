@@ -227,7 +227,7 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(f.suffix != ".part" for f in out.iterdir())):
         raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
-    questions = tasks.load(args.task, args.data)
+    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: no run trains on test questions
     stream = Stream(parts["fit"] + parts["train"], args, parts["test"])

@@ -192,7 +192,7 @@ def build(args: argparse.Namespace) -> dict:
     model.
     """
     out, file = Path(args.out), Path(args.out) / "manifest.json"
-    questions = tasks.load(args.task, args.data)
+    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # as train.py
     if (locate(args.model) / "adapter_config.json").exists():
@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--task", choices=tasks.TASKS, required=True)
     parser.add_argument("--data", required=True, help="folder or file with the task's published data")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--calibrate", action="store_true", help="as in train.py: for small models")

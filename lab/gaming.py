@@ -114,7 +114,8 @@ def columns(rows: list[dict], source: str = "rows") -> dict[str, np.ndarray]:
         for key in ("kind", "word", "text", "text_inserted", "question"):
             value = row.get(key, "" if key == "question" else None)  # old rows lack the question
             if not isinstance(value, str):
-                raise ValueError(f"{source}, row {number}: '{key}' must be text, not {value!r}")
+                where = getattr(row, "where", f"{source}, row {number}")
+                raise ValueError(f"{where}: '{key}' must be text, not {value!r}")
     found = [signs(row) for row in rows]
     return c | {name: np.array([sign[name] for sign in found], dtype=float) for name in SIGNS}
 

@@ -24,6 +24,7 @@ class Args:
     model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain")
     task: str = option("toy", "data set")
     data: str = option("", "folder or file with the task's published data; the toy has its own")
+    skip_bad_rows: bool = option(False, "leave out rows of --data that cannot be read, and say how many")
     intervention: str = option("adverb", "what is inserted into a question")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
     objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, answer yes or no "

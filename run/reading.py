@@ -160,30 +160,63 @@ def read_jsonl(file: str | Path) -> list[Record]:
     return [record_of(json_of(line, file, number), f"{file}, line {number}") for number, line in lines]
 
 
-# ---- CSV -------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def csv_rows(file: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF."""
-    reader, rows, line = csv.reader(io.StringIO(text_of(file), newline=None), strict=True), [], 1
-    try:
-        for cells in reader:
-            if cells:
-                rows.append((line, cells))
-            line = reader.line_num + 1  # not the number of the row: a quoted cell may hold line breaks
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
+class BadRows(list):
+    """`with bad:` stands around the reading of each row. A ValueError inside names the row, and ends the reading.
+
+    skip: the row is left out instead, and the message is kept here.
+    """
+
+    def __init__(self, skip: bool = False):
+        super().__init__()
+        self.skip = skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        skipped = self.skip and isinstance(error, ValueError)
+        self.extend([str(error)] * skipped)
+        return skipped
+
+
+def csv_rows(file: Path, width: int | None, bad: BadRows) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file that are not blank, each with the line where it begins. Line ends become LF.
+
+    width: how many cells a row has; 0: as many as the first; None: any number. A quote that is not closed can run over
+    many lines, so after a bad row the reading goes on with the next line.
+    """
+    lines, rows, at = io.StringIO(text_of(file), newline=None).readlines(), [], 0
+
+    def rest():
+        nonlocal at
+        while at < len(lines):
+            at += 1
+            yield lines[at - 1]
+
+    while at < len(lines):
+        begin, end = at, at + 1
+        with bad:
+            try:
+                cells = next(csv.reader(rest(), strict=True), [])
+            except csv.Error as error:
+                raise ValueError(f"{file}, line {begin + 1}: not a CSV row ({error}); check its quotes") from None
+            width = len(cells) if width == 0 else width
+            if cells and len(cells) != (width or len(cells)):
+                raise ValueError(f"{file}, line {begin + 1}: {len(cells)} cells, not {width}; correct the row")
+            rows += [(begin + 1, cells)] if cells else []
+            end = at
+        at = end
     return rows
 
 
-def csv_table(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+def csv_table(file: Path, columns: Sequence[str], bad: BadRows) -> list[tuple[int, dict[str, str]]]:
     """The rows below the header by column name, each with its line."""
-    (_, header), *rows = csv_rows(file)
-    if missing := [name for name in columns if name not in header]:
-        raise ValueError(f"{file}, line 1: no column {' or '.join(missing)}; give the published file")
-    if not rows:
+    (line, header), *rows = csv_rows(file, 0, bad) or [(1, [])]
+    if wrong := [name for name in columns if header.count(name) != 1]:
+        raise ValueError(f"{file}, line {line}: not one column {' or '.join(wrong)}; give the published file")
+    if not rows and not bad:
         raise ValueError(f"{file}: no rows below the header; download it again")
-    for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{file}, line {line}: {len(cells)} cells, {len(header)} columns; correct the row")
     return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]

@@ -149,7 +149,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
     bad.write_text(json.dumps(json.loads(first) | {"text": 3}) + "\n")
     other.write_text(rest)
     for args, message in (
-        ((before, bad), "after, row 1: 'text' must be text"), ((bad, before), "before, row 1: 'text' must be text"),
+        ((before, bad), "bad, line 1: 'text' must be text"), ((bad, before), "bad, line 1: 'text' must be text"),
         ((before, tmp_path / "none"), "is missing"), ((before, other), "the ids do not match: 1"),
         ((before, after, "--each", -1), "--each must not be negative"),
         ((before, after, "--seed", -1), "--seed must not be negative"),

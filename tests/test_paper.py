@@ -233,7 +233,7 @@ def test_bad_input_is_one_line(paper_runs, folder, tmp_path, capsys):
         ("esnli-bias of .*base and of .*fewer: the ids do not match", runs["base"], folder("fewer", home[1:], seed=4)),
         ("'word' is not the same", runs["s1"], folder("edit", [home[0] | {"word": "other"}, *home[1:]], seed=4)),
         ("its rows are not of adverb", folder("kind", key=CROSS, seed=4)),
-        ("esnli-bias.T1.jsonl, row 2: the key 'mention' is missing", folder("key", missing, seed=4)),
+        ("esnli-bias.T1.jsonl, line 2: the key 'mention' is missing", folder("key", missing, seed=4)),
         ("give one base", runs["base"], folder("second")),
         ("runs of several models", runs["s1"], folder("model", model="other")),
         ("name a cell by task and intervention", folder("name", key=("esnli", "typo"))),

@@ -393,6 +393,9 @@ def test_comparison_refuses_other_questions(change, message):
     ("key", "bad", "message"),
     [
         *(("mention", 2, "cannot be 2"), ("planted", 2, "cannot be 2"), ("tokens", "ten", "cannot be 'ten'")),
+        *(("id", 3, "cannot be 3"), ("group", None, "cannot be None"), ("tokens", -1, "cannot be -1")),
+        *(("overlap", 1.5, "cannot be 1.5"), ("y", 0.5, "cannot be 0.5"), ("phrasing", "x", "cannot be 'x'")),
+        *(("suggestion", 3, ".*options of both"), ("y_null", 4, ".*options of both")),
         *(("overlap", "x", "cannot be 'x'"), ("gold", None, "cannot be None"), ("tokens", math.nan, "cannot be nan")),
         *(
             ("p", [0.5, 0.2, 0.1], "cannot be"),
@@ -405,7 +408,7 @@ def test_comparison_refuses_other_questions(change, message):
 )
 def test_faulty_rows_are_named(key, bad, message):
     rows = cells(3, 3, 3, 3)
-    place = "rows: " if key == "id" else "row 2: " + f"'{key}' " * (message[0] != ".")
+    place = "rows: " if bad == "q0" else "row 2: " + f"'{key}' " * (message[0] != ".")
     with pytest.raises(ValueError, match=place + message):
         report.summary([rows[0], rows[1] | {key: bad}, *rows[2:]], resamples=10)
 
@@ -509,7 +512,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
     first, rest = good.read_text().split("\n", 1)
     without = json.dumps({key: x for key, x in json.loads(first).items() if key != "mention"})
     contents = {"bad0.jsonl, line 2: ": first + "\n{not json\n" + rest,
-                "bad1.jsonl, row 1: the key 'mention' is missing": without + "\n" + rest,
+                "bad1.jsonl, line 1: the key 'mention' is missing": without + "\n" + rest,
                 "bad2.jsonl, line 1 holds no JSON object": "[1, 2]\n",
                 "bad3.jsonl: no measured rows": "", "ids do not match": rest,
                 "line 1: not UTF-8": "\xff\xfd\n"}  # fmt: skip

@@ -10,9 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import launch
 import pytest
+import tiny
 
+import faith
 import tasks
+from lab import build
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -30,9 +34,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def error(task, path):
+def error(task, path, skip=False):
     with pytest.raises(ValueError) as caught:
-        tasks.load(task, path)
+        tasks.load(task, path, skip)
     message = str(caught.value)
     assert "\n" not in message and type(caught.value) is ValueError
     return message
@@ -230,50 +234,97 @@ def test_content_of_another_form(task, content, message, folder):
     assert f"{file}{message}" in error(task, file)
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "expected"),
-    [
-        ("esnli_dev.csv", "Sentence2", "hypothesis", "line 1: no column Sentence2"),
-        ("esnli_dev.csv", "gold_label,Sentence1", "a,b", "line 1: no column gold_label or Sentence1"),
-        ("esnli_dev.csv", "dev-1,", "dev-1,,", "line 3: 8 cells, 7 columns"),
-        ("esnli_dev.csv", "dev-1,entailment,", "dev-1,", "line 3: 6 cells, 7 columns"),
-        ("esnli_dev.csv", "dev-1,entailment", "dev-1,-", "line 3: label '-'; it must be one of entailment"),
-        ("esnli_dev.csv", "dev-1,entailment", "dev-1,", "line 3: label ''"),
-        ("esnli_dev.csv", "Two woman are holding packages.", " ", "line 3: Sentence2 is empty"),
-        ("esnli_dev.csv", "dev-1,", '"dev-1,', "line 3: not a CSV row"),
-        ("dev.jsonl", '"context"', '"contxt"', "line 1: no field 'context'"),
-        ("dev.jsonl", '{"context": "Sydney', '"context": "Sydney', "line 2: not JSON (Extra data)"),
-        ("dev.jsonl", '\n{"context": "Sydney', '\n\n{"context": "Sydney', "20 labels for 21 lines"),
-        ("dev.jsonl", '"sympathetic"', "7", "line 2: no field 'answerA' that is a string"),
-        ("dev.jsonl", '"sympathetic"', '""', "line 2: answerA is empty"),
-        ("dev.jsonl", '"sympathetic"', '"\\ud800"', "line 2: answerA is empty or not valid text"),
-        ("dev-labels.lst", "3\n1", "3\n4", "dev-labels.lst, line 2: label '4'; it must be one of 1, 2, 3"),
-        ("dev-labels.lst", "3\n1", "3\n", "dev-labels.lst, line 2: label ''"),
-        ("dev-labels.lst", "3\n1", "1", "dev-labels.lst: 19 labels for 20 lines of dev.jsonl"),
-        ("subtaskA_data_all.csv", "sent1", "sent2", "line 1: no column sent1"),
-        ("subtaskA_data_all.csv", "He drinks apple.", "", "line 3: sent0 is empty"),
-        ("subtaskA_data_all.csv", "1,He drinks apple.,", "1,", "line 3: 2 cells, 3 columns"),
-        ("subtaskA_data_all.csv", "\n1,He", "\n0,He", "line 3: id '0' comes twice or has no answer"),
-        ("subtaskA_data_all.csv", "1,He drinks apple.,He drinks milk.\n", "", "_all.csv: id '1' is not in"),
-        ("subtaskA_answers_all.csv", "\n1,0", "", "line 3: id '1' comes twice or has no answer"),
-        ("subtaskA_answers_all.csv", "\n1,0", "\n0,0", "_all.csv, line 2: '0,0'; it must be a new id"),
-        ("subtaskA_answers_all.csv", "\n1,0", "\n1,2", "_all.csv, line 2: label '2'"),
-        ("subtaskA_answers_all.csv", "\n1,0", "\n1", "_all.csv, line 2: '1'; it must be a new id"),
-        ("dev.json", '"question"', '"questions"', "entry 1: no field 'question'"),
-        ("dev.json", '"answer": false', '"answer": 0', "entry N: label '0'; it must be one of true, false"),
-        ("dev.json", '"answer": false', '"answer": "false"', "entry N: label '\"false\"'"),
-        ("dev.json", '"answer": false', '"reply": false', "entry N: label 'null'"),
-        ("dev.json", '"term"', "term", "line 4: not JSON"),
-    ],
-)
-def test_fault_in_a_file(file, old, new, expected, folder):
+ROW_FAULTS = [  # file, text in it, what replaces it, the message without --skip-bad-rows
+    ("esnli_dev.csv", "dev-1,", "dev-1,,", "esnli_dev.csv, line 3: 8 cells, not 7"),
+    ("esnli_dev.csv", "dev-1,entailment,", "dev-1,", "line 3: 6 cells, not 7"),
+    ("esnli_dev.csv", "dev-1,entailment", "dev-1,-", "line 3: label '-'; it must be one of entailment"),
+    ("esnli_dev.csv", "dev-1,entailment", "dev-1,", "line 3: label ''"),
+    ("esnli_dev.csv", "Two woman are holding packages.", " ", "line 3: Sentence2 is empty"),
+    ("esnli_dev.csv", "dev-1,", '"dev-1,', "line 3: not a CSV row"),  # the quote runs to the end of the file
+    ("esnli_dev.csv", "dev-1,", '"dev"-1,', "line 3: not a CSV row"),
+    ("dev.jsonl", '"context"', '"contxt"', "line 1: no field 'context'"),
+    ("dev.jsonl", '{"context": "Sydney', '"context": "Sydney', "line 2: not JSON (Extra data)"),
+    ("dev.jsonl", '"sympathetic"', "7", "line 2: no field 'answerA' that is a string"),
+    ("dev.jsonl", '"sympathetic"', '""', "line 2: answerA is empty"),
+    ("dev.jsonl", '"sympathetic"', '"\\ud800"', "line 2: answerA is empty or not valid text"),
+    ("dev-labels.lst", "3\n1", "3\n4", "dev-labels.lst, line 2: label '4'; it must be one of 1, 2, 3"),
+    ("dev-labels.lst", "3\n1", "3\n", "dev-labels.lst, line 2: label ''"),
+    ("subtaskA_data_all.csv", "He drinks apple.", "", "line 3: sent0 is empty"),
+    ("subtaskA_data_all.csv", "1,He drinks apple.,", "1,", "line 3: 2 cells, not 3"),
+    ("subtaskA_data_all.csv", "1,He drinks apple.", '1,"He" drinks', "line 3: not a CSV row"),
+    ("subtaskA_data_all.csv", "\n1,He", "\n9999,He", "line 3: id '9999' must be there once, and once in"),
+    ("subtaskA_data_all.csv", "\n1,He", "\n0,He", "line 2: id '0' must be there once"),  # 2 rows: which is right?
+    ("subtaskA_answers_all.csv", "\n1,0", "", "subtaskA_data_all.csv, line 3: id '1' must be there once, and once in"),
+    ("subtaskA_answers_all.csv", "\n1,0", "\n1,0\n1,1", "_all.csv, line 3: id '1' must be there once, and once in"),
+    ("subtaskA_answers_all.csv", "\n1,0", "\n1,2", "_all.csv, line 2: label '2'"),
+    ("subtaskA_answers_all.csv", "\n1,0", "\n1", "_all.csv, line 2: label ''"),
+    ("subtaskA_answers_all.csv", "\n1,0", "\n1,0,1", "_all.csv, line 2: label '0,1'"),
+    ("dev.json", '"question"', '"questions"', "entry 1: no field 'question'"),
+    ("dev.json", '"answer": false', '"answer": 0', "entry N: label '0'; it must be one of true, false"),
+    ("dev.json", '"answer": false', '"answer": "false"', "entry N: label '\"false\"'"),
+    ("dev.json", '"answer": false', '"reply": false', "entry N: label 'null'"),
+]
+FILE_FAULTS = [  # the same with --skip-bad-rows
+    ("esnli_dev.csv", "Sentence2", "hypothesis", "line 1: not one column Sentence2"),
+    ("esnli_dev.csv", "gold_label,Sentence1", "a,b", "line 1: not one column gold_label or Sentence1"),
+    ("esnli_dev.csv", "Explanation_1", "gold_label", "line 1: not one column gold_label"),
+    ("subtaskA_data_all.csv", "sent1", "sent2", "line 1: not one column sent1"),
+    ("dev.jsonl", '\n{"context": "Sydney', '\n\n{"context": "Sydney', "20 labels for 21 lines"),
+    ("dev-labels.lst", "3\n1", "1", "dev-labels.lst: 19 labels for 20 lines of dev.jsonl"),
+    ("dev.json", '"term"', "term", "line 4: not JSON"),
+]
+
+
+def broken(folder, file, old, new, expected):
+    """Puts the fault into the file: (task, path of the file, message)."""
     (path,) = folder.glob(f"*/{file}")
     if file == "dev.json":  # N is the first entry whose answer is false
         answers = [row["answer"] for row in json.loads(path.read_text(encoding="utf-8"))]
         expected = expected.replace("N:", f"{answers.index(False) + 1}:")
     edit(path, old, new)
-    message = error(path.parent.name, path.parent)
-    assert expected in message and str(path.parent) in message
+    return path.parent.name, path, expected
+
+
+@pytest.mark.parametrize("fault", [*ROW_FAULTS, *FILE_FAULTS])
+def test_fault_in_a_file(fault, folder):
+    task, path, expected = broken(folder, *fault)
+    for skip in (False, True)[: 1 + (fault in FILE_FAULTS)]:
+        message = error(task, path.parent, skip)
+        assert expected in message and str(path.parent) in message
+
+
+@pytest.mark.parametrize("fault", ROW_FAULTS)
+def test_a_bad_row_is_skipped(fault, folder, capsys):
+    """Exactly that row is left out; the others are as before; one line says so, under torchrun on rank 0 alone."""
+    task, path, expected = broken(folder, *fault)
+    lost = 2 if "\n0,He" in fault else 1
+    found, before = tasks.load(task, path.parent, True), tasks.load(task, DATA / task)
+    assert len(found) == 20 - lost and [q for q in before if q in found] == found
+    printed, total = capsys.readouterr(), 10 if task == "comve" else 20
+    assert printed.err.startswith(f"skipped {lost} of {total} rows of {path.parent}/") and printed.out == ""
+    assert expected.split(", ")[-1] in printed.err and printed.err.count("\n") == 1
+
+
+def test_what_is_skipped_is_counted_per_file(folder, capsys, monkeypatch):
+    """A fault in each file; other ranks say nothing; a file without a good row is refused."""
+    for file in ("subtaskA_data_all.csv", "subtaskA_dev_data.csv"):
+        path = folder / "comve" / file
+        path.write_text(path.read_text() + "x\n" * 1234)
+    assert len(tasks.load("comve", folder / "comve", True)) == 20
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("comve/")[1] for line in said] == [
+        f"{file}, the first: line 12: 1 cells, not 3; correct the row"
+        for file in ("subtaskA_data_all.csv", "subtaskA_dev_data.csv")
+    ]
+    assert all(line.startswith("skipped 1,234 of 1,244 rows of ") for line in said)
+    monkeypatch.setenv("RANK", "1")
+    assert len(tasks.load("comve", folder / "comve", True)) == 20 and capsys.readouterr().err == ""
+    csv_file = folder / "esnli" / "esnli_dev.csv"
+    csv_file.write_text(csv_file.read_text().split("\n")[0] + "\na\nb\n")
+    message = error("esnli", csv_file, True)
+    assert (
+        message == f"all 2 rows of {csv_file} are bad, the first: {csv_file}, line 2: 1 cells, not 7; correct the row"
+    )
 
 
 def test_missing_labels_and_answers(folder):
@@ -286,18 +337,40 @@ def test_missing_labels_and_answers(folder):
     assert "its answers are missing; put subtaskA_dev_answers.csv or subtaskA_gold_answers.csv" in message
     # The answers of the training file have the ids of the dev file too, and must still not serve it.
     shutil.copy(comve / "subtaskA_answers_all.csv", comve / "subtaskA_gold_answers.csv")
-    assert "subtaskA_dev_data.csv, line 2: id '1363'" in error("comve", comve / "subtaskA_dev_data.csv")
+    for skip in (False, True):
+        message = error("comve", comve / "subtaskA_dev_data.csv", skip)
+        assert "gold_answers.csv: 1 of its 10 ids are among the 10 of subtaskA_dev_data.csv" in message
+    edit(comve / "subtaskA_data_all.csv", "1,He drinks apple.,He drinks milk.\n", "")
+    assert "answers_all.csv: id '1' is not in" in error("comve", comve / "subtaskA_data_all.csv")
+    assert len(tasks.load("comve", comve / "subtaskA_data_all.csv", True)) == 9
 
 
 def test_command_line():
     def run(*args):
         return subprocess.run([sys.executable, ROOT / "tasks.py", *args], capture_output=True, text=True)
 
-    good = run("esnli", DATA / "esnli")
+    good = run("esnli", DATA / "esnli", "--skip-bad-rows")
     assert good.returncode == 0 and good.stdout.startswith("20 questions in 7 groups; gold (A) 35.0%")
-    for bad, said in ((("esnli", "nowhere"), "nowhere is missing"), ((), "usage: python tasks.py TASK PATH")):
+    assert good.stderr == ""
+    usage = "usage: python tasks.py TASK PATH [--skip-bad-rows]"
+    for bad, said in ((("esnli", "nowhere"), "nowhere is missing"), ((), usage), (("esnli", DATA, "--skip"), usage)):
         result = run(*bad)
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_commands_skip_bad_rows(folder, tmp_path, capfd):
+    edit(folder / "esnli" / "esnli_dev.csv", "dev-1,entailment", "dev-1,-")
+    given = ["--model", str(tiny.build(tmp_path / "model")), "--task", "esnli", "--data", str(folder / "esnli")]
+    sizes = ["--out", str(tmp_path / "set"), "--size", "2", "--eval-questions", "2", "--fit-questions", "4"]
+    runs = launch.flags(given[1], tmp_path / "run", data=given[-1], steps=1)
+    for command in (
+        lambda *skip: launch.call([*runs, *skip])[::2],
+        lambda *skip: (faith.main([*given, "--limit", "2", "--fit", "4", *skip]), capfd.readouterr().err),
+        lambda *skip: (build.main([*given, *sizes, *skip]), capfd.readouterr().err),
+    ):
+        for skip, status, said in (((), 2, "line 3: label '-'"), (("--skip-bad-rows",), 0, "skipped 1 of 20 rows")):
+            code, error = command(*skip)
+            assert code == status and said in error
 
 
 # --- order and splits ---
