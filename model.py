@@ -32,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 from chat import Tokenizer
 from run import lora
+from run.config import switches
 from run.files import whole_folder
-from run.hub import locate
-from run.reading import read_json
+from run.hub import base_of, locate
+from run.reading import check_start, copy_tensors, read_json
 
 
 @dataclass(frozen=True)
@@ -68,52 +69,7 @@ class Config:
     @classmethod
     def from_json(cls, raw: dict, generation: dict | None = None, where: str = "config.json") -> "Config":
         """The Config of a parsed config.json and generation_config.json. ValueError for anything not implemented."""
-        family, heads = raw.get("model_type"), raw.get("num_attention_heads")
-        kv_heads = raw.get("num_key_value_heads") or heads
-        names = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-                 "layers": "num_hidden_layers", "heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
-                 "context": "max_position_embeddings"}  # fmt: skip
-        wrong = [k for k in names.values() if not isinstance(raw.get(k), int | float) or not raw[k] > 0]
-        # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling at top level.
-        rope = raw.get("rope_parameters")
-        if rope is None and isinstance(scaling := raw.get("rope_scaling") or {}, dict):
-            rope = scaling | {"rope_theta": raw.get("rope_theta")}
-        rope = rope if isinstance(rope, dict) else {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        keys = keys if kind == "llama3" else ()
-        missing = [k for k in keys if rope.get(k) is None]
-        end = (generation or {}).get("eos_token_id")
-        end = raw.get("eos_token_id") if end is None else end
-        end = tuple(end) if isinstance(end, list) else () if end is None else (end,)
-        without, right = "is not implemented; use a model without it", "use the config.json of the weights"
-        for found, problem in (
-            (family not in ("llama", "qwen2", "qwen3"),
-             f"model_type {family!r} is not implemented; use a llama, qwen2 or qwen3 (dense) model"),
-            (wrong, f"needs a number above 0 for {', '.join(wrong)}; {right}"),
-            (rope.get("rope_theta") is None, f"has no rope_theta, in rope_parameters or at top level; {right}"),
-            (kind not in ("default", "llama3"),
-             f"rope_type {kind!r} is not implemented; use a model with 'default' or 'llama3'"),
-            (missing, f"the llama3 rope scaling lacks {', '.join(missing)}; {right}"),
-            (not all(isinstance(i, int) for i in end), f"eos_token_id {end} must be integers; {right}"),
-            (raw.get("use_sliding_window"), f"use_sliding_window (attention to the last tokens only) {without}"),
-            ("sliding_attention" in (raw.get("layer_types") or ()), f"sliding_attention (in layer_types) {without}"),
-            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r} {without}"),
-            ((rope | raw).get("partial_rotary_factor") not in (None, 1), f"partial_rotary_factor {without}"),
-            (raw.get("attention_bias") or raw.get("mlp_bias"), f"attention_bias or mlp_bias {without}"),
-            (raw.get("quantization_config"), f"quantization_config {without}"),
-            (not wrong and heads % kv_heads,
-             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; fetch it again"),
-        ):  # fmt: skip
-            if found:
-                raise ValueError(f"{where}: {problem}")
-        return cls(
-            **{ours: raw[theirs] for ours, theirs in names.items()}, family=family, kv_heads=kv_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,  # Qwen3-4B: 128, with hidden 2560, 32 heads
-            tied=bool(raw.get("tie_word_embeddings", False)), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-            rope_theta=float(rope["rope_theta"]), rope_scaling={k: float(rope[k]) for k in keys} or None,
-            end_of_turn=end, raw=raw,
-        )  # fmt: skip
+        return cls(**switches(raw, generation, where))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -268,18 +224,25 @@ class Transformer(nn.Module):
 
 def read_config(folder: Path) -> Config:
     config, generation = folder / "config.json", folder / "generation_config.json"
-    return Config.from_json(read_json(config), read_json(generation) if generation.exists() else None, str(config))
+    there = generation.exists() or generation.is_symlink()
+    return Config.from_json(read_json(config), read_json(generation) if there else None)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those that its index names, or the single one."""
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
     if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{index} has no weight_map; fetch it again")
-        files = [folder / name for name in sorted(set(shards.values()))]
+        shards = read_json(index)
+        files = [folder / name for name in sorted(set(shards.take("weight_map", dict[str, str]).values()))]
+        if not files or any(file.parent != folder for file in files):
+            shards.refuse("weight_map", "the names of files beside it")
+        if single.exists() and single not in files:
+            raise ValueError(f"{folder} holds {single.name}, and {index.name} names other files; remove the older one, "
+                             "or fetch the model again")  # fmt: skip
     if absent := [f.name for f in files if not f.is_file()]:
+        if (folder / absent[0]).is_symlink():
+            check_start(folder / absent[0])
         pickles = "; .bin files are pickles and are not read, convert them" if any(folder.glob("*.bin")) else ""
         raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
     return files
@@ -288,10 +251,15 @@ def weight_files(folder: Path) -> list[Path]:
 def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = None) -> Transformer:
     """A Transformer of the folder's config with undefined weights. dtype: as in `load`."""
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    with torch.device("meta"):
-        model = Transformer(read_config(folder), dtype)
-    model.to_empty(device=device)
-    model.frequencies = rope_frequencies(model.config).to(device)
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = Transformer(config, dtype)
+        model.to_empty(device=device)
+    except RuntimeError as error:  # also torch.OutOfMemoryError
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{folder}: no memory for such weights ({why}); use a smaller model") from None
+    model.frequencies = rope_frequencies(config).to(device)
     return model
 
 
@@ -299,42 +267,41 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
     For a PEFT adapter: its base model with the adapter attached. dtype: by default fp32 on CPU, bf16 elsewhere.
-    ValueError names a tensor that is missing, stored twice or unknown to the model.
+    ValueError names a tensor that is missing, stored twice, unknown to the model, quantized or not finite.
     """
     folder = locate(path)
-    if (folder / "adapter_config.json").exists():
-        base, rank, alpha, targets = lora.read_config(folder)
-        if (locate(base) / "adapter_config.json").exists():
+    if base := base_of(folder):
+        if both := [file.name for file in folder.glob("model*.safetensors")]:
+            raise ValueError(f"{folder} holds an adapter and a whole model, {both[0]}; move one away, or use the base")
+        if base_of(base):
             raise ValueError(f"{folder}: its base {base} is an adapter too; merge that with PEFT into its own base")
-        model = lora.attach(load(base, device, dtype), rank, alpha, targets)
-        lora.read_tensors(model, folder)
-        return model
+        return lora.read(load(base, device, dtype), folder)
     model = empty(folder, device, dtype)
     places, seen = model.named_tensors(lambda parameter: parameter.data), set()
-    embedding = places["embed_tokens.weight"]  # old files of a tied model hold the head too
+    embedding = places["embed_tokens.weight"]  # old files of a tied model hold the head too, or the head alone
     head = {"lm_head.weight": torch.empty_like(embedding)} if model.config.tied else {}
+
+    def place_of(name: str, file: Path) -> Tensor | None:
+        short = name.removeprefix("model.")
+        if name.endswith("rotary_emb.inv_freq"):
+            return None  # in old files; we compute it
+        if short in seen:
+            raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
+        if (place := places.get(short, head.get(short))) is None:
+            raise ValueError(f"{folder} holds {short}, which config.json's model lacks; fetch both again")
+        seen.add(short)
+        return place
+
     for file in weight_files(folder):
-        try:
-            with safetensors.safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
-                    short = name.removeprefix("model.")
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # in old files; we compute it
-                    if short in seen:
-                        raise ValueError(f"{file} holds {name} a second time; fetch the weights again")
-                    if (place := places.get(short, head.get(short))) is None:
-                        raise ValueError(f"{folder} holds {short}, which config.json's model lacks; fetch both again")
-                    found, wanted = tuple(shard.get_slice(name).get_shape()), tuple(place.shape)
-                    if found != wanted:
-                        raise ValueError(f"{folder}: {short} is {found}, config.json says {wanted}; fetch both again")
-                    place.copy_(shard.get_tensor(name))
-                    seen.add(short)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from None
+        copy_tensors(file, place_of)
+    if head.keys() & seen:
+        if "embed_tokens.weight" not in seen:
+            embedding.copy_(head["lm_head.weight"])
+            seen.add("embed_tokens.weight")
+        elif not torch.equal(head["lm_head.weight"], embedding):
+            raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     if missing := [f"{name} {tuple(place.shape)}" for name, place in places.items() if name not in seen]:
         raise ValueError(f"{folder} lacks the tensor {missing[0]}; fetch the weights again")
-    if head.keys() & seen and not torch.equal(head["lm_head.weight"], embedding):
-        raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     model.source = folder
     return model
 

@@ -3,15 +3,66 @@
 import os
 from pathlib import Path
 
+from run.reading import read_json, text_of
 
-def locate(path: str | Path) -> Path:
-    """The directory of a model: `path` itself, or the snapshot of a hub id in the local hub cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-    repo = hub / f"models--{str(path).replace('/', '--')}"
-    ref = repo / "refs" / "main"
-    if ref.is_file() and (snapshot := repo / "snapshots" / ref.read_text().strip()).is_dir():
-        return snapshot
-    raise ValueError(f"no model at {path}: no such directory, no such hub id in {hub}; hf download {path} fetches it")
+
+def cache() -> Path:
+    """The hub's cache, named by the same variables, in the same order, as in huggingface_hub."""
+    given = os.environ.get
+    home = given("HF_HOME") or os.path.join(given("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = given("HF_HUB_CACHE") or given("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(hub)))
+
+
+def locate(path: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: `path` itself, or the snapshot of a hub id in the local hub cache.
+
+    revision: a branch, tag or commit of a hub id, by default main, or the only snapshot where none is called main.
+    """
+    folder = Path(os.path.expanduser(path))
+    if not str(path).strip():
+        raise ValueError("the model's path is empty; give a directory or a hub id")
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder} is a file; give the directory of the model")
+    if os.path.isdir(folder):
+        if revision not in (None, folder.resolve().name):
+            raise ValueError(
+                f"{folder} is not known to be revision {revision}; give the hub id, or set revision to null"
+            )
+        return folder
+    repo = cache() / f"models--{str(path).replace('/', '--')}"
+    ref, snapshots = repo / "refs" / (revision or "main"), repo / "snapshots"
+    fetch = f"hf download {path}{f' --revision {revision}' if revision else ''} fetches it"
+    names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
+    if os.path.isfile(ref):
+        name = text_of(ref).strip()
+        if name not in names:
+            raise ValueError(f"{ref} names {name}, which is not in {snapshots}; {fetch}")
+        return snapshots / name
+    if revision in names or (revision is None and len(names) == 1):
+        return snapshots / (revision or names[0])
+    if revision is None and names:
+        raise ValueError(
+            f"{repo} has no refs/main and several snapshots, {', '.join(names)}; give one's path, or {fetch}"
+        )
+    what = f"no revision {revision} of {path}" if revision else f"no model at {path}: no such directory, no such hub id"
+    raise ValueError(f"{what} in {cache()}; {fetch}")
+
+
+def base_of(folder: Path) -> Path | None:
+    """The directory of the base of a PEFT adapter; None for a model that is no adapter."""
+    file = folder / "adapter_config.json"
+    if not file.exists() and not file.is_symlink():
+        return None
+    settings = read_json(file)
+    base, revision = settings.take("base_model_name_or_path", str), settings.take("revision", str, None)
+    try:
+        return locate(base, revision)
+    except ValueError as error:
+        raise ValueError(f"{file}: its base is not here: {error}") from None
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one."""
+    folder = locate(path)
+    return folder if (folder / "tokenizer.json").exists() else base_of(folder) or folder

@@ -15,7 +15,6 @@ import math
 import re
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -48,16 +47,19 @@ class LoRA(nn.Module):
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
-    """Freezes a Transformer and puts adapters beside `targets` in its blocks, in place; at first without effect."""
-    if unknown := sorted(set(targets) - set(TARGETS)):
+    """Freezes a Transformer and puts adapters beside `targets` in its blocks, in place; at first without effect.
+
+    targets: q_proj is that layer of every block, layers.0.self_attn.q_proj that of one block.
+    """
+    if unknown := sorted({target.rpartition(".")[2] for target in targets} - set(TARGETS)):
         raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}")
     generator, network = torch.Generator().manual_seed(seed), network.requires_grad_(False)
-    for block in network.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for parent, name in ((attention, "qkv_proj"), (attention, "o_proj"), (mlp, "gate_up_proj"), (mlp, "down_proj")):
-            base = getattr(parent, name)
+    for i, block in enumerate(network.layers):
+        for path in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            place, _, name = path.partition(".")
+            parent, base = block.get_submodule(place), block.get_submodule(path)
             rows = network.config.fused.get(name, {name: base.out_features})
-            if some := [part for part in rows if part in targets]:
+            if some := [part for part in rows if {part, f"layers.{i}.{place}.{part}"} & set(targets)]:
                 adapter = LoRA(base, rows, some, rank, alpha / rank)
                 for a in adapter.A.values():  # as PEFT draws them: uniform within 1 / √in
                     a.data.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(base.in_features))
@@ -92,46 +94,74 @@ def peft_config(network: nn.Module) -> dict:
     """adapter_config.json of a network with adapters."""
     some, base = adapters(network), network.source
     rank = next(iter(some[0].A.values())).shape[0]
+    layers = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in peft_tensors(network)}
+    short = {layer.rpartition(".")[2] for layer in layers}  # these names are enough where every block has them
+    targets = short if len(layers) == len(short) * len(network.layers) else layers
     hub = [part for part in base.parts if part.startswith("models--")]  # a model in the hub's cache is known by its id
     name = hub[-1].removeprefix("models--").replace("--", "/") if hub else str(base.resolve())
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "r": rank,
-        "lora_alpha": some[0].scale * rank, "target_modules": sorted({part for a in some for part in a.A}),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name,
+        "revision": base.name if hub else None, "r": rank,
+        "lora_alpha": some[0].scale * rank, "target_modules": sorted(targets),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip
 
 
-def read_config(folder: Path) -> tuple[str, int, float, list[str]]:
-    """(base model, rank, alpha, targets) of a PEFT adapter; ValueError for what is not implemented here."""
-    settings, file = reading.read_json(folder / "adapter_config.json"), f"{folder}: adapter_config.json"
-    known = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-    refused = ("use_rslora use_dora use_qalora fan_in_fan_out modules_to_save rank_pattern alpha_pattern lora_bias "
-               "layers_to_transform layer_replication target_parameters alora_invocation_tokens").split()  # fmt: skip
-    for key in (*known, *refused):
-        if settings.get(key) and settings[key] not in known.get(key, ()):
-            raise ValueError(f"{file} asks for {key} {settings[key]!r}, which is not implemented; merge it with PEFT")
-    keys = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-    base, rank, alpha, targets = values = [settings.get(key) for key in keys]
-    right = (isinstance(base, str) and base, isinstance(rank, int) and rank >= 1,
-             isinstance(alpha, int | float) and 0 < alpha < math.inf,
-             isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets))  # fmt: skip
-    for key, value, good in zip(keys, values, right, strict=True):
-        if not good:
-            raise ValueError(f"{file}: {key} cannot be {value!r}; correct it, or fetch the adapter again")
-    return base, rank, alpha, targets
+# Keys of adapter_config.json with the values that are implemented, and keys that `read` looks at or that say nothing
+# about a trained adapter. Every other key must be null, false or empty.
+IMPLEMENTED = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "bias": ("none",),
+               "init_lora_weights": (True, "gaussian")}  # fmt: skip
+FREE = ("base_model_name_or_path revision r lora_alpha target_modules exclude_modules use_rslora peft_version "
+        "auto_mapping inference_mode lora_dropout megatron_core qalora_group_size").split()  # fmt: skip
 
 
-def read_tensors(network: nn.Module, folder: Path) -> None:
-    """Copies adapter_model.safetensors into the adapters; ValueError where the two do not match."""
-    places, file = peft_tensors(network), folder / "adapter_model.safetensors"
-    try:
-        found = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from None
-    if odd := sorted(found.keys() ^ places.keys()):
-        verb = "holds" if odd[0] in found else "lacks"
-        raise ValueError(f"{folder}: adapter_model.safetensors {verb} {odd[0]}, unlike its config; fetch both again")
-    for name, place in places.items():
-        if (shape := tuple(found[name].shape)) != (wanted := tuple(place.shape)):
-            raise ValueError(f"{folder}: {name} has shape {shape}, not {wanted}; fetch both again")
-        place.copy_(found[name])
+def read(network: nn.Module, folder: Path) -> nn.Module:
+    """Attaches the PEFT adapter in a folder to its base; ValueError for what is not implemented or does not match."""
+    settings, file = reading.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    for key, value in settings.items():
+        neutral = value is False or value in (None, "", [], {}) or value in IMPLEMENTED.get(key, ())
+        if key not in FREE and not neutral:
+            raise ValueError(f"{settings.where} asks for {key} {value!r}, which is not implemented; merge it with PEFT")
+    rank, alpha = settings.take("r", int, above=0, most=2**16), settings.take("lora_alpha", float, above=0)
+    if settings.take("use_rslora", bool, False):
+        alpha *= rank**0.5
+    attach(network, rank, alpha, targets_of(settings, network))
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(f"{folder}: adapter_model.bin is a pickle, which is not read; convert it with PEFT")
+    places, seen = peft_tensors(network), set()
+
+    def place_of(name: str, _) -> Tensor:
+        if name not in places:
+            raise ValueError(f"{file} holds {name}, unlike its config and base; fetch the three again")
+        seen.add(name)
+        return places[name]
+
+    reading.copy_tensors(file, place_of)
+    if missing := sorted(places.keys() - seen):
+        raise ValueError(f"{file} lacks {missing[0]}, unlike its config and base; fetch the three again")
+    return network
+
+
+def targets_of(settings: reading.Record, network: nn.Module) -> set[str]:
+    """The layers that target_modules names and exclude_modules does not, matched as PEFT matches them."""
+    names = {"model." + name.rpartition(".")[0] for name in network.named_tensors()} - {"model.lm_head"} | {"lm_head"}
+    known = {name for name in names if name.rpartition(".")[2] in TARGETS}
+    names |= {name[:dot] for name in names for dot, letter in enumerate(name) if letter == "."}
+
+    def matching(key: str, default) -> set[str]:
+        wanted = settings.take(key, str | list[str], default)
+        if isinstance(wanted, list):
+            return {name for name in names if f".{name}".endswith(tuple(f".{end}" for end in wanted))}
+        if key == "target_modules" and wanted.lower() == "all-linear":
+            return known
+        try:
+            return {name for name in names if re.fullmatch(wanted, name)}
+        except re.error as error:
+            settings.refuse(key, f"a list or a regular expression ({error}), {reading.short(wanted)}")
+
+    chosen = matching("target_modules", reading.MUST) - matching("exclude_modules", [])
+    if odd := sorted(chosen - known):
+        raise ValueError(f"{settings.where}: adapters of {odd[0]} are not implemented; merge it with PEFT")
+    if not chosen:
+        settings.refuse("target_modules", f"names of the base's layers, such as {', '.join(TARGETS)}")
+    return {name.removeprefix("model.") for name in chosen}

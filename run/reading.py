@@ -1,4 +1,4 @@
-"""Reading what others wrote: text, JSON with types, CSV. Every fault is a ValueError of one line.
+"""Reading what others wrote: text, JSON with types, CSV, tensors. Every fault is a ValueError of one line.
 
 The line names the file, then the line or the key in it, and says what to change. A file that holds something else (a
 git-LFS pointer, a compressed file, a web page) is called what it is.
@@ -13,6 +13,8 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+
+import safetensors
 
 STARTS = {  # the first bytes of what people put in a file's place
     b"version https://git-lfs": "a git-LFS pointer, not the file itself; fetch the file with git lfs pull",
@@ -45,7 +47,8 @@ def errors_named(file):
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing; fetch it") from None
+        gone = "is a link to a file that is gone" if Path(file).is_symlink() else "is missing"
+        raise ValueError(f"{file} {gone}; fetch it") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror})") from None
 
@@ -116,18 +119,19 @@ class Record(dict):
         super().__init__(values)
         self.where = where
 
-    def take(self, key: str, kind, default=MUST, above: float | None = None):
+    def take(self, key: str, kind, default=MUST, above: float = -math.inf, most: float = math.inf):
         """The value of `key`, of type `kind` (see `fits`). default: for a key that is absent or null.
 
-        ValueError if the key is needed and absent, if the value has another type, or is not above `above`.
+        ValueError if the key is needed and absent, or if the value has another type, is not above `above`, or is more
+        than `most`.
         """
         value = self.get(key)
         if value is None and default is not MUST:
             return default
         if value is None or not fits(value, kind):
             self.refuse(key, f"{name_of(kind)}, {short(value)}" if key in self else f"{name_of(kind)}; it is absent")
-        if above is not None and not value > above:
-            self.refuse(key, f"above {above:g}, {short(value)}")
+        if isinstance(value, int | float) and not above < value <= most:
+            self.refuse(key, f"{f'at most {most:,}' if value > above else f'above {above:g}'}, {short(value)}")
         return Record(value, f"{self.where}: {key}") if isinstance(value, dict) else value
 
     def refuse(self, key: str, must: str) -> typing.NoReturn:
@@ -140,9 +144,10 @@ def short(value) -> str:
 
 
 def record_of(value: object, where: str) -> Record:
+    """The value as a Record. One that knows where it stands stays as it is."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds no JSON object; fetch it again")
-    return Record(value, where)
+    return value if isinstance(value, Record) else Record(value, where)
 
 
 def read_json(file: str | Path) -> Record:
@@ -220,3 +225,33 @@ def csv_table(file: Path, columns: Sequence[str], bad: BadRows) -> list[tuple[in
     if not rows and not bad:
         raise ValueError(f"{file}: no rows below the header; download it again")
     return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------
+
+
+def copy_tensors(file: Path, place_of) -> None:
+    """Copies each tensor of a safetensors file to place_of(its name, file), a tensor; None there skips it.
+
+    ValueError for another shape, integers (quantized weights would need their scales), or a value that is not finite.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt") as found:
+            for name in found.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                if (place := place_of(name, file)) is None:
+                    continue
+                shape, wanted, kind = (
+                    found.get_slice(name).get_shape(),
+                    list(place.shape),
+                    found.get_slice(name).get_dtype(),
+                )
+                if shape != wanted:
+                    raise ValueError(f"{file}: {name} has shape {shape}, its config says {wanted}; fetch both again")
+                if kind not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: {name} holds {kind}, quantized weights are not implemented; use others")
+                place.copy_(found.get_tensor(name))
+                if not all(end.isfinite() for end in place.aminmax()):
+                    raise ValueError(f"{file}: {name} is not finite everywhere; fetch it again, or train anew")
+    except (OSError, safetensors.SafetensorError) as error:
+        check_start(file)
+        raise ValueError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from None

@@ -17,7 +17,7 @@ import faith
 import grpo
 import model as models
 from rollout import Sampler
-from run import lora
+from run import hub, lora
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +72,35 @@ def test_peft_reads_what_is_saved(tmp_path, family, targets):
         models.save(network, tmp_path / "adapter")
 
 
+REGEX, LAYER = r".*\.1\..*(q|up)_proj", "model.layers.0.mlp.up_proj"
+FORMS = [
+    {"target_modules": "all-linear"}, {"target_modules": REGEX}, {"target_modules": ["self_attn.q_proj", "not_there"]},
+    {"target_modules": [LAYER, "layers.1.self_attn.v_proj"]}, {"target_modules": ["q_proj"], "use_rslora": True},
+    {"target_modules": "all-linear", "exclude_modules": ["layers.0.self_attn.q_proj", "down_proj"]},
+    {"target_modules": ["q_proj", "o_proj"], "exclude_modules": REGEX, "init_lora_weights": "gaussian"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_what_peft_saves_is_read(tmp_path, family):
-    base = tiny.build(tmp_path / "base", family=family)
-    theirs = get_peft_model(in_transformers(base), LoraConfig(r=3, lora_alpha=12, target_modules=list(lora.TARGETS)))
+@pytest.mark.parametrize("settings", FORMS)
+def test_what_peft_saves_is_read(tmp_path, family, settings):
+    """And what is saved again is read by PEFT, each form of target_modules as it stands too."""
+    base, ids = tiny.build(tmp_path / "base", family=family), tokens(2, 30)
+    config, adapter = LoraConfig(r=3, lora_alpha=12, task_type="CAUSAL_LM", **settings), tmp_path / "adapter"
+    theirs = get_peft_model(in_transformers(base), config).eval()
     torch.manual_seed(0)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
-    assert (models.load(tmp_path / "adapter")(tokens(2, 30)) - theirs.eval()(tokens(2, 30)).logits).abs().max() < 1e-4
-
-
-def test_where_the_base_is(folder, tmp_path, monkeypatch):
-    """A relative path is made absolute; a snapshot in the hub's cache is known by its id."""
-    monkeypatch.chdir(folder.parent)
-    network = lora.attach(models.load(folder.name), 2, 4.0)
-    models.save(network, tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(folder.resolve())
-    network.source = tmp_path / "hub" / "models--some--model" / "snapshots" / "0123"
-    assert lora.peft_config(network)["base_model_name_or_path"] == "some/model"
+    theirs.save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for changes in ({}, {key: value for key, value in settings.items() if key.endswith("modules")}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        network = models.load(adapter)
+        assert (network(ids) - theirs(ids).logits).abs().max() < 1e-4
+    models.save(network, tmp_path / "again")
+    theirs = PeftModel.from_pretrained(in_transformers(base), tmp_path / "again").eval()
+    assert (network(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -246,24 +254,67 @@ def test_flags_that_are_refused(done, folder, tmp_path):
         assert code == 2 and words in error and error.count("\n") == 1
 
 
+DEFAULTS = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]).to_dict()
+REFUSED = [
+    ({"use_dora": True}, "asks for use_dora True"), ({"bias": "all"}, "asks for bias 'all'"),
+    ({"init_lora_weights": "pissa"}, "asks for init_lora_weights"), ({"task_type": "SEQ_CLS"}, "asks for task_type"),
+    ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"), ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
+    ({"layers_to_transform": 0}, "asks for layers_to_transform 0"), ({"a_later_key": 1}, "asks for a_later_key 1"),
+    ({"r": None}, "r must be a whole number"), ({"r": 0}, "r must be above 0"), ({"r": True}, "not true"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must be a number, not NaN"), ({"lora_alpha": 0}, "above 0, not 0"),
+    ({"target_modules": [["q_proj"]]}, "target_modules must be"), ({"target_modules": "["}, "regular expression"),
+    ({"target_modules": ["w"]}, "target_modules must be names of the base's layers"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "of lm_head are not"), ({"target_modules": ["k_proj"]}, "holds .*q"),
+    ({"target_modules": ["q_proj", "v_proj"]}, "lacks .*v_proj"), ({"revision": "v2"}, "not known to be revision v2"),
+    ({"r": 3}, r"lora_A.weight has shape \[2, 32\], its config says \[3, 32\]"),
+    ({"base_model_name_or_path": None}, "must be a text"), ({"base_model_name_or_path": "no/model"}, "base .*no/m"),
+]  # fmt: skip
+
+
 def test_adapters_that_are_refused(folder, tmp_path):
     adapter = tmp_path / "a"
     models.save(lora.attach(models.load(folder), 2, 4.0, ["q_proj"]), adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    for changes, words in (
-        ({"use_dora": True}, "asks for use_dora True"), ({"bias": "all"}, "asks for bias 'all'"),
-        ({"r": None}, "r cannot be None"), ({"r": 0}, "r cannot be 0"), ({"lora_alpha": float("nan")}, "cannot be nan"),
-        ({"base_model_name_or_path": None}, "cannot be None"), ({"target_modules": ".*q_proj"}, "cannot be '"),
-        ({"target_modules": [["q_proj"]]}, "cannot be"), ({"init_lora_weights": "pissa"}, "asks for init_lora_weights"),
-        ({"base_model_name_or_path": str(adapter)}, "is an adapter too"),
-        ({"r": 3}, r"lora_A.weight has shape \(2, 32\), not \(3, 32\)"), ({"target_modules": ["k_proj"]}, "k_proj"),
-        ({"base_model_name_or_path": "no/model"}, "no model at no/model"),
-    ):  # fmt: skip
+    config, file = json.loads((adapter / "adapter_config.json").read_text()), adapter / "adapter_model.safetensors"
+    (adapter / "adapter_config.json").write_text(json.dumps(DEFAULTS | config, default=list))
+    models.load(adapter)  # every default of PEFT is accepted
+    for changes, words in [*REFUSED, ({"base_model_name_or_path": str(adapter)}, "is an adapter too")]:
         (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=words):
             models.load(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": []}))
-    models.load(adapter)
-    (adapter / "adapter_model.safetensors").write_bytes(b"123")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    weights, name = safetensors.torch.load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for change, words in ((lambda w: w.to(torch.int8), "quantized"), (lambda w: w / 0, "not finite")):
+        safetensors.torch.save_file(weights | {name: change(weights[name])}, file)
+        with pytest.raises(ValueError, match=words):
+            models.load(adapter)
+    file.write_bytes(b"123")
     with pytest.raises(ValueError, match="cannot be read"):
         models.load(adapter)
+    shutil.copyfile(folder / "model.safetensors", adapter / "model.safetensors")
+    with pytest.raises(ValueError, match="holds an adapter and a whole model"):
+        models.load(adapter)
+
+
+def test_where_the_base_is(folder, tmp_path, monkeypatch):
+    """A path is made absolute. A hub id's revision is found again, and the tokenizer there if the adapter has none."""
+    monkeypatch.chdir(folder.parent)
+    assert lora.peft_config(lora.attach(models.load(folder.name), 2, 4.0))["base_model_name_or_path"] == str(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repo, other = tmp_path / "models--me--mini", tiny.build(tmp_path / "other", seed=3)
+    for commit, source, ref in (("0123", folder, "v2"), ("4567", other, "main")):
+        shutil.copytree(source, repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+    network = lora.attach(models.load(repo / "snapshots" / "0123"), 2, 4.0)
+    models.save(network, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/mini", "0123")
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    for revision, base in (("0123", folder), ("v2", folder), (None, other), ("main", other)):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"revision": revision}))
+        weight = models.load(tmp_path / "a").embed_tokens.weight
+        assert torch.equal(weight, models.load(base).embed_tokens.weight)
+        assert hub.tokenizer_folder(tmp_path / "a").parent == repo / "snapshots"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"revision": "v3"}))
+    with pytest.raises(ValueError, match="base is not here: no revision v3 of me/mini .*--revision v3"):
+        models.load(tmp_path / "a")

@@ -216,10 +216,12 @@ def test_shards_follow_the_index(saved, tmp_path):
     theirs, _ = saved("qwen3")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
-    # A file that the index does not name is not the model's: an older download, another copy.
-    for name in ("model.safetensors", "consolidated.safetensors"):
-        save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / name)
+    other = {"model.norm.weight": torch.zeros(32)}
+    save_file(other, tmp_path / "consolidated.safetensors")  # the index does not name it, so it is not the model's
     assert gap(models.load(tmp_path), theirs, tokens(2, 50)).max() < 1e-4
+    save_file(other, tmp_path / "model.safetensors")  # transformers would take this one
+    message = refusal(models.load, tmp_path)
+    assert "holds model.safetensors, and model.safetensors.index.json names other files" in message
 
 
 def test_old_files_may_hold_inverse_frequencies_and_a_tied_head(saved, tmp_path):
@@ -230,6 +232,8 @@ def test_old_files_may_hold_inverse_frequencies_and_a_tied_head(saved, tmp_path)
     assert gap(models.load(old), theirs, tokens(2, 50)).max() < 1e-4
     reweigh(old, lambda w: w["lm_head.weight"][0, 0].add_(1))
     assert "lm_head.weight differs" in refusal(models.load, old)
+    reweigh(old, lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")}))  # the head alone
+    assert gap(models.load(old), theirs, tokens(2, 50)).max() < 1e-4
 
 
 def test_end_of_turn_is_a_set(folder):
@@ -240,22 +244,38 @@ def test_end_of_turn_is_a_set(folder):
     assert models.load(folder).config.end_of_turn == (6,)
 
 
-@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+CACHES = {"HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": "", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub",
+          "HOME": ".cache/huggingface/hub"}  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", CACHES)
 def test_hub_id_in_the_local_cache(folder, tmp_path, monkeypatch, variable):
-    hub = tmp_path / "home" / "hub"
+    """Each variable counts before those after it, as in huggingface_hub; $ is expanded."""
+    for i, name in enumerate(CACHES):
+        monkeypatch.setenv(name, "/elsewhere" if i > list(CACHES).index(variable) else "")
+    monkeypatch.setenv("PLACE", str(tmp_path / "home"))
+    monkeypatch.setenv(
+        variable, "$PLACE" if variable.startswith("H") and variable != "HOME" else str(tmp_path / "home")
+    )
+    hub = tmp_path / "home" / CACHES[variable]
     repo = hub / "models--some-one--tiny.model"
     for name in ("refs", "snapshots/0123abc", "snapshots/stale"):
         (repo / name).mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0123abc")
+    assert "several snapshots, 0123abc, stale" in refusal(models.load, "some-one/tiny.model")
+    (repo / "refs" / "main").write_text("0123abc\n")
     for file in folder.iterdir():
         (repo / "snapshots" / "0123abc" / file.name).symlink_to(file)
-    for name in ("HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, str(hub.parent if variable == "HF_HOME" else hub))
     assert torch.equal(models.load("some-one/tiny.model").norm.weight, models.load(folder).norm.weight)
     assert models.Tokenizer("some-one/tiny.model").chat == "llama3"
     message = refusal(models.load, "some-one/other")
     assert "some-one/other" in message and str(hub) in message and "hf download some-one/other" in message
+    (repo / "refs" / "main").write_text("4567")
+    assert "refs/main names 4567" in refusal(models.load, "some-one/tiny.model")
+    (repo / "refs" / "main").unlink()
+    (repo / "snapshots" / "stale").rmdir()
+    models.load("some-one/tiny.model")  # the only snapshot
+    (folder / "config.json").unlink()
+    assert "config.json is a link to a file that is gone" in refusal(models.load, "some-one/tiny.model")
 
 
 def test_tokenizer_settings_of_a_training_run_are_dropped(folder):
@@ -388,29 +408,52 @@ def refusal(call, *arguments) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"model_type": "mistral"}, "'mistral'"), ({"model_type": None}, "None"),
-     ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
-     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
-     ({"rope_parameters": None}, "rope_theta"),
-     ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "rope_theta"),
-     ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-     ({"rope_parameters": {**default(1e4), "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-     ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
-     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-     ({"hidden_act": "gelu"}, "'gelu'"), ({"attention_bias": True}, "attention_bias"),
-     ({"mlp_bias": True}, "mlp_bias"), ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-     ({"num_key_value_heads": 3}, "num_key_value_heads"),
-     ({"num_hidden_layers": None, "rms_norm_eps": None}, "num_hidden_layers, rms_norm_eps"),
-     ({"num_hidden_layers": "2", "hidden_size": 0}, "hidden_size, num_hidden_layers"),
-     ({"rope_parameters": [1]}, "rope_theta"), ({"rope_parameters": None, "rope_scaling": "x"}, "rope_theta")],
-)  # fmt: skip
+OLD, WINDOW = {"rope_parameters": None, "rope_theta": 1e4}, {"use_sliding_window": True, "sliding_window": 128}
+CONFIGS = [
+    ({"model_type": "mistral"}, "model_type 'mistral'"), ({"model_type": None}, "model_type"),
+    ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_parameters": {**llama3(8.0), "high_freq_factor": 1.0}}, "high_freq_factor must be above low_freq_factor"),
+    ({"rope_parameters": None}, "rope_theta"), ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "rope_theta"),
+    ({"rope_parameters": {"full_attention": default(1e4)}}, "full_attention"),
+    ({"rope_theta": 1e4}, "rope_theta must be the same as rope_theta at top level"),
+    ({"rope_scaling": {**llama3(4.0)}}, "rope_parameters and rope_scaling differ"),
+    ({"rope_scaling": {**llama3(8.0), "type": "linear"}}, "type must be the same as rope_type 'llama3'"),
+    ({**OLD, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ({**OLD, "rope_scaling": {"factor": 2.0}}, "factor"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {**default(1e4), "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"sliding_window": 128}, "sliding_window"), (WINDOW, "use_sliding_window"), ({"num_experts": 8}, "num_experts"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"layer_types": ["full_attention"]}, "layer_types"), ({"hidden_act": "gelu"}, 'only as "silu", not "gelu"'),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"), ({"auto_map": {"A": "b"}}, "auto_map"),
+    ({"attention_bias": True}, "attention_bias"), ({"quantization_config": {"quant_method": "gptq"}}, "quantization_c"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_key_value_heads": 8}, "at most 4, not 8"),
+    ({"model_type": "qwen2", "architectures": None, "num_key_value_heads": None}, "num_key_value_heads 32"),
+    ({"model_type": "qwen3", "architectures": None, "head_dim": None}, "[256, 32]"),  # 128, transformers' default
+    ({"head_dim": None, "hidden_size": 34}, "head_dim must be an even whole number, not 8.5"), ({"head_dim": 7}, "7"),
+    ({"rms_norm_eps": None}, "rms_norm_eps"), ({"rms_norm_eps": "1e-5"}, 'a number, not "1e-5"'),
+    ({"num_hidden_layers": "2"}, 'not "2"'), ({"num_hidden_layers": 10**9}, "at most 1,000"), ({"hidden_size": 0}, "0"),
+    ({"vocab_size": 280.0}, "280.0"), ({"vocab_size": True}, "true"), ({"tie_word_embeddings": "false"}, '"false"'),
+    ({"intermediate_size": 2**24, "hidden_size": 2**24}, "no memory"), ({"eos_token_id": [1.0]}, "eos_token_id must"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "named"), CONFIGS)
 def test_configs_that_are_refused(folder, changes, named):
     edit(folder / "config.json", **changes)
     message = refusal(models.load, folder)
-    assert str(folder / "config.json") in message and named in message
+    assert str(folder) in message and named in message
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": llama3(8.0)}, {"rope_theta": 500000.0}, {"original_max_position_embeddings": 8192},
+    {"hidden_act": "swish"}, {"sliding_window": 8, "use_sliding_window": False}, {"num_experts": 0},
+    {"layer_types": ["full_attention"] * 2}, {"architectures": None, "partial_rotary_factor": 1.0}],
+)  # fmt: skip
+def test_configs_that_say_the_same_in_other_words(saved, folder, changes):
+    edit(folder / "config.json", **changes)
+    assert gap(models.load(folder), saved("llama-3.1")[0], tokens(2, 50)).max() < 1e-4
 
 
 UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.bias"
@@ -419,14 +462,19 @@ UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj
 @pytest.mark.parametrize(
     ("damage", "named"),
     [(shutil.rmtree, [""]),
-     (lambda f: edit(f / "generation_config.json", eos_token_id=["x"]), ["eos_token_id"]),
+     (lambda f: edit(f / "generation_config.json", eos_token_id=["x"]), ["generation_config.json: eos_token_id"]),
+     (lambda f: edit(f / "generation_config.json", eos_token_id=[3, VOCABULARY]), ["within the vocabulary"]),
+     (lambda f: [(f / "generation_config.json").unlink(), (f / "generation_config.json").symlink_to("x")], ["a link"]),
+     (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com"), ["a git-LFS pointer"]),
+     (lambda f: reweigh(f, lambda weights: weights[UP][3].fill_(torch.nan)), [UP, "not finite"]),
+     (lambda f: reweigh(f, lambda weights: weights.update({UP: weights[UP].to(torch.int8)})), [UP, "quantized"]),
      (lambda f: (f / "config.json").write_text("{"), ["/config.json"]),
      (lambda f: (f / "config.json").write_text("[1]"), ["/config.json"]),
      (lambda f: (f / "config.json").write_text("\x00\x01"), ["/config.json"]),
      (lambda f: (f / "config.json").unlink(), ["/config.json"]),
      (lambda f: reweigh(f, lambda weights: weights.pop(UP)), [UP[6:]]),
      (lambda f: reweigh(f, lambda weights: weights.update({BIAS: torch.zeros(48)})), [BIAS[6:]]),
-     (lambda f: reweigh(f, lambda weights: weights.update({UP: weights[UP].T.contiguous()})), [UP[6:], "(32, 48)"]),
+     (lambda f: reweigh(f, lambda weights: weights.update({UP: weights[UP].T.contiguous()})), [UP, "[32, 48]"]),
      (lambda f: edit(f / "config.json", num_hidden_layers=1), ["layers.1."]),  # not a layer left out in silence
      (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), [".bin", "convert"])],
 )  # fmt: skip
@@ -457,8 +505,9 @@ def test_damaged_shards(folder):
     assert str(folder) in message and second.name in message
     save_file({"model.norm.weight": torch.ones(32)}, second)  # the index names tensors that no shard holds
     refusal(models.load, folder)
-    index.write_text('{"metadata": {}}')
-    assert "index.json" in refusal(models.load, folder)
+    for content in ({"metadata": {}}, {"weight_map": {}}, {"weight_map": {UP: 1}}, {"weight_map": {UP: "../x"}}):
+        index.write_text(json.dumps(content))
+        assert "index.json: weight_map must be" in refusal(models.load, folder)
 
 
 LLAMA3, CHATML = "<|start_header_id|>", "<|im_start|>"

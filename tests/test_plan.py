@@ -232,8 +232,8 @@ MISTAKES = [*((flags, f"{flags.split()[0]} must be {bound}") for flags, bound in
     ("--gpus two", "argument --gpus"), ("--parallel pipeline", "argument --parallel"),
     ("--parallel shard", "raise --gpus"), ("--prompt-tokens 9000", "lower one"), ("--steps 3", "unrecognized argument"),
     ("--model /nowhere", "no model at /nowhere"), ("--json /nowhere/plan.json", "make the folder /nowhere first"),
-    ({"num_hidden_layers": 2.5}, "use the config.json of the weights"),
-    ({"head_dim": 63}, "use the config.json of the weights"), ({"model_type": "gpt2"}, "use a llama, qwen2 or qwen3"),
+    ({"num_hidden_layers": 2.5}, "config.json: num_hidden_layers must be a whole number"),
+    ({"head_dim": 63}, "head_dim must be an even"), ({"model_type": "gpt2"}, "use a llama, qwen2 or qwen3"),
     (b"[1, 2", "not JSON"), (b"[1, 2]", "holds no JSON object"),
 ]  # fmt: skip
 
