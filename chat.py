@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from run.hub import locate
+from run.hub import base_of, tokenizer_folder
 from run.reading import read_json
 
 
@@ -21,14 +21,14 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        folder = locate(path)
+        folder = tokenizer_folder(path)
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from None
         self.tokenizer.no_truncation()  # the file may carry the settings of some training run
         self.tokenizer.no_padding()
-        files = folder / "tokenizer_config.json", folder / "config.json"
+        files = folder / "tokenizer_config.json", (base_of(folder) or folder) / "config.json"
         settings, config = (read_json(file) if file.exists() else {} for file in files)
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")

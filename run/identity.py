@@ -18,8 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model import weight_files
-from run.hub import locate
-from run.reading import read_json
+from run.hub import base_of, locate
 
 HASHED: dict[str, list] = {}  # path: [size, mtime in ns, sha256]; a run keeps it, so that large files are read once
 LIST = "questions.txt"
@@ -46,11 +45,10 @@ def file_digest(file: Path) -> str:
 def weights(path: str | Path) -> str:
     """The hash of a model's weights: of all its safetensors files in the order of their names."""
     folder = locate(path)
-    adapter = folder / "adapter_config.json"
-    if not adapter.exists():
+    if not (base := base_of(folder)):
         return digest([file_digest(file) for file in weight_files(folder)])
-    base = weights(read_json(adapter).take("base_model_name_or_path", str))
-    return digest([base, file_digest(adapter), file_digest(folder / "adapter_model.safetensors")])
+    own = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    return digest([weights(base), *map(file_digest, own)])
 
 
 def check_same(was: object, now: dict[str, str], where: str, advice: str, names: Iterable[str] = ()) -> None:
@@ -64,9 +62,8 @@ def check_same(was: object, now: dict[str, str], where: str, advice: str, names:
 
 def check_base(path: str | Path, record: dict) -> None:
     """Raises ValueError if the base of an adapter has other weights than in its training. record: its training.json."""
-    adapter, made_of = locate(path) / "adapter_config.json", record.get("made_of")
-    if made_of and adapter.exists():
-        base = read_json(adapter).take("base_model_name_or_path", str)
+    base, made_of = base_of(locate(path)), record.get("made_of")
+    if made_of and base:
         check_same(made_of, {"weights": weights(base)}, f"the adapter {path}", f"put the right model at {base}")
 
 

@@ -51,7 +51,9 @@ def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: i
 
     targets: q_proj is that layer of every block, layers.0.self_attn.q_proj that of one block.
     """
-    if unknown := sorted({target.rpartition(".")[2] for target in targets} - set(TARGETS)):
+    layers = {name.rpartition(".")[0] for name in network.named_tensors()}
+    layers = {layer for layer in layers if layer.rpartition(".")[2] in TARGETS}
+    if unknown := sorted(set(targets) - layers - set(TARGETS)):
         raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}")
     generator, network = torch.Generator().manual_seed(seed), network.requires_grad_(False)
     for i, block in enumerate(network.layers):
@@ -97,11 +99,12 @@ def peft_config(network: nn.Module) -> dict:
     layers = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in peft_tensors(network)}
     short = {layer.rpartition(".")[2] for layer in layers}  # these names are enough where every block has them
     targets = short if len(layers) == len(short) * len(network.layers) else layers
-    hub = [part for part in base.parts if part.startswith("models--")]  # a model in the hub's cache is known by its id
-    name = hub[-1].removeprefix("models--").replace("--", "/") if hub else str(base.resolve())
+    repo, above, commit = ("", "", *base.resolve().parts)[-3:]  # in the hub's cache a model has an id and a revision
+    hub = above == "snapshots" and repo.startswith("models--")
+    name = repo.removeprefix("models--").replace("--", "/") if hub else str(base.resolve())
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name,
-        "revision": base.name if hub else None, "r": rank,
+        "revision": commit if hub else None, "r": rank,
         "lora_alpha": some[0].scale * rank, "target_modules": sorted(targets),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip

@@ -17,7 +17,7 @@ import faith
 import grpo
 import model as models
 from rollout import Sampler
-from run import hub, lora
+from run import lora
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def adapted(folder, **options):
     return network
 
 
-@pytest.mark.parametrize("targets", [lora.TARGETS, ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "targets", [lora.TARGETS, ("q_proj", "v_proj"), ("k_proj", "layers.1.mlp.up_proj", "down_proj")]
+)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_peft_reads_what_is_saved(tmp_path, family, targets):
     """Same logits in PEFT, here before saving, and here when read again; without adapters, those of the base."""
@@ -72,10 +74,10 @@ def test_peft_reads_what_is_saved(tmp_path, family, targets):
         models.save(network, tmp_path / "adapter")
 
 
-REGEX, LAYER = r".*\.1\..*(q|up)_proj", "model.layers.0.mlp.up_proj"
+REGEX = r".*\.1\..*(q|up)_proj"
 FORMS = [
     {"target_modules": "all-linear"}, {"target_modules": REGEX}, {"target_modules": ["self_attn.q_proj", "not_there"]},
-    {"target_modules": [LAYER, "layers.1.self_attn.v_proj"]}, {"target_modules": ["q_proj"], "use_rslora": True},
+    {"target_modules": ["model.layers.0.mlp.up_proj", "v_proj"]}, {"target_modules": ["q_proj"], "use_rslora": True},
     {"target_modules": "all-linear", "exclude_modules": ["layers.0.self_attn.q_proj", "down_proj"]},
     {"target_modules": ["q_proj", "o_proj"], "exclude_modules": REGEX, "init_lora_weights": "gaussian"},
 ]  # fmt: skip
@@ -84,7 +86,7 @@ FORMS = [
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("settings", FORMS)
 def test_what_peft_saves_is_read(tmp_path, family, settings):
-    """And what is saved again is read by PEFT, each form of target_modules as it stands too."""
+    """Each form of target_modules as PEFT writes it, which is a list, and as it was given."""
     base, ids = tiny.build(tmp_path / "base", family=family), tokens(2, 30)
     config, adapter = LoraConfig(r=3, lora_alpha=12, task_type="CAUSAL_LM", **settings), tmp_path / "adapter"
     theirs = get_peft_model(in_transformers(base), config).eval()
@@ -98,9 +100,6 @@ def test_what_peft_saves_is_read(tmp_path, family, settings):
         (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
         network = models.load(adapter)
         assert (network(ids) - theirs(ids).logits).abs().max() < 1e-4
-    models.save(network, tmp_path / "again")
-    theirs = PeftModel.from_pretrained(in_transformers(base), tmp_path / "again").eval()
-    assert (network(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -248,6 +247,7 @@ def test_flags_that_are_refused(done, folder, tmp_path):
         ({"lora": -1}, "--lora must be at least 0"),
         ({"lora": 4, "lora_alpha": 0}, "--lora-alpha must be above 0"),
         ({"lora": 4, "lora_targets": "q_proj,w"}, "no layer is called 'w'; there are q_proj, "),
+        ({"lora": 4, "lora_targets": "layers.2.mlp.up_proj"}, "no layer is called 'layers.2.mlp.up_proj'"),
         ({"model": done[0] / "model"}, "is an adapter; merge it"),
     ):
         code, _, error = call(flags(folder, **{"out": tmp_path / "x", **changes}))
@@ -274,25 +274,25 @@ REFUSED = [
 def test_adapters_that_are_refused(folder, tmp_path):
     adapter = tmp_path / "a"
     models.save(lora.attach(models.load(folder), 2, 4.0, ["q_proj"]), adapter)
-    config, file = json.loads((adapter / "adapter_config.json").read_text()), adapter / "adapter_model.safetensors"
-    (adapter / "adapter_config.json").write_text(json.dumps(DEFAULTS | config, default=list))
-    models.load(adapter)  # every default of PEFT is accepted
+    settings, file = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    config, weights = json.loads(settings.read_text()), safetensors.torch.load_file(file)
+
+    def refused(words):
+        with pytest.raises(ValueError, match=words):
+            models.load(adapter)
+
     for changes, words in [*REFUSED, ({"base_model_name_or_path": str(adapter)}, "is an adapter too")]:
-        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ValueError, match=words):
-            models.load(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    weights, name = safetensors.torch.load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        settings.write_text(json.dumps(config | changes))
+        refused(words)
+    settings.write_text(json.dumps(DEFAULTS | config, default=list))
+    models.load(adapter)  # every default of PEFT is accepted
     for change, words in ((lambda w: w.to(torch.int8), "quantized"), (lambda w: w / 0, "not finite")):
-        safetensors.torch.save_file(weights | {name: change(weights[name])}, file)
-        with pytest.raises(ValueError, match=words):
-            models.load(adapter)
+        safetensors.torch.save_file({name: change(weight) for name, weight in weights.items()}, file)
+        refused(words)
     file.write_bytes(b"123")
-    with pytest.raises(ValueError, match="cannot be read"):
-        models.load(adapter)
+    refused("cannot be read")
     shutil.copyfile(folder / "model.safetensors", adapter / "model.safetensors")
-    with pytest.raises(ValueError, match="holds an adapter and a whole model"):
-        models.load(adapter)
+    refused("holds an adapter and a whole model")
 
 
 def test_where_the_base_is(folder, tmp_path, monkeypatch):
@@ -301,20 +301,18 @@ def test_where_the_base_is(folder, tmp_path, monkeypatch):
     assert lora.peft_config(lora.attach(models.load(folder.name), 2, 4.0))["base_model_name_or_path"] == str(folder)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     repo, other = tmp_path / "models--me--mini", tiny.build(tmp_path / "other", seed=3)
+    (repo / "refs").mkdir(parents=True)
     for commit, source, ref in (("0123", folder, "v2"), ("4567", other, "main")):
         shutil.copytree(source, repo / "snapshots" / commit)
-        (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / ref).write_text(commit)
-    network = lora.attach(models.load(repo / "snapshots" / "0123"), 2, 4.0)
-    models.save(network, tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    models.save(lora.attach(models.load(repo / "snapshots" / "0123"), 2, 4.0), adapter := tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/mini", "0123")
-    (tmp_path / "a" / "tokenizer.json").unlink()
-    for revision, base in (("0123", folder), ("v2", folder), (None, other), ("main", other)):
-        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"revision": revision}))
-        weight = models.load(tmp_path / "a").embed_tokens.weight
-        assert torch.equal(weight, models.load(base).embed_tokens.weight)
-        assert hub.tokenizer_folder(tmp_path / "a").parent == repo / "snapshots"
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"revision": "v3"}))
+    (adapter / "tokenizer.json").unlink()
+    for revision, base in (("0123", folder), ("v2", folder), (None, other), ("main", other), ("v3", None)):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": revision}))
+        if base:
+            assert torch.equal(models.load(adapter).embed_tokens.weight, models.load(base).embed_tokens.weight)
+            assert models.Tokenizer(adapter).decode([5]) == "A"
     with pytest.raises(ValueError, match="base is not here: no revision v3 of me/mini .*--revision v3"):
-        models.load(tmp_path / "a")
+        models.load(adapter)

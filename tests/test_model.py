@@ -408,10 +408,9 @@ def refusal(call, *arguments) -> str:
     return message
 
 
-OLD, WINDOW = {"rope_parameters": None, "rope_theta": 1e4}, {"use_sliding_window": True, "sliding_window": 128}
+OLD = {"rope_parameters": None, "rope_theta": 1e4}
 CONFIGS = [
-    ({"model_type": "mistral"}, "model_type 'mistral'"), ({"model_type": None}, "model_type"),
-    ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
+    ({"model_type": "mistral"}, "'mistral'"), ({"rope_parameters": {**llama3(8.0), "rope_type": "yarn"}}, "'yarn'"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
     ({"rope_parameters": {**llama3(8.0), "high_freq_factor": 1.0}}, "high_freq_factor must be above low_freq_factor"),
     ({"rope_parameters": None}, "rope_theta"), ({"rope_parameters": [1]}, "rope_parameters must be an object"),
@@ -423,9 +422,9 @@ CONFIGS = [
     ({**OLD, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     ({**OLD, "rope_scaling": {"factor": 2.0}}, "factor"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {**default(1e4), "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"sliding_window": 128}, "sliding_window"), (WINDOW, "use_sliding_window"), ({"num_experts": 8}, "num_experts"),
+    ({"sliding_window": 128}, "sliding_window"), ({"use_sliding_window": True}, "use_sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"layer_types": ["full_attention"]}, "layer_types"), ({"hidden_act": "gelu"}, 'only as "silu", not "gelu"'),
+    ({"num_experts": 8}, "num_experts"), ({"hidden_act": "gelu"}, 'only as "silu", not "gelu"'),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"), ({"auto_map": {"A": "b"}}, "auto_map"),
     ({"attention_bias": True}, "attention_bias"), ({"quantization_config": {"quant_method": "gptq"}}, "quantization_c"),
     ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_key_value_heads": 8}, "at most 4, not 8"),
