@@ -1,70 +1,123 @@
-"""A model's folder, its tokenizer, and its chat turns rendered by hand.
+"""A model's tokenizer, and its own chat template run in jinja2's sandbox as transformers runs it.
 
-Every prompt goes through `Tokenizer.render`, which gives what the model's own chat template gives, and then through
-`Tokenizer.encode`.
+Every prompt goes through `Tokenizer.render` and then through `Tokenizer.encode`.
 """
 
+import functools
+import json
 import re
+import typing
 from pathlib import Path
 
+import jinja2.ext
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from run.hub import base_of, tokenizer_folder
-from run.reading import read_json
+from run.reading import Record, check_start, read_json, text_of
+
+SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # a template may name them
+TRIAL = [{"role": r, "content": c} for r, c in (("user", "Query 1?"), ("assistant", "Reply 2."), ("user", "Query 3?"))]
+THOUGHT = r"[<\[](/?)(?:think|thought|reason)\w*[>\]]"
+
+
+class Prompt(str):
+    """Chat text. pieces: the same text, cut inside every control token that a user wrote."""
+
+    pieces: list[str]
+
+
+class Generation(jinja2.ext.Extension):
+    """The tag that some templates put around the assistant's words: {% generation %} … {% endgeneration %}."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("same"), [], [], body).set_lineno(line)
+
+    def same(self, caller):
+        return caller()
+
+
+def raise_exception(message):
+    raise jinja2.TemplateError(message)  # templates call this for messages that they do not take
+
+
+# As transformers sets jinja2 up, except that there is no `strftime_now` (see `Tokenizer.render`).
+EXTENSIONS = [Generation, jinja2.ext.loopcontrols]
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
+ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+ENVIRONMENT.globals["raise_exception"] = raise_exception
+
+
+def find_template(folder: Path, settings: Record) -> tuple[str, Path]:
+    """The model's template and the file that it is in. As in transformers, .jinja files come before the settings."""
+    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named = settings.take("chat_template", str | list[dict[str, str]], "")
+    named = {t.get("name"): t.get("template") for t in named} if isinstance(named, list) else {"default": named}
+    if not (files or named).get("default"):
+        raise ValueError(f"{folder} has no chat template, or none that is named default; use an instruct model")
+    return (text_of(files["default"]), files["default"]) if files else (named["default"], Path(settings.where))
+
+
+def named_tokens(record: Record) -> dict[str, str]:
+    """The special tokens by name, as a template writes them: bos_token, eos_token and others."""
+    others = [name for name, value in record.items() if name.endswith("_token") and isinstance(value, str)]
+    values = {name: record.take(name, str | dict, None) for name in [*SPECIAL, *others]}
+    tokens = {k: value.take("content", str) if isinstance(value, Record) else value for k, value in values.items()}
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 class Tokenizer:
-    """tokenizer.json through the `tokenizers` library, and the model's chat turns rendered by hand.
+    """tokenizer.json through the `tokenizers` library, and the model's own chat template.
 
-    The chat format is read from the model's own template: Llama-3 headers, or ChatML with the template's own default
-    system prompt and, for Qwen3, the empty think block of the non-thinking form. ValueError for any other format.
+    ValueError for a template that cannot write the conversations of faith.py, or that opens a think block although it
+    is asked not to.
     """
 
     def __init__(self, path: str | Path):
         folder = tokenizer_folder(path)
+        check_start(folder / "tokenizer.json")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); fetch it again") from None
         self.tokenizer.no_truncation()  # the file may carry the settings of some training run
         self.tokenizer.no_padding()
-        files = folder / "tokenizer_config.json", (base_of(folder) or folder) / "config.json"
-        settings, config = (read_json(file) if file.exists() else {} for file in files)
-        template = folder / "chat_template.jinja"
-        template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        template = (template or "").replace("\\n", "\n")  # in a template's strings a line end may be written \n
-        self.chat = "llama3" if "<|start_header_id|>" in template else "chatml"
-        bos = (settings.get("bos_token") or "") if self.chat == "llama3" else ""
-        self.bos = bos["content"] if isinstance(bos, dict) else bos
-        # Qwen3's template closes an empty think block when thinking is off. Its 2507 models have none.
-        self.think = self.chat == "chatml" and "enable_thinking" in template
-        # Qwen2.5 and SmolLM2 use a system prompt of their own when none is given. It stands as plain text in the
-        # template; where the caller's prompt is inserted, a quote and a plus (or braces) follow instead.
-        system = re.search(r"<\|im_start\|>system\n(?!['\"] *\+)([^<{}]+)<\|im_end\|>", template)
-        self.default_system = system.group(1) if system else None
-        # Llama-3.1's full template always writes a system turn with dates (see `render`).
-        today = (re.findall(r'date_string = "([^"]+)"', template) or ["26 Jul 2024"])[0]
-        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
-        self.dates = dates if "Cutting Knowledge Date" in template else ""
-        size, highest = config.get("vocab_size"), max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.end_of_turn = self.tokenizer.token_to_id("<|eot_id|>" if self.chat == "llama3" else "<|im_end|>")
-        if self.chat == "chatml" and "<|im_start|>" not in template:
-            raise ValueError(f"{folder} has no Llama-3 or ChatML chat template; use an instruct model")
-        if "<|im_start|>assistant\n<think>" in template:
-            raise ValueError(f"{folder} always thinks before it answers, which is not implemented; use another model")
-        if self.chat == "llama3" and not self.bos:
-            raise ValueError(f"{files[0]} names no bos_token, which a Llama-3 chat begins with; fetch it again")
+        files = [folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map")]
+        files.append((base_of(folder) or folder) / "config.json")
+        settings, more, config = (read_json(file) if file.exists() else Record({}, str(file)) for file in files)
+        size = config.take("vocab_size", int, None)
+        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if size is not None and highest >= size:
             raise ValueError(f"{folder}: tokenizer.json's ids reach {highest}, config.json's vocab_size is {size}; "
                              "they belong to different models, fetch both again")  # fmt: skip
-        if self.end_of_turn is None:
-            raise ValueError(f"{folder}: tokenizer.json lacks the chat template's end-of-turn token; fetch both again")
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self.added = sorted((token.content for token in added), key=len, reverse=True)
+        control = {t.content for t in added if t.special or re.fullmatch("<.+>", t.content)}  # also Qwen3's <think>
+        self.control = re.compile("|".join(re.escape(text) for text in self.added if text in control) or "(?!)")
+        # special_tokens_map.json comes first where the settings are of an older form, without the added tokens.
+        tokens, others = named_tokens(settings), named_tokens(more)
+        self.special = others | tokens if "added_tokens_decoder" in settings else tokens | others
+        first = self.tokenizer.encode("a").ids[:1]
+        if "bos_token" not in self.special and first != self.encode("a")[:1]:  # what tokenizer.json begins a text with
+            self.special["bos_token"] = self.tokenizer.id_to_token(first[0])
+        source, self.file = find_template(folder, settings)
+        self.template = self.attempt(ENVIRONMENT.from_string, source)
+        self.end_of_turn = self.check_template()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text, special tokens recognised, none added (`render` writes begin-of-text itself)."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of text, none added (`render` writes begin-of-text itself).
+
+        Special tokens are recognised, except those that `render` cut in a user's words.
+        """
+        text, *rest = getattr(text, "pieces", [text])
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        before = len(self.encode("\n")) if rest else 0  # no tokenizer puts a space of its own after a line end
+        return ids + [i for piece in rest for i in self.encode("\n" + piece)[before:]]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -81,34 +134,58 @@ class Tokenizer:
             raise ValueError(f"{', '.join(answers)} are not different tokens after {begin!r}; use another model")
         return ids
 
-    def render(self, messages: list[dict], begin: str = "") -> str:
-        """Chat text of [{"role", "content"}, …], as the model's own template gives it.
+    def render(self, messages: list[dict], begin: str = "") -> Prompt:
+        """Chat text of [{"role", "content"}, …] and an opened turn of the assistant's, which begins with `begin`.
 
-        If the last turn is the user's, an assistant turn is opened with `begin` in it. If it is the assistant's, it is
-        closed, and a `begin` is a ValueError. Qwen3 is asked not to think. A template that writes today's date
-        (Llama-3.2) gets the one that it falls back on, 26 Jul 2024, so that prompts stay the same.
+        It is what transformers' apply_chat_template gives with add_generation_prompt and without thinking. No prompt
+        holds today's date, or it would be another one tomorrow: a template that would write it (Llama-3.2) falls back
+        on its own fixed date, 26 Jul 2024, and is refused if it has none. A control token that a user wrote is text.
         """
-        opened = messages[-1]["role"] != "assistant"
-        if begin and not opened:
-            raise ValueError("render: `begin` needs messages that end with a user turn")
-        turns = [(m["role"], m["content"]) for m in messages]
-        if self.chat == "llama3":
-            start, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
-            turns = [(role, content.strip()) for role, content in turns]
-            if self.dates:
-                system = turns.pop(0)[1] if turns[0][0] == "system" else ""
-                turns.insert(0, ("system", self.dates + system))
-        else:
-            start, end = "<|im_start|>{}\n", "<|im_end|>\n"
-            if turns[0][0] != "system" and self.default_system is not None:
-                turns.insert(0, ("system", self.default_system))
-        for i, (role, content) in enumerate(turns):
-            if self.think and role == "assistant":
-                thoughts, block, answer = content.rpartition("</think>")
-                answer = answer.lstrip("\n") if block else content  # earlier answers lose their think block
-                if i == len(turns) - 1:  # the last answer always has one, even if empty
-                    thoughts = thoughts.rpartition("<think>")[2].strip("\n")
-                    answer = f"<think>\n{thoughts}\n</think>\n\n" + answer.lstrip("\n")
-                turns[i] = (role, answer)
-        text = self.bos + "".join(start.format(role) + content + end for role, content in turns)
-        return text + (start.format("assistant") + "<think>\n\n</think>\n\n" * self.think + begin if opened else "")
+        written = "".join([begin, *(m["content"] for m in messages)])
+        mark = next(c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in written)  # noncharacters, no text has them
+        cut = functools.partial(self.control.sub, lambda found: found[0][0] + mark + found[0][1:])
+        turns = [m if m["role"] == "assistant" else m | {"content": cut(m["content"])} for m in messages]
+        pieces = (self.fill(turns) + begin).split(mark)
+        prompt = Prompt("".join(pieces))
+        prompt.pieces = pieces
+        return prompt
+
+    def fill(self, messages: list[dict], **more: str) -> str:
+        """The template's text of the messages and of an opened turn of the assistant's."""
+        options = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
+        return self.attempt(self.template.render, messages=messages, **options, **self.special, **more)
+
+    def attempt(self, call, *args, **options):
+        try:
+            return call(*args, **options)
+        except Exception as error:  # a template can raise whatever Python can
+            why = " ".join(str(error).split()) or type(error).__name__
+            self.refuse(f"fails ({why})")
+
+    def refuse(self, why: str, change: str = "use another model") -> typing.NoReturn:
+        raise ValueError(f"{self.file}: the chat template {why}; {change}") from None
+
+    def check_template(self) -> int:
+        """Writes the two conversations of faith.py. Returns the token that ends the assistant's turn."""
+        asked, explained = self.fill(TRIAL[:1]), self.fill(TRIAL)
+        query, reply, why = (re.escape(turn["content"]) for turn in TRIAL)
+        one = re.search(f"{query}(.*)", asked, re.DOTALL)
+        two = re.search(f"{query}(.*?){reply}(.*?){why}(.*)", explained, re.DOTALL)
+        if not (one and two):
+            self.refuse("changes or leaves out what the user or the assistant says")
+        start, end, last = two.groups()
+        for opened in (one[1], last):
+            if re.findall(THOUGHT, opened)[-1:] == [""]:
+                self.refuse("opens a think block although it is asked not to, which is not implemented")
+            if "".join(start.split()) not in "".join(opened.split()):
+                self.refuse("does not open the assistant's turn where an answer is asked for")
+        for name in SPECIAL:
+            token = self.special.get(name)
+            if token is None and self.fill(TRIAL, **{name: "?"}) != explained:
+                self.refuse(f"writes {name}, which no file names", f'set "{name}" in tokenizer_config.json')
+            if token and token in explained and token not in self.added:
+                self.refuse(f"writes {name} {token!r}, which tokenizer.json does not add", "fetch both again")
+        token = next((token for token in self.added if end.lstrip().startswith(token)), None)
+        if token is None:
+            self.refuse("ends the assistant's turn without a token that tokenizer.json adds", "use an instruct model")
+        return self.tokenizer.token_to_id(token)

@@ -306,9 +306,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     return model
 
 
-# Tokenizer files and generation settings; `save` copies them from the loaded model's folder.
-COMPANIONS = ("generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-              "chat_template.jinja chat_template.json vocab.json merges.txt tokenizer.model").split()  # fmt: skip
+# Tokenizer files; `save` copies them from the loaded model's folder.
+COMPANIONS = ("tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+              "tokenizer.model chat_template.jinja chat_template.json additional_chat_templates").split()  # fmt: skip
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -332,16 +332,27 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
         values = {"adapter_config.json": lora.peft_config(model)}
     else:
         tensors, values = whole_model(model, shard_bytes)
+    values["generation_config.json"] = generation_config(model)
     with whole_folder(path) as partial:
         for name, shard in tensors.items():
             write_tensors({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, partial / name)
         for name, value in values.items():
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-        for name in COMPANIONS:  # the source's generation_config.json overwrites ours, because it has more settings
-            if model.source and (model.source / name).exists():
-                shutil.copyfile(model.source / name, partial / name)
+        for name in COMPANIONS if model.source else ():
+            if (file := model.source / name).exists():
+                (shutil.copytree if file.is_dir() else shutil.copyfile)(file, partial / name)
         for name, text in [("README.md", card or "A model saved by faith's model.save.\n"), *also]:
             (partial / name).write_text(text)
+
+
+def generation_config(model: Transformer) -> dict:
+    """The source's generation_config.json, with all tokens that ended an answer: the model's, and the template's."""
+    settings, ends, source = {}, list(model.config.end_of_turn), model.source
+    if source and (source / "generation_config.json").exists():
+        settings = read_json(source / "generation_config.json")
+    if source and (source / "tokenizer.json").exists():
+        ends.append(Tokenizer(source).end_of_turn)
+    return settings | {"eos_token_id": list(dict.fromkeys(ends))}
 
 
 def whole_model(model: Transformer, shard_bytes: float) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
@@ -353,9 +364,9 @@ def whole_model(model: Transformer, shard_bytes: float) -> tuple[dict[str, dict[
         shards[-1][name if name == "lm_head.weight" else "model." + name] = tensor
         size += tensor.nbytes
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-    config, generation = dict(model.config.raw), {"eos_token_id": list(model.config.end_of_turn)}
+    config = dict(model.config.raw)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(model.dtype).removeprefix("torch.")
-    values = {"config.json": config, "generation_config.json": generation}
+    values = {"config.json": config}
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}, values
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
@@ -371,5 +382,6 @@ if __name__ == "__main__":
         sys.exit(2)
     shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
     size = sum(p.numel() for p in network.parameters())
-    shown |= {"parameters": size, "chat": tok.chat, "system": tok.default_system}
+    shown["end_of_turn"] = {i: tok.tokenizer.id_to_token(i) for i in {*network.config.end_of_turn, tok.end_of_turn}}
+    shown |= {"parameters": size, "a prompt": repr(tok.render([{"role": "user", "content": "Hello"}]))}
     print(*(f"{k:18} {v}" for k, v in shown.items()), sep="\n")

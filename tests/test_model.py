@@ -266,7 +266,7 @@ def test_hub_id_in_the_local_cache(folder, tmp_path, monkeypatch, variable):
     for file in folder.iterdir():
         (repo / "snapshots" / "0123abc" / file.name).symlink_to(file)
     assert torch.equal(models.load("some-one/tiny.model").norm.weight, models.load(folder).norm.weight)
-    assert models.Tokenizer("some-one/tiny.model").chat == "llama3"
+    assert models.Tokenizer("some-one/tiny.model").end_of_turn == models.Tokenizer(folder).end_of_turn
     message = refusal(models.load, "some-one/other")
     assert "some-one/other" in message and str(hub) in message and "hf download some-one/other" in message
     (repo / "refs" / "main").write_text("4567")
@@ -359,6 +359,18 @@ def test_a_model_from_no_files_can_be_saved(folder, tmp_path):
     models.save(fresh, tmp_path / "fresh")
     again = models.load(tmp_path / "fresh")
     assert again.config.end_of_turn == (3, 5) and torch.equal(again.norm.weight, fresh.norm.weight)
+
+
+def test_saved_settings_have_every_end_of_turn(folder, tmp_path):
+    """Also the template's. The source's other settings and its further templates stay."""
+    edit(folder / "generation_config.json", eos_token_id=4)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    (folder / "chat_template.jinja").write_text(tiny.TEMPLATE.replace("im_end", "eot_id"))
+    models.save(models.load(folder), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4, 3] and saved["temperature"] == 0.6 and saved["do_sample"] is True
+    assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
 
 
 def test_save_overwrites_nothing(folder, tmp_path):
@@ -509,21 +521,10 @@ def test_damaged_shards(folder):
         assert "index.json: weight_map must be" in refusal(models.load, folder)
 
 
-LLAMA3, CHATML = "<|start_header_id|>", "<|im_start|>"
-
-
-@pytest.mark.parametrize(
-    ("template", "message", "changes"),
-    [(None, "chat template", {}), ("{{ messages[0]['content'] }}", "chat template", {}),
-     ([{"name": "tool_use", "template": LLAMA3}], "chat template", {}),
-     ("{{ '<|im_start|>assistant\\n<think>\\n' }}", "thinks", {}), (LLAMA3, "bos_token", {"bos_token": None}),
-     (CHATML, "end-of-turn", {"special": (CHATML,)}), (LLAMA3, "265", {})],
-)  # fmt: skip
-def test_tokenizers_that_are_refused(folder, byte_tokenizer, template, message, changes):
-    edit(folder / "config.json", vocab_size=265 if message == "265" else VOCABULARY)
-    byte_tokenizer(folder, template, **{"bos_token": "<|begin_of_text|>", **changes})
-    said = refusal(models.Tokenizer, folder)
-    assert str(folder) in said and message in said
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    edit(folder / "config.json", vocab_size=265)
+    message = refusal(models.Tokenizer, folder)
+    assert str(folder) in message and "265" in message
 
 
 def test_tokenizer_files_that_are_damaged_or_missing(folder):
@@ -538,7 +539,7 @@ def test_tokenizer_files_that_are_damaged_or_missing(folder):
 def test_letter_that_is_not_one_token(folder, byte_tokenizer):
     tokenizer = models.Tokenizer(folder)
     assert tokenizer.ids_after("is: (", "ABC") == [tokenizer.tokenizer.token_to_id(letter) for letter in "ABC"]
-    byte_tokenizer(folder, "<|start_header_id|>", merges=[("(", "B")], bos_token="<|begin_of_text|>")
+    byte_tokenizer(folder, tiny.TEMPLATE, merges=[("(", "B")])
     merged = models.Tokenizer(folder)
     assert merged.ids_after("is: (", "A")  # A still is
     message = refusal(merged.ids_after, "is: (", "ABC")
