@@ -223,9 +223,9 @@ class Transformer(nn.Module):
 
 
 def read_config(folder: Path) -> Config:
-    config, generation = folder / "config.json", folder / "generation_config.json"
+    raw, generation = read_json(folder / "config.json"), folder / "generation_config.json"
     there = generation.exists() or generation.is_symlink()
-    return Config.from_json(read_json(config), read_json(generation) if there else None)
+    return Config.from_json(raw, read_json(generation) if there else None)
 
 
 def weight_files(folder: Path) -> list[Path]:

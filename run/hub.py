@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from run.reading import read_json, text_of
+from run.reading import errors_named, read_json, text_of
 
 
 def cache() -> Path:
@@ -33,7 +33,8 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     repo = cache() / f"models--{str(path).replace('/', '--')}"
     ref, snapshots = repo / "refs" / (revision or "main"), repo / "snapshots"
     fetch = f"hf download {path}{f' --revision {revision}' if revision else ''} fetches it"
-    names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
+    with errors_named(snapshots):
+        names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
     if os.path.isfile(ref):
         name = text_of(ref).strip()
         if name not in names:
@@ -52,7 +53,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 def base_of(folder: Path) -> Path | None:
     """The directory of the base of a PEFT adapter; None for a model that is no adapter."""
     file = folder / "adapter_config.json"
-    if not file.exists() and not file.is_symlink():
+    if not os.path.lexists(file):
         return None
     settings = read_json(file)
     base, revision = settings.take("base_model_name_or_path", str), settings.take("revision", str, None)
@@ -65,4 +66,4 @@ def base_of(folder: Path) -> Path | None:
 def tokenizer_folder(path: str | Path) -> Path:
     """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one."""
     folder = locate(path)
-    return folder if (folder / "tokenizer.json").exists() else base_of(folder) or folder
+    return folder if os.path.exists(folder / "tokenizer.json") else base_of(folder) or folder

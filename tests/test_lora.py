@@ -255,19 +255,17 @@ def test_flags_that_are_refused(done, folder, tmp_path):
 
 
 DEFAULTS = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]).to_dict()
-REFUSED = [
-    ({"use_dora": True}, "asks for use_dora True"), ({"bias": "all"}, "asks for bias 'all'"),
-    ({"init_lora_weights": "pissa"}, "asks for init_lora_weights"), ({"task_type": "SEQ_CLS"}, "asks for task_type"),
-    ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"), ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
-    ({"layers_to_transform": 0}, "asks for layers_to_transform 0"), ({"a_later_key": 1}, "asks for a_later_key 1"),
-    ({"r": None}, "r must be a whole number"), ({"r": 0}, "r must be above 0"), ({"r": True}, "not true"),
-    ({"lora_alpha": float("nan")}, "lora_alpha must be a number, not NaN"), ({"lora_alpha": 0}, "above 0, not 0"),
-    ({"target_modules": [["q_proj"]]}, "target_modules must be"), ({"target_modules": "["}, "regular expression"),
+ALONE = {  # refused by their name
+    "use_dora": True, "bias": "all", "init_lora_weights": "pissa", "task_type": "SEQ_CLS", "a_later_key": 1,
+    "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 1}, "layers_to_transform": 0, "r": True,
+    "lora_alpha": float("nan"), "target_modules": "[", "exclude_modules": 5, "base_model_name_or_path": None,
+}  # fmt: skip
+REFUSED = [*(({key: value}, f"{key} ") for key, value in ALONE.items()),
+    ({"r": 0}, "above 0"), ({"r": 3}, r"lora_A.weight has shape \[2, 32\], its config says \[3, 32\]"),
     ({"target_modules": ["w"]}, "target_modules must be names of the base's layers"),
     ({"target_modules": ["q_proj", "lm_head"]}, "of lm_head are not"), ({"target_modules": ["k_proj"]}, "holds .*q"),
     ({"target_modules": ["q_proj", "v_proj"]}, "lacks .*v_proj"), ({"revision": "v2"}, "not known to be revision v2"),
-    ({"r": 3}, r"lora_A.weight has shape \[2, 32\], its config says \[3, 32\]"),
-    ({"base_model_name_or_path": None}, "must be a text"), ({"base_model_name_or_path": "no/model"}, "base .*no/m"),
+    ({"base_model_name_or_path": "no/model"}, "its base is not here: no model at no/model"),
 ]  # fmt: skip
 
 
