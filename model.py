@@ -6,7 +6,7 @@ Llama 3 / 3.1 / 3.2 (SmolLM2 is one) and Qwen 2 / 2.5 / 3 (dense) are the same n
 
 except for five switches, which config.json sets and `Config` holds: the RoPE scaling, RMSNorm on each head's q and k
 (Qwen3), a bias on q, k and v (Qwen2), a head tied to the embedding, and a head_dim that may differ from hidden / heads.
-A config that asks for anything else is refused.
+A config that asks for anything else is refused (run/config.py).
 
 Axes: B batch, T time, H heads, K key/value heads, D head dim, V vocabulary, E hidden size, M inner size of the MLP.
 Sources: Touvron et al. 2302.13971, Llama-3 2407.21783 (RoPE scaling: Meta's llama-models), Qwen3 2505.09388. Tensors
