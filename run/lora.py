@@ -132,16 +132,17 @@ def read(network: nn.Module, folder: Path) -> nn.Module:
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(f"{folder}: adapter_model.bin is a pickle, which is not read; convert it with PEFT")
     places, seen = peft_tensors(network), set()
+    unlike = "unlike target_modules and exclude_modules in adapter_config.json; fetch both again"
 
     def place_of(name: str, _) -> Tensor:
         if name not in places:
-            raise ValueError(f"{file} holds {name}, unlike its config and base; fetch the three again")
+            raise ValueError(f"{file} holds {name}, {unlike}")
         seen.add(name)
         return places[name]
 
     reading.copy_tensors(file, place_of)
     if missing := sorted(places.keys() - seen):
-        raise ValueError(f"{file} lacks {missing[0]}, unlike its config and base; fetch the three again")
+        raise ValueError(f"{file} lacks {missing[0]}, {unlike}")
     return network
 
 

@@ -264,7 +264,7 @@ REFUSED = [*(({key: value}, f"{key} ") for key, value in ALONE.items()),
     ({"r": 0}, "above 0"), ({"r": 3}, r"lora_A.weight has shape \[2, 32\], its config says \[3, 32\]"),
     ({"target_modules": ["w"]}, "target_modules must be names of the base's layers"),
     ({"target_modules": ["q_proj", "lm_head"]}, "of lm_head are not"), ({"target_modules": ["k_proj"]}, "holds .*q"),
-    ({"target_modules": ["q_proj", "v_proj"]}, "lacks .*v_proj"), ({"revision": "v2"}, "not known to be revision v2"),
+    ({"target_modules": ["q_proj", "v_proj"]}, "lacks .*v_proj.*target_mod"), ({"revision": "v2"}, "revision v2"),
     ({"base_model_name_or_path": "no/model"}, "its base is not here: no model at no/model"),
 ]  # fmt: skip
 
