@@ -5,6 +5,7 @@ Every prompt goes through `Tokenizer.render` and then through `Tokenizer.encode`
 
 import functools
 import json
+import os
 import re
 import typing
 from pathlib import Path
@@ -54,7 +55,7 @@ ENVIRONMENT.globals["raise_exception"] = raise_exception
 
 def find_template(folder: Path, settings: Record) -> tuple[str, Path]:
     """The model's template and the file that it is in. As in transformers, .jinja files come before the settings."""
-    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
+    files = {"default": folder / "chat_template.jinja"} if os.path.lexists(folder / "chat_template.jinja") else {}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     named = settings.take("chat_template", str | list[dict[str, str]], "")
     named = {t.get("name"): t.get("template") for t in named} if isinstance(named, list) else {"default": named}
@@ -89,7 +90,7 @@ class Tokenizer:
         self.tokenizer.no_padding()
         files = [folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map")]
         files.append((base_of(folder) or folder) / "config.json")
-        settings, more, config = (read_json(file) if file.exists() else Record({}, str(file)) for file in files)
+        settings, more, config = (read_json(file) if os.path.lexists(file) else Record({}, str(file)) for file in files)
         size = config.take("vocab_size", int, None)
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if size is not None and highest >= size:

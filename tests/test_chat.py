@@ -187,6 +187,9 @@ def test_template_files_come_in_transformers_order(tmp_path, byte_tokenizer):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="default"):
         models.Tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").symlink_to("gone")  # what an emptied cache leaves
+    with pytest.raises(ValueError, match="chat_template.jinja"):
+        models.Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("new", [{}, {"added_tokens_decoder": {}}])
