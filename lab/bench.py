@@ -4,18 +4,20 @@
     python -m lab.bench train --model DIR [--against trl]               a training step, phase by phase
     python -m lab.bench train --model DIR --random --lora 16            with weights drawn at random
 
-The limit is the time of the model's matrix products at the rate at which this machine does such products, or the time
-to read its weights from memory. The longer of the two counts, and both rates are measured in the same run. A ratio is
-measured in one process: the same prompts, threads and dtype, in turn, the median over the pairs. Tokens count up to
-the end of a turn, once with natural ends and once with all tokens forced.
-
+The sampler's limit is the time of the model's matrix products, timed in the same run on the model's own weights, with
+as many rows as the sampler has at once. So it holds the time to read the weights too. lab/plan.py has a step's.
+Ours and theirs run in turn on the same prompts, with the same threads and dtype, and a ratio is the median over the
+pairs. Tokens count up to the end of a turn. The sampler is timed with natural ends, and with all tokens forced. TRL has
+a process of its own, so that each peak of memory is of one program.
 --random needs only config.json and the tokenizer. Speed does not depend on the weights' values, except that answers
-then end at random. Peak memory is measured in a process that runs only one of the two: TRL runs in a process of its
-own, which ends before our model is loaded. Both have taken a step before, so AdamW's moments count.
+then end at random.
 """
 
 import argparse
-import concurrent.futures
+import bisect
+import functools
+import importlib.metadata
+import math
 import multiprocessing
 import platform
 import random
@@ -25,15 +27,19 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import model as models
+import report
 import train
 from grpo import policy_loss, token_logprobs
-from rollout import Sampler, Slots
+from rollout import Sampler
 from run import files, lora
 from run.args import Args
 from run.hub import locate
@@ -49,73 +55,44 @@ GRID = [(samples, 128) for samples in (1, 4, 8, 16, 32)] + [(8, length) for leng
 # ---- what this machine can do --------------------------------------------------------------------------------
 
 
-def timed(work, device: torch.device) -> tuple[float, object]:
-    """(seconds, what work() returned)."""
+class Clock:
+    """clock(phase) adds the seconds since the last call to `spent[phase]`, and returns them."""
 
-    def now() -> float:
-        if device.type == "cuda":
+    def __init__(self, device: torch.device):
+        self.device, self.spent, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, phase: str) -> float:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
-
-    started, result = now(), work()
-    return now() - started, result
-
-
-def seconds(work, device: torch.device) -> float:
-    return timed(work, device)[0]
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        self.spent[phase] = self.spent.get(phase, 0.0) + elapsed
+        return elapsed
 
 
-def pad_left(prompts: list[list[int]], end: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask (P, T) of prompts, for the other libraries' generate."""
-    longest = max(map(len, prompts))
-    ids = [[end] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+@torch.no_grad()
+def seconds_a_row(weights: list[torch.Tensor], rows: int) -> float:
+    """Of the products with all weights in turn, as in a model: a few alone would stay in the processor's cache.
 
+    `rows` are multiplied at once, and the best of five runs counts.
+    """
+    device, inputs = weights[0].device, {w.shape[1]: torch.randn_like(w[:1].expand(rows, -1)) for w in weights}
 
-def repeatable(work, device: torch.device):
-    """`work` to be run many times: on CUDA as a graph, so that the time to launch kernels does not count."""
-    if device.type != "cuda":
-        return work
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    def run():
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
 
-
-def product_rate(config: models.Config, rows: int, device, dtype, head: bool) -> tuple[float, float]:
-    """(seconds, operations) of all layers' products with `rows` rows, and of the head's; the best of five runs."""
-    E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.heads * D, config.kv_heads * D
-    shapes = [(H + 2 * K, E), (E, H), (2 * M, E), (E, M)]
-    total, operations = 0.0, 0.0
-    for n, (out, inner) in [(config.layers, s) for s in shapes] + ([(1, (config.vocab_size, E))] if head else []):
-        x = torch.randn(rows, inner, device=device, dtype=dtype)
-        # Many weights in turn, as in a model: a few would stay in the processor's cache.
-        some = min(n, max(1, int(2e9 / (out * inner * 4))))
-        weights = [torch.randn(out, inner, device=device, dtype=dtype) for _ in range(some)]
-        enough = 2e9 if device.type == "cpu" else 5e11  # operations that take a millisecond or more
-        repeats = min(max(1, round(enough / (2 * rows * out * inner * len(weights)))), max(1, 2000 // len(weights)))
-
-        def products():
-            for _ in range(repeats):  # noqa: B023
-                for weight in weights:  # noqa: B023
-                    F.linear(x, weight)  # noqa: B023
-
-        run = repeatable(products, device)
-        best = min(seconds(run, device) for _ in range(5)) / repeats / len(weights)
-        total, operations = total + n * best, operations + n * 2.0 * rows * out * inner
-    return total, operations
-
-
-def read_rate(device) -> float:
-    """Bytes per second read from memory; the best of five runs."""
-    x = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)  # 256 MiB or 1 GiB: no cache holds it
-    return x.nbytes / min(seconds(x.sum, device) for _ in range(5))
+    if device.type == "cuda":  # as a graph, so that the time to launch kernels does not count
+        run()
+        graph, eager = torch.cuda.CUDAGraph(), run
+        with torch.cuda.graph(graph):
+            eager()
+        run = graph.replay
+    clock, spent = Clock(device), []
+    for _ in range(5):
+        run()
+        spent.append(clock("run"))
+    return min(spent) / rows
 
 
 def peak_memory(device: torch.device) -> float:
@@ -129,379 +106,272 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def rollout_limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
-    """The least seconds for these prompts and answers on this machine, and the figures it is made of."""
-    config, device, dtype = network.config, network.device, network.dtype
-    prefilled = sum(map(len, prompts))
-    lengths = [len(c.tokens) for group in answers for c in group]
-    fed = sum(lengths) - len(lengths)  # a sample's last token is never fed
-    prefill_rows, decode_rows = min(prefilled, 2048), min(rows, len(lengths))
-    prefill_s, prefill_ops = product_rate(config, prefill_rows, device, dtype, head=False)
-    decode_s, decode_ops = product_rate(config, decode_rows, device, dtype, head=True)
-    per_sample = [(len(p), len(c.tokens)) for p, group in zip(prompts, answers, strict=True) for c in group]
-    attention = 4.0 * config.layers * config.heads * config.head_dim
-    attention *= sum(len(p) ** 2 / 2 for p in prompts) + sum(n * (p + n / 2) for p, n in per_sample)
-    weights = sum(p.nbytes for p in network.parameters())
-    if not config.tied:
-        weights -= network.embed_tokens.weight.nbytes  # a few of its rows are read
-    steps = max(lengths) * -(-len(lengths) // rows)
-    bandwidth = read_rate(device)
-    compute = prefill_s * prefilled / prefill_rows + decode_s * fed / decode_rows + attention / (decode_ops / decode_s)
-    memory = weights * (1 + steps) / bandwidth
-    return {
-        "limit_s": max(compute, memory), "binds": "compute" if compute > memory else "memory", "compute_s": compute,
-        "memory_s": memory, "prefill_tflop": prefill_ops * prefilled / prefill_rows / 1e12,
-        "decode_tflop": decode_ops * fed / decode_rows / 1e12, "attention_tflop": attention / 1e12,
-        "prefill_gflops": prefill_ops / prefill_s / 1e9, "decode_gflops": decode_ops / decode_s / 1e9,
-        "read_gb_s": bandwidth / 1e9, "weights_mb": weights / 1e6,
-    }  # fmt: skip
-
-
-def step_limit(config: models.Config, groups, device, dtype, lora=False, recompute=False) -> dict:
-    """The least seconds of forward and backward over the groups, each prompt once.
-
-    A step takes three times the forward's products: forward, gradients of inputs, gradients of weights. LoRA leaves out
-    the last, except for the adapters' own, which are not counted. Recomputed blocks run forward once more.
-    """
-    head_times = 2 + (not lora)
-    body_times = head_times + recompute
-    tokens = sum(len(prompt) + sum(len(c.tokens) - 1 for c in answers) for prompt, answers in groups)
-    scored = sum(len(c.tokens) for _, answers in groups for c in answers)
-    rows = min(tokens, 1024)
-    body_s, body = product_rate(config, rows, device, dtype, head=False)
-    both_s, both = product_rate(config, rows, device, dtype, head=True)
-    head_s = max(both_s - body_s, 0.0)
-    operations = (body_times * body * tokens + head_times * (both - body) * scored) / rows
-    return {"limit_s": (body_times * body_s * tokens + head_times * head_s * scored) / rows, "tflop": operations / 1e12,
-            "gflops": both / both_s / 1e9, "tokens_in": tokens, "tokens_scored": scored}  # fmt: skip
-
-
 # ---- what is measured ----------------------------------------------------------------------------------------
 
 
 def make_prompts(tokenizer: models.Tokenizer, count: int, length: int) -> list[list[int]]:
     """Chat prompts of about `length` tokens each, from 16 % shorter to 16 % longer, all different."""
-    words, prompts = TEXT.split(), []
-    for i in range(count):
-        target = round(length * (0.84 + 0.32 * i / max(1, count - 1)))
-        turned, prompt = words[i % len(words) :] + words[: i % len(words)], []
-        for n in range(1, target):
-            text = " ".join((turned * (n // len(turned) + 1))[:n])
-            longer = tokenizer.encode(tokenizer.render([{"role": "user", "content": text}]))
-            if prompt and len(longer) > target:
-                break
-            prompt = longer
-        prompts.append(prompt)
-    return prompts
+    words = TEXT.split()
+
+    def prompt(first: int, n: int) -> list[int]:
+        text = " ".join(words[i % len(words)] for i in range(first, first + n))
+        return tokenizer.encode(tokenizer.render([{"role": "user", "content": text}]))
+
+    targets = [round(length * (0.84 + 0.32 * i / max(1, count - 1))) for i in range(count)]
+    fitting = [bisect.bisect_right(range(1, target), target, key=lambda n, i=i: len(prompt(i, n)))
+               for i, target in enumerate(targets)]  # fmt: skip
+    return [prompt(i, max(1, n)) for i, n in enumerate(fitting)]
 
 
 def random_network(path: str, device: torch.device) -> models.Transformer:
     """A network of the folder's config with random weights."""
-    network, generator = models.empty(locate(path), device), torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.02, generator=generator)
-            else:
-                weight.fill_(not name.endswith("bias"))
+    torch.manual_seed(0)
+    network = models.empty(locate(path), device)
+    for weight in network.parameters():
+        nn.init.normal_(weight, 0, 0.02) if weight.dim() > 1 else nn.init.ones_(weight)
     return network
 
 
-def open_sampler(args: argparse.Namespace) -> tuple[models.Tokenizer, Sampler]:
+def prepare(args: argparse.Namespace) -> tuple[models.Tokenizer, Sampler, list[list[int]]]:
     tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = make_prompts(tokenizer, args.count, args.length)
+    if max(map(len, prompts)) + args.new > (context := models.read_config(locate(args.model)).context):
+        raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
     network = random_network(args.model, device) if args.random else models.load(args.model, device)
-    return tokenizer, Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, rows=args.rows)
+    introduce(network, prompts, args.samples, args.new)
+    return tokenizer, Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, rows=args.rows), prompts
 
 
-def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> str:
-    """Prints what is measured and where; returns the device's name."""
+def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> None:
+    """Prints what is measured and where."""
     cuda = network.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
     sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
     print(f"{sizes}, {samples} samples each, at most {new} new tokens, T = 1")
-    return name
 
 
-class Transformers:
-    """transformers' generate on the same prompts, padded on the left, with num_return_sequences samples each."""
-
-    def __init__(self, folder: Path, end: list[int], network: models.Transformer, drawn: bool = False):
-        import transformers  # not a requirement of the product
-
-        transformers.utils.logging.set_verbosity_error()
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares for every new length, so its first runs are slow
-        self.version, self.end, device = transformers.__version__, end, network.device
-        settings = {"dtype": network.dtype, "attn_implementation": "sdpa"}
-        if drawn:
-            config = transformers.AutoConfig.from_pretrained(folder)
-            with device:  # drawing is fast there
-                self.network = transformers.AutoModelForCausalLM.from_config(config, **settings).eval()
-        else:
-            self.network = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).to(device).eval()
-
-    @torch.inference_mode()
-    def generate(self, prompts, samples: int, new: int, forced: bool) -> int:
-        """The number of tokens drawn, up to and including each end of turn."""
-        ids, mask = pad_left(prompts, self.end[0], self.network.device)
-        output = self.network.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            num_return_sequences=samples, max_new_tokens=new, min_new_tokens=new if forced else None,
-            eos_token_id=self.end, pad_token_id=self.end[0],
-        )[:, ids.shape[1] :]  # fmt: skip
-        is_end = torch.isin(output, torch.tensor(self.end, device=output.device)).long()
-        return int((is_end.cumsum(1) - is_end == 0).sum())
+def tokens_of(answers) -> int:
+    return sum(len(answer.tokens) for group in answers for answer in group)
 
 
-class Trl:
-    """TRL's GRPO step on the same prompts, with its own loop and random rewards. It samples by itself or is `fed`."""
-
-    def __init__(self, folder: Path, prompts, samples: int, new: int, micro: int, scratch: str):
-        import datasets  # not requirements of the product
-        import transformers
-        import trl
-
-        transformers.utils.logging.set_verbosity_error()
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as in Transformers
-        datasets.utils.logging.disable_progress_bar()
-        self.version, self.drawn, self.fed, self.tokens = trl.__version__, random.Random(0), None, 0
-        self.ids, self.samples = prompts, samples
-        config = trl.GRPOConfig(
-            output_dir=scratch, per_device_train_batch_size=micro * samples, num_generations=samples, beta=0.0,
-            gradient_accumulation_steps=len(prompts) // micro, max_completion_length=new, temperature=1.0,
-            top_k=0, max_steps=1, learning_rate=1e-9, use_cpu=not torch.cuda.is_available(), report_to="none",
-            bf16=torch.cuda.is_available(), disable_tqdm=True, save_strategy="no", logging_strategy="no",
-            shuffle_dataset=False, gradient_checkpointing=False,
-        )  # fmt: skip
-        self.trainer = trl.GRPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            processing_class=transformers.AutoTokenizer.from_pretrained(folder), args=config,
-            train_dataset=datasets.Dataset.from_list([{"prompt": str(i)} for i in range(len(prompts))]),
-            rollout_func=self.rollout, reward_funcs=self.reward,
-        )  # fmt: skip
-        self.trainer.remove_callback(transformers.PrinterCallback)
-        self.end = self.trainer.processing_class.eos_token_id
-
-    def rollout(self, prompts, trainer) -> dict:
-        """Each prompt is the number of a list of token ids; its completion comes from generate, or from `fed`."""
-        which = [int(prompt) for prompt in prompts]
-        started = time.perf_counter()
-        if self.fed:
-            left = {i: list(self.fed[i]) for i in set(which)}
-            completions = [left[i].pop() for i in which]
-        else:
-            model = trainer.model
-            ids, mask = pad_left([self.ids[i] for i in which], self.end, model.device)
-            with torch.inference_mode():
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config)
-            completions = [self.until_end(row) for row in out[:, ids.shape[1] :].tolist()]
-        self.rollout_s, self.tokens = time.perf_counter() - started, sum(map(len, completions))
-        return {"prompt_ids": [self.ids[i] for i in which], "completion_ids": completions, "logprobs": None}
-
-    def until_end(self, tokens: list[int]) -> list[int]:
-        return tokens[: tokens.index(self.end) + 1] if self.end in tokens else tokens
-
-    def reward(self, completions, **_) -> list[float]:
-        return [float(self.drawn.random() < 0.5) for _ in completions]
-
-    def step(self, fed=None) -> float:
-        """Seconds of one optimizer step of its own training loop."""
-        self.fed = fed
-        return seconds(lambda: self.trainer.train(), self.trainer.model.device)
+def medians(pairs: list[tuple[float, float]]) -> dict:
+    """Of tokens per second of ours and of theirs, run in turn. Theirs is NaN where only ours was run."""
+    columns = {"ours": [a for a, _ in pairs], "theirs": [b for _, b in pairs], "ratio": [a / b for a, b in pairs]}
+    return {name: statistics.median(column) for name, column in columns.items()} | {"pairs": pairs}
 
 
-def trl_peak(folder: Path, prompts, samples: int, new: int, micro: int) -> float:
-    """GB at the peak of a process that only runs TRL's step, twice: the second with AdamW's moments in memory."""
-    with tempfile.TemporaryDirectory() as scratch:
-        theirs = Trl(folder, prompts, samples, new, micro, scratch)
-        theirs.step()
-        theirs.step()
-        return peak_memory(theirs.trainer.model.device)
+def show(figures: dict, against: str) -> None:
+    """Prints the figures, one a line, and the rates as a table. against: the name of what ours is compared with."""
+    lines = [f"{name:34}{value:10,.2f}" for name, value in figures.items() if name != "rates"]
+    shown = ("ours", "theirs", "ratio") if against else ("ours",)
+    table = [[what, *(f"{rate[key]:.2f}" for key in shown)] for what, rate in figures["rates"].items()]
+    head = ["tokens/s, medians", *(against if key == "theirs" else key for key in shown)]
+    print("", *lines, "", report.grid(head, table, markdown=True), sep="\n", flush=True)
 
 
-def alone(work, *given):
-    """work(*given) in a process of its own, which shares no memory with this one. ValueError if that process dies."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(work, *given).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ValueError("TRL's process died, perhaps because memory ran out; lower --micro") from None
+# ---- the sampler, and transformers' generate -----------------------------------------------------------------
 
 
-# ---- the two benchmarks --------------------------------------------------------------------------------------
+def their_model(folder: Path, dtype: torch.dtype, device: torch.device, drawn: bool):
+    """transformers' model of the folder, with its weights or drawn ones."""
+    import transformers  # not a requirement of the product
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares for every new length, so its first runs are slow
+    settings = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if not drawn:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).to(device).eval()
+    with device:  # drawing is fast there
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_config(config, **settings).eval()
 
 
-def tokens_per_second(sampler: Sampler, theirs: Transformers | None, prompts, samples: int, new: int, repeats: int):
-    """Figures of both and their ratio, with natural and with forced ends, and the last natural answers."""
-    device, ends, figures = sampler.model.device, sampler.end_of_turn, {}
-    for form in ("natural", "forced"):
-        sampler.end_of_turn = ends if form == "natural" else [-1]  # no token is -1, so nothing ends
-        if sampler.static:  # the first call captures the graphs and loads kernels
-            figures.setdefault("first_s", seconds(lambda: sampler.generate(prompts, samples, new), device))
-            if theirs:
-                theirs.generate(prompts, samples, new, form == "forced")
-        ours_rates, their_rates = [], []
-        for i in range(repeats):
-            spent, answers = timed(lambda: sampler.generate(prompts, samples, new, 1.0, seed=i), device)  # noqa: B023
-            ours_rates.append(sum(len(c.tokens) for group in answers for c in group) / spent)
-            if theirs:
-                spent, drawn = timed(lambda: theirs.generate(prompts, samples, new, form == "forced"), device)  # noqa: B023
-                their_rates.append(drawn / spent)
-        figures[form] = {"tokens_s": statistics.median(ours_rates), "runs": ours_rates}
-        if theirs:
-            ratio = statistics.median(a / b for a, b in zip(ours_rates, their_rates, strict=True))
-            figures[form] |= {"theirs_tokens_s": statistics.median(their_rates), "theirs_runs": their_rates,
-                              "ratio": ratio}  # fmt: skip
-        if form == "natural":
-            figures["answers"] = answers
+@torch.inference_mode()
+def generate(network, prompts, samples: int, new: int, end: list[int], forced: bool = False) -> list[list[int]]:
+    """transformers' generate: `samples` answers of each prompt in turn, each up to and with its end of turn.
+
+    Prompts are padded on the left. forced: nothing ends before `new` tokens.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[end[0]] * (longest - len(p)) + p for p in prompts], device=network.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=network.device)
+    output = network.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        num_return_sequences=samples, max_new_tokens=new, min_new_tokens=new if forced else None,
+        eos_token_id=end, pad_token_id=end[0],
+    )  # fmt: skip
+    rows = output[:, longest:].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in end), new)] for row in rows]
+
+
+def draw_in_turn(sampler: Sampler, theirs, prompts, samples: int, new: int, repeats: int) -> tuple[dict, list]:
+    """({"natural ends": medians, "forced ends": medians}, the last answers with natural ends)."""
+    ends, rates, kept = sampler.end_of_turn, {}, []
+    for form in ("natural ends", "forced ends"):
+        forced, pairs = form == "forced ends", []
+        sampler.end_of_turn = [-1] if forced else ends  # no token is -1, so nothing ends
+        for i in range(-sampler.static, repeats):  # on CUDA the first call captures the graphs and loads kernels
+            clock = Clock(sampler.model.device)
+            answers = sampler.generate(prompts, samples, new, 1.0, seed=max(i, 0))
+            ours = tokens_of(answers) / clock("ours")
+            drawn = sum(map(len, generate(theirs, prompts, samples, new, ends, forced))) if theirs else math.nan
+            pairs.append((ours, drawn / clock("theirs")))
+            if i < 0:
+                print(f"the first call, which captures {len(sampler.run.graphs)} graphs: {clock.spent['ours']:.1f} s")
+        rates[form], kept = medians(pairs[-repeats:]), kept or answers
     sampler.end_of_turn = ends
-    return figures
+    return rates, kept
+
+
+def rollout_limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
+    """The least seconds for these prompts and answers on this machine, and the rates of its products."""
+    c, layers = network.config, [m.weight for m in network.layers.modules() if isinstance(m, nn.Linear)]
+    weights = [*layers, (network.embed_tokens if c.tied else network.lm_head).weight]
+    sizes = [(len(p), len(answer.tokens)) for p, group in zip(prompts, answers, strict=True) for answer in group]
+    prefilled, fed = sum(map(len, prompts)), sum(n - 1 for _, n in sizes)  # a sample's last token is never fed
+    prefill_s = prefilled * seconds_a_row(layers, min(prefilled, 2048))
+    decode_s = fed * seconds_a_row(weights, min(rows, len(sizes)))
+    prefill, decode = 2.0 * prefilled * sum(map(torch.numel, layers)), 2.0 * fed * sum(map(torch.numel, weights))
+    seen = sum(len(p) ** 2 / 2 for p in prompts) + sum(n * (p + n / 2) for p, n in sizes)
+    attention = 4.0 * c.layers * c.heads * c.head_dim * seen  # at the rate of decode's products
+    return {"limit, s": prefill_s + decode_s * (1 + attention / decode),
+            "operations, TFLOP": (prefill + decode + attention) / 1e12,
+            "products in prefill, GFLOP/s": prefill / prefill_s / 1e9,
+            "products in decode, GFLOP/s": decode / decode_s / 1e9}  # fmt: skip
 
 
 def rollout(args: argparse.Namespace) -> dict:
-    tokenizer, sampler = open_sampler(args)
-    network, device, config = sampler.model, sampler.model.device, sampler.model.config
-    prompts, theirs = make_prompts(tokenizer, args.count, args.length), None
-    if args.prompts:
-        lines = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": line}])) for line in lines]
+    tokenizer, sampler, prompts = prepare(args)
+    network, theirs, name = sampler.model, None, ""
     if args.against:
-        theirs = Transformers(locate(args.model), sampler.end_of_turn, network, args.random)
-    name = introduce(network, prompts, args.samples, args.new)
+        theirs = their_model(locate(args.model), network.dtype, network.device, args.random)
+        name = f"transformers {importlib.metadata.version('transformers')}"
     sampler.generate(prompts[:2], 1, 2)  # warm
-    figures = tokens_per_second(sampler, theirs, prompts, args.samples, args.new, args.repeats)
-    answers = figures.pop("answers")
-    tokens, peak = sum(len(c.tokens) for group in answers for c in group), peak_memory(device)
-    if sampler.static:
-        print(f"the first call, which captures {len(sampler.run.graphs)} graphs: {figures['first_s']:.1f} s")
-    bound = rollout_limit(network, prompts, answers, args.rows)
-    # Prefill alone: the same prompts, one token each.
-    prefill = min(seconds(lambda: sampler.generate(prompts, 1, 1), device) for _ in range(args.repeats))
-    spent = tokens / figures["natural"]["tokens_s"]
-    P, G, T = len(prompts), args.samples, max(map(len, prompts))
-    shared = Slots(config, P, G, T, args.new, "meta", network.dtype).kv_bytes()
-    unshared = Slots(config, P * G, 1, T, args.new, "meta", network.dtype).kv_bytes()
-    figures |= bound | {
-        "seconds": spent, "share_of_limit": bound["limit_s"] / spent, "tokens": tokens, "prefill_s": prefill,
-        "prefill_tokens_s": sum(map(len, prompts)) / prefill, "decode_tokens_s": tokens / (spent - prefill),
-        "peak_gb": peak, "kv_mb": shared / 1e6, "kv_unshared_mb": unshared / 1e6, "device": name,
-    }  # fmt: skip
-    print(
-        f"\nprefill {figures['prefill_tokens_s']:.0f} tokens/s, decode {figures['decode_tokens_s']:.0f} tokens/s; "
-        f"{tokens} tokens in {spent:.2f} s, {tokens / spent:.0f} tokens/s with prefill; forced ends "
-        f"{figures['forced']['tokens_s']:.0f} tokens/s\nlimit {bound['limit_s']:.2f} s, bound by {bound['binds']}: "
-        f"({bound['prefill_tflop']:.2f} prefill at {bound['prefill_gflops']:.0f} GFLOP/s + {bound['decode_tflop']:.2f} "
-        f"decode + {bound['attention_tflop']:.2f} attention at {bound['decode_gflops']:.0f} GFLOP/s) TFLOP, or "
-        f"{bound['weights_mb']:.0f} MB of weights a step at {bound['read_gb_s']:.1f} GB/s\nshare of the limit "
-        f"{figures['share_of_limit']:.0%}; peak memory {peak:.2f} GB; KV cache {shared / 1e6:.0f} MB, unshared it "
-        f"would be {unshared / 1e6:.0f} MB"
-    )
-    if theirs:
-        figures["ratio"] = figures["natural"]["ratio"]
-        for form in ("natural", "forced"):
-            f = figures[form]
-            print(f"{form} ends: ours {f['tokens_s']:.0f}, transformers {theirs.version} {f['theirs_tokens_s']:.0f} "
-                  f"tokens/s, ratio {f['ratio']:.2f} (median of {args.repeats} pairs)")  # fmt: skip
+    rates, answers = draw_in_turn(sampler, theirs, prompts, args.samples, args.new, args.repeats)
+    peak, spent = peak_memory(network.device), tokens_of(answers) / rates["natural ends"]["ours"]
+    limit = rollout_limit(network, prompts, answers, args.rows)
+    figures = {"tokens": tokens_of(answers), "seconds": spent, **limit, "share of the limit": limit["limit, s"] / spent,
+               "peak memory, GB": peak, "rates": rates}  # fmt: skip
+    show(figures, name)
     if args.grid:
         figures["grid"] = []
         print("\n| samples | prompt tokens | prompts | ratio, natural ends | ratio, forced |\n|---|---|---|---|---|")
         for samples, length in GRID:
             count = max(1, min(16, 128 // samples, 2048 // length))
-            cell = tokens_per_second(sampler, theirs, make_prompts(tokenizer, count, length), samples, args.new, 1)
-            ratios = [cell[form].get("ratio", float("nan")) for form in ("natural", "forced")]
-            figures["grid"].append({"samples": samples, "length": length, "prompts": count, "ratios": ratios})
-            print(f"| {samples} | {length} | {count} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
+            cell, _ = draw_in_turn(sampler, theirs, make_prompts(tokenizer, count, length), samples, args.new, 1)
+            natural, forced = (rate["ratio"] for rate in cell.values())
+            figures["grid"].append([samples, length, count, natural, forced])
+            print(f"| {samples} | {length} | {count} | {natural:.2f} | {forced:.2f} |", flush=True)
     return figures
 
 
-def timed_step(sampler: Sampler, policy: Policy, prompts, args: argparse.Namespace, drawn: random.Random, seed: int,
-               answers=None) -> tuple[dict, list]:  # fmt: skip
-    """A step in train.step's parts, with random rewards: (seconds by phase, answers). With answers it samples none."""
-    device, spent = sampler.model.device, {}
-    if answers is None:
-        pairs = [p for p in prompts for _ in range(4)]  # X and X' of two candidates for each prompt kept
-        spent["labels"] = seconds(lambda: sampler.option_logprobs(pairs, [5, 6, 7], together=2), device)
-        spent["rollout"], answers = timed(lambda: sampler.generate(prompts, args.samples, args.new, seed=seed), device)
-    groups = list(zip(prompts, answers, strict=True))
-    totals = [sum(map(len, answers)), sum(len(c.tokens) for _, group in groups for c in group)]
-    spent |= {"forward": 0.0, "backward": 0.0}
-    for start in range(0, len(groups), args.micro):
-        part = groups[start : start + args.micro]
-        rewards = [[float(drawn.random() < 0.5) for _ in group] for _, group in part]
+# ---- the training step, and TRL's ----------------------------------------------------------------------------
 
-        def forward():
-            packed, old, A, weights = train.micro_batch(part, rewards, totals, policy.args, device)  # noqa: B023
-            logprobs = token_logprobs(policy.model, packed, 1.0)
-            return (policy_loss(logprobs, old, A, 0.2, 0.2) * weights).sum()
 
-        elapsed, loss = timed(forward, device)
-        spent["forward"] += elapsed
-        spent["backward"] += seconds(lambda: policy.backward(loss), device)  # noqa: B023
-    spent["optimizer"] = seconds(lambda: policy.step(1e-9), device)
-    print(f"step: {', '.join(f'{phase} {value:.2f} s' for phase, value in spent.items())}", flush=True)
-    return spent, answers
+@functools.cache  # it stays open in its process
+def trl_trainer(folder: Path, count: int, samples: int, new: int, micro: int, drawn: bool, scratch: str):
+    """TRL's GRPO trainer with its own loop and random rewards. It trains on `trainer.fed`, which lists (prompt, its
+    answers) as token ids."""
+    import datasets  # not requirements of the product
+    import transformers
+    import trl
+
+    datasets.utils.logging.disable_progress_bar()
+    chance, cuda = random.Random(0), torch.cuda.is_available()
+
+    def feed(numbers: list[str], trainer) -> dict:
+        left = [list(answers) for _, answers in trainer.fed]
+        pairs = [(trainer.fed[int(i)][0], left[int(i)].pop()) for i in numbers]
+        return {"prompt_ids": [p for p, _ in pairs], "completion_ids": [a for _, a in pairs], "logprobs": None}
+
+    config = trl.GRPOConfig(
+        output_dir=scratch, per_device_train_batch_size=micro * samples, num_generations=samples, beta=0.0,
+        gradient_accumulation_steps=count // micro, max_completion_length=new, temperature=1.0, top_k=0, max_steps=1,
+        learning_rate=1e-9, use_cpu=not cuda, bf16=cuda, report_to="none", disable_tqdm=True, save_strategy="no",
+        logging_strategy="no", shuffle_dataset=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=their_model(folder, torch.float32, torch.device("cpu"), drawn), args=config, rollout_func=feed,
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        train_dataset=datasets.Dataset.from_list([{"prompt": str(i)} for i in range(count)]),
+        reward_funcs=lambda completions, **_: [float(chance.random() < 0.5) for _ in completions],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def trl_step(setup: tuple, prompts: list[list[int]], fed=None) -> tuple[float, float]:
+    """(tokens per second, GB at the peak so far) of one optimizer step of trl_trainer(*setup).
+
+    fed: the answers of each prompt, as token ids; otherwise the trainer's model generates them.
+    """
+    trainer, clock = trl_trainer(*setup), Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if fed is None:
+        _, _, samples, new, *_ = setup
+        answers = generate(trainer.model, prompts, samples, new, [trainer.processing_class.eos_token_id])
+        fed = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    trainer.fed = list(zip(prompts, fed, strict=True))
+    trainer.train()
+    return sum(len(answer) for group in fed for answer in group) / clock("step"), peak_memory(clock.device)
+
+
+def timed_step(sampler: Sampler, policy: Policy, prompts, samples: int, seed: int) -> tuple[dict, list]:
+    """A step in train.step's parts, with random rewards: (seconds by phase, answers)."""
+    args, device, drawn = policy.args, sampler.model.device, random.Random(seed)
+    clock = Clock(device)
+    pairs = [p for p in prompts for _ in range(4)]  # X and X' of two candidates for each prompt kept
+    sampler.option_logprobs(pairs, [5, 6, 7], together=2)
+    clock("labels")
+    answers = sampler.generate(prompts, samples, args.max_new_tokens, seed=seed)
+    clock("rollout")
+    groups, totals = list(zip(prompts, answers, strict=True)), [len(prompts) * samples, tokens_of(answers)]
+    for part in policy.passes(len(groups), args.micro):
+        rewards = [[float(drawn.random() < 0.5) for _ in group] for _, group in groups[part]]
+        packed, old, A, weights = train.micro_batch(groups[part], rewards, totals, args, device)
+        loss = (policy_loss(token_logprobs(policy.model, packed, 1.0), old, A, 0.2, 0.2) * weights).sum()
+        clock("forward")
+        policy.backward(loss)
+        clock("backward")
+    policy.step(1e-9)
+    clock("optimizer")
+    print(f"step: {', '.join(f'{phase} {seconds:.2f} s' for phase, seconds in clock.spent.items())}", flush=True)
+    return clock.spent, answers
 
 
 def training(args: argparse.Namespace) -> dict:
     if args.count % args.micro:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
-    folder = locate(args.model)
-    prompts = make_prompts(models.Tokenizer(args.model), args.count, args.length)
-    if max(map(len, prompts)) + args.new > (context := models.read_config(folder).context):
-        raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
-    figures: dict = {"ours": [], "generating": [], "fed": []}
-    if args.against:  # first, while this process holds no model
-        figures["theirs_peak_gb"] = alone(trl_peak, folder, prompts, args.samples, args.new, args.micro)
-    _, sampler = open_sampler(args)
-    network, device, theirs = sampler.model, sampler.model.device, None
+    name = f"TRL {importlib.metadata.version('trl')}" if args.against else ""
+    _, sampler, prompts = prepare(args)
+    network = sampler.model
     if args.lora:
         lora.attach(network, args.lora, 2.0 * args.lora)
     network.recompute = args.recompute
     policy = Policy(network, Args(lr=1e-9, max_new_tokens=args.new, micro=args.micro, loss="dapo"), Ranks())
-    figures["device"] = introduce(network, prompts, args.samples, args.new)
-    common = sampler, policy, prompts, args, random.Random(0)
-    timed_step(*common, 0)  # warm
-    timed_step(*common, 0)  # with AdamW's moments
-    figures["peak_gb"] = peak_memory(device)  # before anything else is in this process
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.against:
-            theirs = Trl(folder, prompts, args.samples, args.new, args.micro, scratch)
-        for i in range(args.repeats):
-            spent, answers = timed_step(*common, i + 1)
-            figures["ours"].append(spent)
-            if theirs:
-                tokens, own = sum(len(c.tokens) for g in answers for c in g), sum(spent.values())
-                whole = theirs.step()
-                per_token = whole / theirs.tokens * tokens
-                pair = {"theirs_s": whole, "theirs_rollout_s": theirs.rollout_s, "theirs_tokens": theirs.tokens,
-                        "ours_s": own, "labels_s": spent["labels"], "ours_tokens": tokens, "ratio": per_token / own,
-                        "ratio_without_labels": per_token / (own - spent["labels"])}  # fmt: skip
-                fed = sum(timed_step(*common, 0, answers)[0].values())
-                whole = theirs.step([[c.tokens for c in group] for group in answers])
-                figures["generating"].append(pair)
-                figures["fed"].append({"theirs_s": whole, "ours_s": fed, "ratio": whole / fed})
-                print(f"pair {i + 1}: generating {pair['ratio']:.2f}, without labels {pair['ratio_without_labels']:.2f}"
-                      f", same tokens {whole / fed:.2f}", flush=True)  # fmt: skip
-    phases = {key: statistics.median(run[key] for run in figures["ours"]) for key in figures["ours"][0]}
-    groups = list(zip(prompts, answers, strict=True))
-    bound = step_limit(network.config, groups, device, network.dtype, bool(args.lora), args.recompute)
-    tokens = sum(len(c.tokens) for _, group in groups for c in group)
-    share = bound["limit_s"] / (phases["forward"] + phases["backward"])
-    figures |= {"phases": phases, **bound, "share_of_limit": share, "tokens_s": tokens / sum(phases.values())}
-    print("\n" + ", ".join(f"{phase} {value:.2f} s" for phase, value in phases.items())
-          + f"; {tokens} new tokens, {figures['tokens_s']:.0f} a second, labels included\n"
-          f"forward and backward: limit {bound['limit_s']:.2f} s ({bound['tflop']:.2f} TFLOP at {bound['gflops']:.0f} "
-          f"GFLOP/s), share {share:.0%}; peak memory {figures['peak_gb']:.2f} GB")  # fmt: skip
-    if theirs:
-        for key, ratio, what in (
-            ("generating", "ratio", "both generating, per new token, our labels included"),
-            ("generating", "ratio_without_labels", "both generating, per new token, without labels"),
-            ("fed", "ratio", "same tokens"),
-        ):
-            middle = figures[f"{key}_{ratio}"] = statistics.median(pair[ratio] for pair in figures[key])
-            print(f"TRL {theirs.version}, {what}: ratio {middle:.2f} (median of {args.repeats} pairs)")
-        print(f"TRL {theirs.version}, alone in its process: peak memory {figures['theirs_peak_gb']:.2f} GB")
-    return figures
+    steps, peaks, pairs = [], {}, {"both generating, labels included": [], "both generating": [], "same tokens": []}
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as trl:
+        setup = locate(args.model), args.count, args.samples, args.new, args.micro, args.random, scratch
+        for i in range(args.repeats + 1):
+            spent, answers = timed_step(sampler, policy, prompts, args.samples, i)
+            generating = same = math.nan
+            if args.against:
+                fed = [[answer.tokens for answer in group] for group in answers]
+                generating, _ = trl.submit(trl_step, setup, prompts).result()
+                same, peaks["TRL's peak memory, GB"] = trl.submit(trl_step, setup, prompts, fed).result()
+                print(f"{name}: {generating:.1f} tokens/s generating, {same:.1f} with our tokens", flush=True)
+            if i == 0:
+                continue  # it gets both warm: then kernels are loaded, and AdamW's moments are there
+            steps.append(spent)
+            tokens, whole = tokens_of(answers), sum(spent.values())
+            without = whole - spent["labels"]
+            pairs["both generating, labels included"].append((tokens / whole, generating))
+            pairs["both generating"].append((tokens / without, generating))
+            pairs["same tokens"].append((tokens / (without - spent["rollout"]), same))
+    phases = {f"{phase}, s": statistics.median(step[phase] for step in steps) for phase in steps[0]}
+    figures = {**phases, "peak memory, GB": peak_memory(network.device), **peaks}
+    show(figures := figures | {"rates": {what: medians(runs) for what, runs in pairs.items()}}, name)
+    return figures | {"steps": steps}
 
 
 @command("lab.bench")
@@ -509,39 +379,38 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("rollout", "train"))
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
-    parser.add_argument("--prompts", help="a text file, one prompt per line; made up by default")
-    parser.add_argument("--count", type=int, default=16, help="made-up prompts")
-    parser.add_argument("--length", type=int, default=128, help="approximate tokens of a made-up prompt")
-    parser.add_argument("--samples", type=int, default=8, help="per prompt")
-    parser.add_argument("--new", type=int, default=48, help="maximum tokens of a sample")
-    parser.add_argument("--rows", type=int, default=128, help="samples decoded together")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
+    sizes = {"count": (16, "prompts"), "length": (128, "approximate tokens of a prompt"), "samples": (8, "per prompt"),
+             "new": (48, "maximum tokens of a sample"), "rows": (128, "samples decoded together"),
+             "repeats": (3, "runs of each, in turn"), "micro": (4, "with train: groups per pass")}  # fmt: skip
+    for name, (usual, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=usual, help=f"{text} (default: {usual})")
     parser.add_argument("--against", choices=("transformers", "trl"), help="measure this too")
     parser.add_argument("--random", action="store_true", help="draw the weights: the folder needs none")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with train: train adapters only")
     parser.add_argument("--recompute", action="store_true", help="with train: activation checkpointing")
-    parser.add_argument("--micro", type=int, default=4, help="with train: groups per forward and backward pass")
-    parser.add_argument("--grid", action="store_true", help="ratios over samples and prompt lengths as well")
+    parser.add_argument("--grid", action="store_true", help="with rollout: ratios over samples and prompt lengths too")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    if args.against and (args.against == "trl") != (args.what == "train"):
-        raise ValueError("rollout is measured --against transformers, train --against trl")
-    if args.against == "trl" and (args.random or args.lora or args.recompute):
-        raise ValueError("--against trl trains all weights of a real model; leave out --random, --lora and "
-                         "--recompute")  # fmt: skip
-    if args.lora < 0:
-        raise ValueError(f"--lora must be at least 0, not {args.lora}")
-    if args.what == "rollout" and (args.lora or args.recompute):
-        raise ValueError("--lora and --recompute are for train; leave them out")
-    for name in ("count", "length", "samples", "new", "rows", "repeats", "micro"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+    for name, least in (*((name, 1) for name in sizes), ("lora", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for wrong, message in (
+        (args.against and (args.against == "trl") != (args.what == "train"),
+         "rollout is measured --against transformers, train --against trl"),
+        ((args.lora or args.recompute) and (args.what == "rollout" or args.against),
+         "--lora and --recompute are for train without --against; leave them out"),
+        (args.grid and args.against != "transformers", "--grid prints ratios; add --against transformers"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
     files.check_writable(args.json)
     try:
         figures = {"rollout": rollout, "train": training}[args.what](args)
     except ImportError as error:
         raise ValueError(f"--against {args.against} needs a package that is missing ({error}); see "
                          "tests/requirements.txt") from None  # fmt: skip
+    except BrokenProcessPool:
+        raise ValueError("TRL's process died, perhaps because memory ran out; lower --micro") from None
     if args.json:
         files.write_json(args.json, {"args": vars(args), **figures})
 

@@ -3,13 +3,9 @@
 The reward asks only that an explanation names the inserted word if the edit changed the answer. Explanations can earn
 it without being informative: they grow longer, copy the question, repeat themselves or list every known word, or they
 name the inserted word only to deny it, which counts as a mention (as in the paper). Decisions can drift until they are
-easy to explain.
+easy to explain. lab/page.py prints the figures, which are those of report.py and three signs of each explanation.
 Paper: length by cell of the 2x2 table of I and M, overlap with the question. Ours: everything else, decoys included.
-A figure is a weighted mean over rows (report.py), with a 95 % interval by the same bootstrap over groups. The tokens of
-a cell are the tokens of the explanations in it. The questions of a cell differ before and after training.
-
-    python -m lab.page BEFORE.jsonl AFTER.jsonl               prints the table and writes a page to read
-    python -m lab.gaming uncle "My uncle didn't sway me."     says whether this is a denial
+The tokens of a cell are those of the explanations in it. Its questions differ before and after training.
 """
 
 import re
@@ -18,7 +14,6 @@ import numpy as np
 
 import report
 import reward
-from run.progress import Parser
 from words import WORD, named, straight, variants
 
 FIGURES = {  # the rows of the table, in its order
@@ -121,9 +116,8 @@ def columns(rows: list[dict], source: str = "rows") -> dict[str, np.ndarray]:
 
 
 def figures(c: dict[str, np.ndarray], w: np.ndarray) -> dict[str, np.ndarray]:
-    """The figures of gaming of the columns c under weights w (R, N) -> {name: (R,)}."""
-    out = report.figures(c, w) | {name: report.mean(c[name], w) for name in SIGNS}
-    return {name: out[name] for name in FIGURES if name in out}
+    """report.figures and the shares of the signs, of the columns c under weights w (R, N) -> {name: (R,)}."""
+    return report.figures(c, w) | {name: report.mean(c[name], w) for name in SIGNS}
 
 
 def compare(before: list[dict], after: list[dict], seed: int = 0, resamples: int = 2000) -> dict[str, dict]:
@@ -131,18 +125,9 @@ def compare(before: list[dict], after: list[dict], seed: int = 0, resamples: int
 
     The difference is paired by id. It also holds how far the decisions drifted (changed_...).
     """
-    difference = report.compare(before, after, seed, resamples, columns, figures)
-    read = {"before": columns(before, "before"), "after": columns(after, "after")}
-    out = {k: report.intervals(lambda w, c=c: figures(c, w), c["group"], seed, resamples) for k, c in read.items()}
-    return out | {"difference": {name: difference[name] for name in FIGURES}}
-
-
-if __name__ == "__main__":
-    parser = Parser(prog="lab.gaming", description="Does an explanation deny the inserted word?")
-    parser.add_argument("word", type=str.lower, help="the adverb or persona that was inserted")
-    parser.add_argument("text", help="the explanation")
-    args = parser.parse_args()
-    try:
-        print("a denial" if denies(**vars(args)) else "named" if spans(**vars(args)) else "not named")
-    except ValueError as error:
-        parser.error(error)
+    out = {}
+    for name, rows in (("before", before), ("after", after)):
+        c = columns(rows, name)
+        out[name] = report.intervals(lambda w, c=c: figures(c, w), c["group"], seed, resamples)
+    out["difference"] = report.compare(before, after, seed, resamples, columns, figures)
+    return {part: {name: found[name] for name in FIGURES if name in found} for part, found in out.items()}

@@ -6,17 +6,16 @@ Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
     shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy for sampling 2
     LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters
 
-The KL's reference is one more copy, except with LoRA. The KV cache is kept during training, because CUDA graphs hold
-its address.
+The KL's reference is one more copy, except with LoRA. The KV cache stays: CUDA graphs hold its address.
 
-Activations need no formula. The network is built on the meta device, where tensors have shapes and no storage. The code
-that trains runs there, and `Live` counts each new storage until it is freed. All blocks are alike, so the bytes of one
-and of two blocks give those of any number. Attention is one kernel, which keeps q, k, v, its output and a log-sum per
-query: FlashAttention in bf16, the CPU's kernel in fp32, with the mask as numbers. GPUs before Ampere have neither, and
-torch keeps all scores there (--attention math).
+Activations need no formula. The code that trains runs on the meta device, where tensors have no storage, and `Live`
+counts each new storage until it is freed. All blocks are alike, so one and two blocks give the bytes of any number.
+Attention is one kernel, which keeps q, k, v, its output and a log-sum per query: FlashAttention in bf16, the CPU's
+kernel in fp32, with the mask as numbers. GPUs before Ampere have neither; torch keeps all scores there (--attention
+math).
 
 GB are 1e9 bytes. On a GPU sold as 80 GB torch finds about 85 GB; we count 80 GB, minus the headroom. Seconds are the
-time of the matrix products at the peak rate, or the time to read the bytes where that is longer.
+time of the matrix products at an H100's peak rate, or the time to read the bytes where that is longer.
 
     python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute
 """
@@ -47,6 +46,7 @@ from run.hub import locate
 from run.progress import Parser, command
 
 HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
+RATE, BANDWIDTH, LINK = 990e12, 3.35e12, 0.45e12  # an H100's operations a second; bytes a second of memory, of NVLink
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -68,9 +68,6 @@ class Setup:
     parallel: str = option("auto", "replicate, shard, or whichever fits", ("auto", "replicate", "shard"))
     dtype: str = option("bf16", "type of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
     attention: str = option("fused", "a fused kernel, or math, which keeps all scores", ("fused", "math"))
-    gpu_tflops: float = option(990.0, "peak dense rate of a GPU, 1e12 operations per second", above=0)
-    gpu_bandwidth: float = option(3.35, "memory bandwidth of a GPU, TB/s", above=0)
-    gpu_link: float = option(0.45, "link from one GPU to the others, TB/s", above=0)
 
     def __post_init__(self):
         check_options(self, flag)
@@ -233,13 +230,12 @@ def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trai
     """The fewest seconds of a step, by phase."""
     item, N, share, sharded = DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
     prompt, new, samples, slots = setup.prompt_tokens, setup.new, setup.samples, sampler_slots(c, setup)
-    rate, bandwidth = setup.gpu_tflops * 1e12, setup.gpu_bandwidth * 1e12
     head, pair = c.vocab_size * c.hidden_size, 4 * c.layers * c.heads * c.head_dim  # pair: operations of q with k, v
     body = parameters - head * (1 if c.tied else 2)  # two operations per token and weight
-    prefill = share * (2 * body * prompt + pair * prompt**2 / 2) / rate
+    prefill = share * (2 * body * prompt + pair * prompt**2 / 2) / RATE
     rows = min(share * samples, slots.P * slots.G)
-    decode_step = rows * (2 * (body + head) + pair * (prompt + new / 2)) / rate
-    reading = (item * (body + head) + slots.prefix.nbytes + slots.own.nbytes / 2) / bandwidth
+    decode_step = rows * (2 * (body + head) + pair * (prompt + new / 2)) / RATE
+    reading = (item * (body + head) + slots.prefix.nbytes + slots.own.nbytes / 2) / BANDWIDTH
     # Passes: forward 1, backward 2 (frozen weights: 1), recomputed 1, reference 1. Logits are always computed twice.
     more, back = setup.recompute + setup.kl, 1 if setup.lora else 2
     update = 2 * body * (prompt + samples * (new - 1)) * (1 + back + more)
@@ -251,9 +247,9 @@ def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trai
     out = {
         "labels": 4 * prefill, "prefill": prefill,  # two questions are labelled for each one kept, as X and X'
         "decode": -(-share * samples // rows) * (new - 1) * max(decode_step, reading),
-        "forward, backward": share * update / rate,
-        "communication": sent * (N - 1) / N / (setup.gpu_link * 1e12),
-        "optimizer": (28 + item) * trained / (N if sharded else 1) / bandwidth,
+        "forward, backward": share * update / RATE,
+        "communication": sent * (N - 1) / N / LINK,
+        "optimizer": (28 + item) * trained / (N if sharded else 1) / BANDWIDTH,
     }  # fmt: skip
     hidden = min(out["forward, backward"], out["communication"])  # at best they run at the same time
     return out | {"step": sum(out.values()) - hidden}

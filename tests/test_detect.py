@@ -1,6 +1,8 @@
 """Asking outright what moved the answer: the question, its odds, the loss and its gradient; whole runs; the figures."""
 
 import math
+import re
+import types
 
 import numpy as np
 import pytest
@@ -49,31 +51,25 @@ def test_odds_are_transformers(folder, subject, labelled):
         assert D == pytest.approx(float(yes - no), abs=1e-4)
 
 
-def test_answers_of_several_tokens_are_refused(subject, labelled):
+@pytest.mark.parametrize(("swap", "says"), [
+    ({"yes": "yes glib"}, "'yes' is not one token"),
+    ({"yes": "glib", "no": "glib"}, "no, yes are not different tokens"),
+])  # fmt: skip
+def test_answers_that_are_not_a_token_each_are_refused(subject, labelled, swap, says):
     plain = subject.tokenizer.encode
-    for encode, says in (
-        (lambda text: plain(text) + ([7] if text.endswith("yes") else []), "'yes' is not one token"),
-        (lambda text: plain(text.replace("yes", "glib").replace("no", "glib")), "no, yes are not different tokens"),
-    ):
-        subject.tokenizer.encode = encode
-        with pytest.raises(ValueError, match=says):
-            detection_odds(subject, labelled)
+    subject.tokenizer.encode = lambda text: plain(re.sub("yes|no", lambda m: swap.get(m[0], m[0]), text))
+    with pytest.raises(ValueError, match=says):
+        detection_odds(subject, labelled)
 
 
 # ---- the step ----
 
 
-class Anchor:
-    """Stands in for the decision anchor."""
-
-    def __init__(self, loss=lambda: 0.25):
-        self.backward = lambda n: loss()
-
-
-def take_step(subject, labelled, policy, args, n=1, anchor=None):
+def take_step(subject, labelled, policy, args, n=1, anchor=lambda n: 0.25):
+    """A step on these cases; anchor(n) stands in for the decision anchor's backward pass."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detect, "balanced_batch", lambda *_: (labelled, labelled))
-        return detect.step(n, subject, policy, None, anchor or Anchor(), args, Ranks())
+        return detect.step(n, subject, policy, None, types.SimpleNamespace(backward=anchor), args, Ranks())
 
 
 @pytest.mark.parametrize("micro", [1, 3, 100])
@@ -122,7 +118,10 @@ def test_what_is_not_finite_changes_nothing(subject, labelled, where, monkeypatc
     network, args, plain = subject.sampler.model, Args(lr=1.0), detect.detection_loss
     before = [w.clone() for w in network.parameters()]
     factor = math.inf if where == "gradient" else 1.0
-    anchor = Anchor(lambda: (network.norm.weight.sum() * factor).backward() or 0.0)
+
+    def anchor(n):
+        return (network.norm.weight.sum() * factor).backward() or 0.0
+
     if where == "loss":
         monkeypatch.setattr(detect, "detection_loss", lambda *given: plain(*given) + torch.nan)
     figures, _ = take_step(subject, labelled, Policy(network, args, Ranks()), args, anchor=anchor)
@@ -134,43 +133,29 @@ def test_what_is_not_finite_changes_nothing(subject, labelled, where, monkeypatc
 
 
 def test_figures_are_scipys_and_scikit_learns(subject, labelled):
-    cases = [case for case, _ in labelled]
+    cases, rng = [case for case, _ in labelled], np.random.default_rng(0)
     measured = faith.measure(subject, cases, (0.0, 1.0), 6, nulls=0, detection=True)
     odds = detection_odds(subject, labelled)
     assert [r["detection"] for r in measured[0.0]] == [r["detection"] for r in measured[1.0]] == odds
-    rows, rng = measured[1.0], np.random.default_rng(0)
-    for row in rows:  # so that it says yes to some
-        row["detection"] += float(rng.normal(0, 2)) - np.median(odds)
+    rows = [row | {"detection": D + float(rng.normal(0, 2)) - np.median(odds)}  # so that it says yes to some
+            for row, D in zip(measured[1.0], odds, strict=True)]  # fmt: skip
     I, D = (np.array([row[key] for row in rows], float) for key in ("influence", "detection"))  # noqa: E741
-    s = report.summary(rows, resamples=200)
-    assert s["detection"]["value"] == pytest.approx(stats.pointbiserialr(I, D).statistic, abs=1e-9)
-    assert s["detection_phi"]["value"] == pytest.approx(matthews_corrcoef(I, D > 0), abs=1e-9)
-    weight = np.where(I == 1, 0.5 / I.mean(), 0.5 / (1 - I.mean()))
-    wanted = matthews_corrcoef(I, D > 0, sample_weight=weight)
-    assert s["detection_phi_balanced"]["value"] == pytest.approx(wanted, abs=1e-9)
-    assert s["detection_yes"]["value"] == pytest.approx((D > 0).mean())
+    s, weight = report.summary(rows, resamples=200), np.where(I == 1, 0.5 / I.mean(), 0.5 / (1 - I.mean()))
+    expected = {"detection": stats.pointbiserialr(I, D).statistic, "detection_phi": matthews_corrcoef(I, D > 0),
+                "detection_phi_balanced": matthews_corrcoef(I, D > 0, sample_weight=weight),
+                "detection_yes": (D > 0).mean()}  # fmt: skip
+    assert {name: s[name]["value"] for name in expected} == pytest.approx(expected, abs=1e-9)
     assert s["detection"]["low"] < s["detection"]["value"] < s["detection"]["high"]
-    plain = [{k: v for k, v in row.items() if k != "detection"} for row in rows]
-    assert "detection" not in report.summary(plain, resamples=5)
-    better = [row | {"detection": row["influence"] - 0.5} for row in rows]
-    d = report.compare(rows, better, resamples=50)
+    d = report.compare(rows, [row | {"detection": row["influence"] - 0.5} for row in rows], resamples=50)
     assert d["detection"]["value"] == pytest.approx(1 - s["detection"]["value"], abs=1e-9)
-    for pair in ((rows, plain), (plain, rows)):
-        assert "detection" not in report.compare(*pair, resamples=5)
-    for wrong in ("much", None):
-        with pytest.raises(ValueError, match="row 2: 'detection' cannot be"):
-            report.summary([rows[0], rows[1] | {"detection": wrong}, *rows[2:]], resamples=5)
-    with pytest.raises(ValueError, match="row 1: the key 'detection' is missing"):
-        report.summary([plain[0], *rows[1:]], resamples=5)
-
-
-def test_measured_by_the_command(folder, tmp_path, capsys):
-    given = ["--model", folder, "--task", "esnli", "--data", DATA, "--limit", 8, "--fit", 5, "--max-new-tokens", 4,
-             "--rows", tmp_path / "r", "--detection"]  # fmt: skip
-    assert faith.main([str(x) for x in given]) == 0
-    assert "detection_phi_balanced" in capsys.readouterr().out
-    rows = reading.read_jsonl(tmp_path / "r.T0.jsonl")
-    assert len(rows) == 8 and len({row["detection"] for row in rows}) == 8
+    plain = [{k: v for k, v in row.items() if k != "detection"} for row in rows]
+    for found in (report.summary(plain, resamples=5), report.compare(rows, plain, resamples=5)):
+        assert "detection" not in found
+    for wrong, says in ((rows[1] | {"detection": "much"}, "row 2: 'detection' cannot be"),
+                        (rows[1] | {"detection": None}, "row 2: 'detection' cannot be"),
+                        (plain[1], "row 2: the key 'detection' is missing")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            report.summary([rows[0], wrong, *rows[2:]], resamples=5)
 
 
 # ---- whole runs ----

@@ -4,7 +4,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from test_gaming import command, later, told
+from test_gaming import later, told
 from test_report import cells, random_rows
 
 from lab import gaming, page
@@ -12,11 +12,12 @@ from run import files, reading
 
 
 class Reader(HTMLParser):
-    """Checks that tags close in order; collects the tags with their attributes, the text, and what is marked."""
+    """Checks that tags close in order; collects the tags with their attributes, and the text of some."""
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.text, self.marks, self.cards = [], [], "", [], []
+        self.open, self.tags, self.text = [], [], ""
+        self.of = {"mark": [], "article": []}
         self.feed(html)
         self.close()
         assert self.open == []
@@ -24,19 +25,16 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.open += [] if tag in ("meta", "br") else [tag]  # these have no end
-        self.marks += [""] * (tag == "mark")
-        self.cards += [""] * (tag == "article")
+        self.of.get(tag, []).append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if data != "\n" and not {"style", "script"} & set(self.open):
+        if data != "\n" and "style" not in self.open:
             self.text += data
-            if "mark" in self.open:
-                self.marks[-1] += data
-            if "article" in self.open:
-                self.cards[-1] += data
+            for tag in self.of.keys() & set(self.open):
+                self.of[tag][-1] += data
 
 
 def asked(row, **changes):
@@ -54,56 +52,55 @@ def render(before, after, **options):
 def test_a_card_shows_question_picks_and_both_explanations():
     before = [asked(row) for row in cells(0, 1, 0, 0)]
     after = [before[0] | {"mention": 1, "text": "My uncle did not sway me, my Uncle did not", "ended": False}]
-    html, got = render(before, after)
-    (text,) = got.cards
+    _, got = render(before, after)
+    (text,) = got.of["article"]
     shown = "Premise: a < b & c\nIs it so? My uncle believes the answer is (A).  (A) yes  (B) no  (C) maybe"
     assert text.startswith(f"q0 · right answer (A){shown}before")  # no instruction, options in one line
     assert "before · (A) → (B) · not named, movedit is so10 tokens" in text
     assert "after · (A) → (B) · named, movedMy uncle did not sway me, my Uncle did not10 tokens" in text
     assert "10 tokens · a denial · cut off" in text.split("after")[1] and "a denial" not in text.split("after")[0]
-    assert got.marks == ["edit", "My uncle believes the answer is (A).", "uncle", "Uncle"]
-    (attributes,) = [attributes for tag, attributes in got.tags if tag == "article"]
-    assert attributes["data-is"].split() == ["all", "denial", "cut", "changed"]
+    assert got.of["mark"] == ["edit", "My uncle believes the answer is (A).", "uncle", "Uncle"]
 
 
 def test_every_row_is_in_its_cell_after_training():
     before = [asked(row) for row in cells(5, 4, 3, 2)]
     after = [row | {"mention": 1 - row["mention"], "text": "so"} for row in before]
     _, got = render(before, after)
-    shown = [section.split(" shown")[0].split(": ")[1] for section in got.text.split("After training")[1:]]
-    assert shown == ["4 of 4", "5 of 5", "2 of 2", "3 of 3"]
-    ids = [{card.split(" ")[0] for card in got.cards[a:b]} for a, b in ((0, 4), (4, 9), (9, 11), (11, 14))]
+    sections = got.text.split("After training")
+    assert [part.rpartition(": ")[2] for part in (s.split(" shown")[0] for s in sections[1:])] == [
+        "4 of 4", "5 of 5", "2 of 2", "3 of 3"]  # fmt: skip
+    ids = [{card.split(" ")[0] for card in got.of["article"][a:b]} for a, b in ((0, 4), (4, 9), (9, 11), (11, 14))]
     assert ids[0] == {f"q{k}" for k in range(5, 9)} and ids[3] == {f"q{k}" for k in range(9, 12)}
-    assert "named, moved 5 → 4" in got.text and "not named, not moved 2 → 3" in got.text
+    assert "Named, moved: 5 → 4" in sections[0] and "Not named, not moved: 2 → 3" in sections[3]
 
 
 def test_the_draw_is_seeded_and_of_the_size_asked():
     before = [asked(row) for row in cells(30, 30, 30, 30)]
     html, got = render(before, before, each=7, seed=1)
-    assert len(got.cards) == 28 and "7 of 30 shown" in got.text
-    assert render(before[::-1], before[::-1], each=7, seed=1)[0].split("<section")[1:] == html.split("<section")[1:]
-    other = render(before, before, each=7, seed=2)[1]
-    assert {c[:4] for c in other.cards} != {c[:4] for c in got.cards}
-    assert render(before, before, each=0)[1].cards == []
-    assert len({int(card[1:].split(" ")[0]) for card in got.cards[:7]} & set(range(7))) < 7  # not the first
+    cards = got.of["article"]
+    assert len(cards) == 28 and "7 of 30 shown" in got.text
+    assert render(before[::-1], before[::-1], each=7, seed=1)[0].split("<h2")[1:] == html.split("<h2")[1:]
+    other = render(before, before, each=7, seed=2)[1].of["article"]
+    assert {c[:4] for c in other} != {c[:4] for c in cards}
+    assert render(before, before, each=0)[1].of["article"] == []
+    assert len({int(card[1:].split(" ")[0]) for card in cards[:7]} & set(range(7))) < 7  # not the first
 
 
-def test_nothing_in_a_row_is_markup():
+def test_nothing_in_a_row_is_markup_and_the_page_needs_nothing_else():
     nasty = "</p><script>alert(1)</script> &amp; \"quoted\" 'my uncle' <img src=x onerror=alert(1)> \ud800 \x00"
     changes = {"text": nasty, "question": nasty + " <b>My uncle</b>", "text_inserted": "<b>My uncle</b>", "id": nasty}
     rows = [asked(row, **changes, mention=1) for row in cells(1, 0, 0, 0)]
     html, got = render(rows, rows, names=(nasty, nasty))
-    assert [tag for tag, _ in got.tags if tag in ("script", "img", "b")] == ["script"]  # the page's own
-    assert not any(name.startswith("on") for _, attributes in got.tags for name in attributes)
-    assert got.text.count(nasty) >= 5 and "<b>My uncle</b>" in got.marks
-
-
-def test_it_needs_nothing_else():
-    before = told(random_rows(40, 1), 1)
-    html, got = render(before, later(before, 2))
-    assert not any(word in html for word in ("http", "url(", "@import")) and not any("src" in a for _, a in got.tags)
-    links = [a["href"] for _, a in got.tags if "href" in a]
-    assert len(links) == 4 and set(links) == {f"#{a['id']}" for _, a in got.tags if "id" in a}
+    assert not {"script", "img", "link"} & {tag for tag, _ in got.tags}
+    assert {name for _, attributes in got.tags for name in attributes} <= {
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "class",
+    }
+    assert got.text.count(nasty) >= 5 and "<b>My uncle</b>" in got.of["mark"]
+    assert not any(word in html for word in ("http", "url(", "@import"))
     assert all(label in got.text for label in gaming.FIGURES.values())
 
 
@@ -111,10 +108,10 @@ def test_adverbs_are_marked_as_whole_words_and_old_rows_shown_without_their_ques
     row = asked(cells(0, 0, 1, 0)[0], kind="adverb", word="wryly", text_inserted="wryly", text="it said wry")
     row["question"] = "A wrylyish, unwryly man wryly sits."
     _, got = render([row], [row])
-    assert got.marks == ["edit", "wryly", "wry", "wry"] and "A wrylyish, unwryly man wryly sits." in got.cards[0]
+    assert got.of["mark"] == ["edit", "wryly", "wry", "wry"] and row["question"] in got.of["article"][0]
     old = {key: value for key, value in row.items() if key != "question"}
-    assert "A wrylyish, unwryly man" in render([row], [old])[1].cards[0]  # from before training
-    assert "… wryly …" in render([old], [old])[1].cards[0]
+    assert row["question"] in render([row], [old])[1].of["article"][0]  # from before training
+    assert "… wryly …" in render([old], [old])[1].of["article"][0]
 
 
 @pytest.fixture
@@ -126,21 +123,22 @@ def measured(tmp_path):
     return paths
 
 
-def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path):
+def test_command_writes_the_page_whole_and_prints_the_table(measured, tmp_path, capsys):
     to, figures = tmp_path / "page.html", tmp_path / "gaming.json"
     to.write_text("old")
-    code, out, error = command("lab.page", *measured, "--to", to, "--each", 3, "--json", figures)
-    assert (code, error) == (0, "") and out.endswith(f"the page is in {to}\n")
+    given = [str(x) for x in (*measured, "--to", to, "--each", 3, "--json", figures)]
+    assert page.main(given) == 0
+    out, error = capsys.readouterr()
+    assert error == "" and out.endswith(f"the page is in {to}\n")
     assert out.split("\n")[0].split() == ["figure", "before", "after", "difference"]
     table = json.loads(figures.read_text())
     assert set(table) == {"before", "after", "difference"} and table["difference"]["changed_y"]["value"] > 0
     read = Reader(to.read_text(encoding="utf-8"))
-    assert 4 < len(read.cards) <= 12 and str(measured[0]) in read.text
+    assert 4 < len(read.of["article"]) <= 12 and str(measured[0]) in read.text
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "gaming.json", "before.jsonl", "after.jsonl"}
     rows = [row | {"text": row["text"] + " \ud800"} for row in reading.read_jsonl(measured[0])]
     files.write_jsonl(measured[0], rows)  # half a character, which UTF-8 cannot hold
-    _, out, _ = command("lab.page", *measured, "--to", to, "--each", 99, "--markdown")
-    assert out.startswith("| figure ") and " ?" in Reader(to.read_text(encoding="utf-8")).text
+    assert page.main(given) == 0 and " ?" in Reader(to.read_text(encoding="utf-8")).text
 
 
 def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):

@@ -158,7 +158,7 @@ def test_choice():
 
 
 def test_sizes_grow():
-    """Larger groups, the anchor's questions, longer samples and math attention cost more; fewer prompts a GPU less."""
+    """Larger groups, the anchor's questions, longer samples cost more; fewer prompts a GPU cost less."""
     c, base = config(layers=2), {"dtype": "bf16", "prompts": 8, "micro": 2, "new": 16, "prompt_tokens": 64}
 
     def size(key, **settings):
@@ -166,9 +166,7 @@ def test_sizes_grow():
 
     assert size("activations", micro=4) == pytest.approx(2 * size("activations"), rel=0.05)
     assert size("activations", micro=1, anchor=True, samples=2) > size("activations", micro=1, samples=2)
-    assert size("activations", attention="math") > size("activations")
-    assert size("KV cache", gpus=4) == size("KV cache") // 4
-    assert size("KV cache", new=32) > size("KV cache")
+    assert 2 * size("KV cache", gpus=4) == 2 * (size("KV cache") // 4) < size("KV cache") < size("KV cache", new=32)
     assert size("logits chunk") > 4 * 32 * 49152
 
 
@@ -178,10 +176,12 @@ def test_advice(capsys):
     assert plan.main(command) == 0 and plan.main([*command, "--recompute"]) == 0
     before, _, after = capsys.readouterr().out.partition("it fits with --recompute: ")
     assert "DOES NOT FIT" in before and "\nfits, " in after
-    flags, made = plan.advice(LLAMA, plan.Setup(gpus=1, kl=True))
-    assert flags.startswith("--lora 16") and made["fits"] and made["parallel"] == "replicate"
-    flags, made = plan.advice(LLAMA, plan.Setup(gpus=2, parallel="replicate", gpu_memory_bytes=120e9, recompute=True))
-    assert flags == "--parallel shard" and made["parallel"] == "shard"
+    for setup, flags, layout in (
+        (dict(kl=True), "--lora 16 --recompute --micro 1", "replicate"),
+        (dict(gpus=2, parallel="replicate", gpu_memory_bytes=120e9, recompute=True), "--parallel shard", "shard"),
+    ):  # fmt: skip
+        found, made = plan.advice(LLAMA, plan.Setup(**setup))
+        assert (found, made["parallel"], made["fits"]) == (flags, layout, True)
     assert plan.advice(LLAMA, plan.Setup(gpu_memory_bytes=8e9, lora=16)) is None
     for recompute, cheapest in ((False, "--recompute"), (True, "--micro 2")):
         room = plan.plan(QWEN3, lora=16, micro=2, recompute=recompute)["total"] / (1 - plan.HEADROOM) * 1.001
@@ -190,14 +190,15 @@ def test_advice(capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_operations(rank):
+def test_operations(rank, monkeypatch):
     """Products of forward and backward, against PyTorch's count of the same pass."""
     c, (_, prompt, samples, new) = config(layers=2, vocab_size=3000), SIZES
     with FlopCounterMode(display=False) as counter:
         train_on(network_of(c, rank), *SIZES)
     counts = counter.get_flop_counts()["Global"]
     products = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    made = plan.plan(c, gpu_tflops=1e-12, lora=rank, **BATCH)["seconds"]
+    monkeypatch.setattr(plan, "RATE", 1.0)
+    made = plan.plan(c, lora=rank, **BATCH)["seconds"]
     attention = 3 * 4 * c.layers * c.heads * c.head_dim * 2 * (prompt**2 / 2 + samples * new * (prompt + new / 2))
     assert made["forward, backward"] - attention == pytest.approx(products, rel=0.05)
     assert made["step"] > made["forward, backward"]
@@ -213,21 +214,18 @@ def test_communication():
 def test_command(tmp_path):
     """As a user runs it: a folder, and the figures as JSON."""
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
-    flags = ["--model", str(tmp_path), "--gpu-memory", "24", "--micro", "1", "--json", str(tmp_path / "plan.json")]
-    command = [sys.executable, "-m", "lab.plan", *flags]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    flags = ["--model", tmp_path, "--gpu-memory", "24", "--micro", "1", "--json", tmp_path / "plan.json"]
+    run = subprocess.run([sys.executable, "-m", "lab.plan", *flags], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0 and not run.stderr, run.stderr
     made = json.loads((tmp_path / "plan.json").read_text())
     assert made["gpu_memory_bytes"] == 24e9 and made["headroom"] == 1.2e9 and made["fits"]
-    assert made["total"] <= sum(made["bytes"].values())
+    assert made["total"] <= sum(made["bytes"].values()) and len(made["bytes"]) == 12 and len(made["seconds"]) == 7
     for name in [*made["bytes"], "total", "headroom", *made["seconds"]]:
         assert f"\n  {name} " in run.stdout, name
-    assert len(made["bytes"]) == 12 and len(made["seconds"]) == 7
 
 
 BOUNDS = {"--gpus 0": "at least 1", "--samples 1": "at least 2", "--prompts 1": "at least 2", "--micro 0": "at least 1",
-          "--lora -1": "at least 0", "--gpu-memory -80": "above 0", "--gpu-memory nan": "above 0",
-          "--gpu-tflops 0": "above 0"}  # fmt: skip
+          "--lora -1": "at least 0", "--gpu-memory -80": "above 0", "--gpu-memory nan": "above 0"}  # fmt: skip
 MISTAKES = [*((flags, f"{flags.split()[0]} must be {bound}") for flags, bound in BOUNDS.items()),
     ("--gpus two", "argument --gpus"), ("--parallel pipeline", "argument --parallel"),
     ("--parallel shard", "raise --gpus"), ("--prompt-tokens 9000", "lower one"), ("--steps 3", "unrecognized argument"),
