@@ -12,9 +12,7 @@ faith.py asks the question and measures D = log p(yes) − log p(no). Detection,
 trained. --anchor keeps the decisions in place.
 
 Paper (arXiv 2607.21090): supervised training to predict I, and the comparison. Ours: the question, D, the anchor.
-
-    python train.py --model DIR --task esnli --data DIR --intervention bias --objective detection --anchor 1
-    python faith.py --model DIR --task esnli --data DIR --intervention bias --detection
+docs/guide.md has the commands: train.py --objective detection, faith.py --detection.
 """
 
 import math

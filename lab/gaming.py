@@ -106,7 +106,7 @@ def columns(rows: list[dict], source: str = "rows") -> dict[str, np.ndarray]:
     """report.columns, and the signs of each row (N,), with NaN for None."""
     c = report.columns(rows, source)
     for number, row in enumerate(rows, 1):
-        for key in ("kind", "word", "text", "text_inserted", "question"):
+        for key in ("text", "text_inserted", "question"):
             value = row.get(key, "" if key == "question" else None)  # old rows lack the question
             if not isinstance(value, str):
                 where = getattr(row, "where", f"{source}, row {number}")

@@ -330,11 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     args["gpu_memory_bytes"] *= 1e9
     setup, config = Setup(**args), read(path)
     files.check_writable(file)
-    try:
-        made = plan(config, **args)
-    except (RuntimeError, TypeError) as error:
-        what = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no network has its sizes ({what}); use the config.json of the weights") from None
+    made = plan(config, **args)
     print(show(made, setup))
     if not made["fits"]:
         made["advice"], better = advice(config, setup) or ("", made)

@@ -18,7 +18,7 @@ import model as models
 import report
 import tasks
 from faith import detection_odds
-from lab import build, detect
+from lab import detect
 from rollout import Sampler
 from run import reading
 from run.args import Args
@@ -202,17 +202,6 @@ def test_resumed(done, folder, tmp_path):
     ran(flags(folder, tmp_path / "o", steps=2))
     ran(["--resume", "--out", tmp_path / "o", "--steps", "4"])
     same(done, tmp_path / "o")
-
-
-def test_frozen_labels_of_a_data_set(folder, tmp_path):
-    given = ["--model", folder, "--task", "esnli", "--data", DATA, "--size", 20, "--eval-questions", 0,
-             "--fit-questions", 3, "--out", tmp_path / "set"]  # fmt: skip
-    assert build.main([str(x) for x in given]) == 0
-    given = {"labels": "frozen", "dataset": tmp_path / "set", "eval_questions": 0, "steps": 2}
-    ran(flags(folder, tmp_path / "o", **given))
-    rows, said = (reading.read_jsonl(tmp_path / name) for name in ("set/train.jsonl", "o/explanations.jsonl"))
-    known = {(row["id"], row["text_inserted"], row["influence"]) for row in rows}
-    assert len(said) == 12 and {(e["id"], e["text_inserted"], e["influence"]) for e in said} <= known
 
 
 def test_it_is_replicated(folder, tmp_path, monkeypatch):
