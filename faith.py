@@ -34,10 +34,11 @@ import reward
 import tasks
 from model import Tokenizer, load
 from reward import Intervention
-from rollout import Completion, Sampler
+from rollout import COLDEST, Completion, Sampler
 from run import files, identity, reading, results
+from run.args import said
 from run.hub import locate
-from run.progress import Parser, Progress
+from run.progress import Parser, Progress, command
 from tasks import Question
 
 # ---- prompts: what a fork may change ---------------------------------------------------------------------------
@@ -371,8 +372,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("max_new_tokens", 1), ("seed", 0), ("limit", 1), ("fit", 2)):
         if not least <= getattr(args, name, least) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
-    if len(set(args.temperature)) < len(args.temperature) or not all(0 <= t < 100 for t in args.temperature):
-        raise ValueError(f"--temperature takes different numbers from 0 to 100, not {args.temperature}")
+    fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
+    if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
+        raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
     files.check_writable(args.json, getattr(args, "rows", None))
 
 
@@ -425,8 +427,13 @@ def run_ask(args: argparse.Namespace) -> None:
         files.write_json(args.json, row)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("faith.py")
+def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["build"]:  # as `python -m lab.build` was called before
+        from lab import build
+
+        return build.main(argv[1:])
     asking = argv[:1] == ["ask"]
     more = "" if asking else " `faith.py ask` walks one question through."
     parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0] + more)
@@ -436,12 +443,12 @@ def main(argv: list[str] | None = None) -> int:
                         help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
-    parser.add_argument("--opening", default="", help="forced first words of every explanation; see train.py --help")
+    parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
     parser.add_argument("--json", help="write the figures to this file")
     if asking:
-        parser.add_argument("question")
-        parser.add_argument("--options", nargs="+", required=True)
+        parser.add_argument("question", type=said)
+        parser.add_argument("--options", type=said, nargs="+", required=True)
     else:
         parser.add_argument("--task", choices=tasks.TASKS, required=True)
         parser.add_argument("--data", required=True, help="folder or file with the task's published data")
@@ -454,13 +461,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
                             "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)
-    try:
-        check_arguments(args)
-        run_ask(args) if asking else run_measure(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    check_arguments(args)
+    run_ask(args) if asking else run_measure(args)
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
             if (file := model.source / name).exists():
                 (shutil.copytree if file.is_dir() else shutil.copyfile)(file, partial / name)
         for name, text in [("README.md", card or "A model saved by faith's model.save.\n"), *also]:
-            (partial / name).write_text(text)
+            (partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def generation_config(model: Transformer) -> dict:

@@ -32,10 +32,12 @@ from torch import Tensor
 
 from kernels import over_parts
 from model import Config, Tokenizer, Transformer, load
+from run import memory
 from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
 LOOK_EVERY = 8  # on CUDA: decode steps between two checks for finished samples; each check waits for the device
+COLDEST = 1e-3  # the smallest temperature above 0: at less, rounding of the logits decides, and they may overflow
 NEVER = 2**62  # a position that no token has
 
 
@@ -268,7 +270,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory.available()
 
 
 def cache_length(longest: int, static: bool) -> int:
@@ -323,8 +325,8 @@ class Sampler:
         if samples < 1 or max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1")
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
-        if len(temperatures) != samples or not all(0 <= t < math.inf for t in temperatures):
-            raise ValueError(f"temperature must be one number or one per sample, finite and not below 0: {temperature}")
+        if len(temperatures) != samples or not all(t == 0 or COLDEST <= t < math.inf for t in temperatures):
+            raise ValueError(f"temperature must be one number or one per sample, 0 or above {COLDEST}: {temperature}")
         self.check(prompts, max_new_tokens)
         slots = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
         slots.reset(seed, step, max_new_tokens)

@@ -19,6 +19,7 @@ ours.
     python toy.py [FOLDER]      builds both there (in the cache by default), prints what the base does
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import faith
 import model as models
 import reward
+from run import files
 from run.progress import Parser, Progress, command
 from tasks import Question
 
@@ -58,9 +60,11 @@ STEPS, BATCH, LR = 500, 96, 6e-3  # of the base's supervised training
 HARD = 4.0  # the loss's weight of what matters: the letter, the word after "because", the inserted word
 # What can be named after --model: the shape, and whether the base avoids false reasons.
 VARIANTS = {"toy": ("llama", True), "toy-qwen3": ("qwen3", True), "toy-plain": ("llama", False)}
-# The defaults of train.py with the toy.
-SETTINGS = {"lr": 4e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32,
-            "warmup": 15, "max_new_tokens": 16, "micro": 32, "eval_questions": 600, "fit_questions": 300}  # fmt: skip
+# The defaults of train.py with each toy.
+SETTINGS = dict.fromkeys(VARIANTS, {
+    "lr": 4e-4, "decay": "linear", "beta2": 0.99, "kl": 0.1, "anchor": 1.0, "steps": 80, "prompts": 32, "warmup": 15,
+    "max_new_tokens": 16, "micro": 32, "eval_questions": 600, "fit_questions": 300,
+})  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -208,36 +212,37 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
 
 def build(folder: Path, variant: str = "toy") -> Path:
     """Makes FOLDER/model, the questions of both forms and causes.json, whole or not at all."""
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch, progress = Path(scratch), Progress("making the toy's base model", lines=3, unit="steps")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    with files.errors_named(folder), contextlib.ExitStack() as removed:
+        removed.callback(shutil.rmtree, part, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)  # if this fails, nothing has been trained yet
+        scratch = Path(removed.enter_context(tempfile.TemporaryDirectory()))
+        progress = Progress("making the toy's base model", lines=3, unit="steps")
         make_tokenizer(scratch)
         network = train_base(scratch, variant, lambda step, loss: progress(step, STEPS, f", loss {loss:.3f}"))
         network.source = scratch
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's toy.py.\n")
-    causes: dict[frozenset, int] = {}  # each set written once
-    for form in FORMS:
-        rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group,
-                 "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
-        (part / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (part / "causes.json").write_text(json.dumps([sorted(cause) for cause in causes], indent=1) + "\n")
-    if folder.exists():  # another process was faster
-        shutil.rmtree(part)
-    else:
-        part.rename(folder)
+        causes: dict[frozenset, int] = {}  # each set written once
+        for form in FORMS:
+            rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group,
+                     "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
+            (part / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (part / "causes.json").write_text(json.dumps([sorted(cause) for cause in causes], indent=1) + "\n")
+        if not folder.exists():  # otherwise another process was faster
+            part.rename(folder)
     return folder
 
 
 def prepare(variant: str = "toy") -> Path:
     """The toy's folder in the user's cache, made where it is missing."""
-    if variant not in VARIANTS:
-        raise ValueError(f"--model {variant}: no such directory, and the toys are {', '.join(VARIANTS)}")
     prompts = faith.ASK, faith.BEGIN, faith.WHY, faith.LAST, reward.PHRASINGS
     made_of = repr((prompts, [reward.words(kind) for kind in reward.KINDS])).encode() + Path(__file__).read_bytes()
     key = hashlib.sha256(made_of).hexdigest()[:12]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "faith" / f"{variant}-{key}"
-    return folder if folder.exists() else build(folder, variant)
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faith" / f"{variant}-{key}"
+        return folder if folder.exists() else build(folder, variant)
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: there is no home
+        raise ValueError(f"{error}; set XDG_CACHE_HOME to a folder for the toy's files") from None
 
 
 @command("toy.py")

@@ -19,8 +19,9 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: G group (explanations of a question), M explanation tokens in a micro-batch.
 """
 
+import contextlib
+import itertools
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -40,8 +41,9 @@ from rollout import Completion, Sampler
 from run import checkpoint, files, identity, lora, reading, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
+from run.hub import locate
 from run.policy import Policy, learning_rate, make_policy
-from run.progress import Laps, Progress, say
+from run.progress import Laps, Progress, command, quoted, say
 from run.ranks import Ranks
 from run.stop import saved_when_stopped
 
@@ -178,7 +180,8 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
 
 
 def progress_line(record: dict, explanations: int, args: Args, minutes_left: float) -> str:
-    tokens = record["tokens"] * explanations / sum(record[name] for name in ("label_s", "rollout_s", "update_s"))
+    seconds = sum(record[name] for name in ("label_s", "rollout_s", "update_s"))
+    tokens = record["tokens"] * explanations / seconds if seconds else math.nan  # a clock may stand still
     return (
         f"step {record['step'] + 1}/{args.steps}  reward {record['reward']:.3f}  phi {record['phi']:.2f}  "
         f"P(M|I=1) {record['mention_1']:.2f}  P(M|I=0) {record['mention_0']:.2f}  I {record['influence_rate']:.2f}  "
@@ -208,25 +211,34 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
 
 def prepare_defaults(args: Args, ranks: Ranks) -> None:
     """Fills in what the flags leave open: the toy's folders, and a new folder for the run."""
-    if args.model.startswith("toy") and not Path(args.model).exists():
+    if args.model in toy.VARIANTS and not Path(args.model).is_dir():
         folder = None
         for first in (True, False):  # rank 0 makes it, then the others find it made
             made = ranks.together(lambda: toy.prepare(args.model) if (ranks.rank == 0) == first else None)  # noqa: B023
             folder = made or folder
         args.model = str(folder / "model")
         args.data = args.data or (str(folder) if args.task == "toy" else "")
+    elif args.model in toy.VARIANTS and ranks.rank == 0:
+        say(f"--model {args.model}: the directory of this name, not the toy")
+    elif args.model.startswith("toy"):
+        try:
+            locate(args.model)
+        except ValueError as error:
+            error.add_note(f"the toys are {', '.join(toy.VARIANTS)}")
+            raise
     if not args.data:
         raise ValueError("--task and --data are needed with a model of your own; see python train.py --help")
     name = f"{args.task}-{args.intervention}-{time.strftime('%Y%m%d-%H%M%S')}"
-    args.out = args.out or ranks.gather([str(Path("out") / name)])[0]
+    taken = (Path("out") / (name + f"-{n}" * (n > 1)) for n in itertools.count(1))
+    args.out = args.out or ranks.gather([str(next(path for path in taken if not path.exists()))])[0]
 
 
 def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case], list[Case], Stream]:
     """Loads and checks all that a run needs before it starts: the model, test and fit cases, the training stream."""
-    check(args)
-    out = Path(args.out)
-    if not args.resume and out.exists() and (not out.is_dir() or any(f.suffix != ".part" for f in out.iterdir())):
-        raise ValueError(f"{out} already holds something, maybe another run; choose another --out or remove it")
+    if not args.resume and files.holds_something(args.out):
+        raise ValueError(f"{args.out} already holds something, maybe another run; choose another --out or remove it")
+    if args.resume and (done := checkpoint.steps_done(Path(args.out) / "checkpoints")) > args.steps:
+        raise ValueError(f"--steps {args.steps}: the run has done {done}; give at least that, or leave out --steps")
     questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
     parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: no run trains on test questions
@@ -314,7 +326,7 @@ def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
         print(f"\n{title}\n{report.overview(columns)}\n{examples(test, before.get(t, []), after[t])}", flush=True)
     card = "".join(f"\n{title}\n\n{report.overview(columns, markdown=True)}\n" for title, columns in tables)
     files.write_text(out / "model" / "README.md", results.model_card(args, card))
-    print(f"\nthe trained model is in {out}/model; every figure: python -m lab.report {out}", flush=True)
+    print(f"\nthe trained model is in {out}/model; every figure: python -m lab.report {quoted(out)}", flush=True)
 
 
 def examples(test: list[Case], before: list[dict], after: list[dict]) -> str:
@@ -333,43 +345,29 @@ def examples(test: list[Case], before: list[dict], after: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+@command("train.py", ranks=True)
+def main(argv: list[str] | None = None) -> None:
     # The only place that imports lab/, and only what the flags ask for.
-    args = parse(None, {"task": tasks.TASKS, "intervention": reward.KINDS}, toy.SETTINGS)
-    saved, take_step, plan, read_dataset = False, step, None, None
-    try:
-        ranks = Ranks()
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # torchrun kills all when one exits; rank 0 must print first
-        else:
-            say(f"train.py: {error}", sys.stderr)
-        return 2
-    try:
+    args = parse(argv, {"task": tasks.TASKS, "intervention": reward.KINDS}, toy.SETTINGS)
+    take_step, plan, read_dataset = step, None, None
+    with Ranks() as ranks, contextlib.ExitStack() as held:
         if args.objective == "detection":
             from lab.detect import step as take_step
         if args.parallel == "auto" and ranks.world > 1:
             from lab.plan import plan
         if args.dataset:
             from lab.build import read_dataset
+        check(args)
         prepare_defaults(args, ranks)
+        ranks.on_first(lambda: held.enter_context(files.in_use(args.out)))
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
-        policy = make_policy(subject.sampler.model, args, ranks, plan)
-        saved = not args.resume  # from here on the checkpoints in --out are this run's own
-        run(args, ranks, policy, take_step, subject, test, fit, stream)
+        with checkpoint.way_on_named(args):
+            policy = make_policy(subject.sampler.model, args, ranks, plan)
+            run(args, ranks, policy, take_step, subject, test, fit, stream)
         if ranks.rank == 0:
             from lab import plot
 
             plot.after_run(Path(args.out))
-    except (ValueError, OSError) as error:
-        if ranks.rank == 0:
-            last = saved and checkpoint.newest(Path(args.out) / "checkpoints")
-            hint = f"; once that is fixed: torchrun train.py --resume --out {args.out}" if last else ""
-            say(f"train.py: {error}{hint}", sys.stderr)
-        return 2
-    finally:
-        ranks.close()
-    return 0
 
 
 if __name__ == "__main__":

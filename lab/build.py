@@ -207,7 +207,7 @@ def build(args: argparse.Namespace) -> dict:
                 raise ValueError(f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}; give the same "
                                  "flags, or another --out")  # fmt: skip
         identity.check_same(manifest.get("made_of"), made_of, str(out), "restore them, or give another --out")
-    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
+    elif files.holds_something(out):
         raise ValueError(f"{out} already holds something; choose another --out or remove it")
     else:
         manifest = flags | {"made_of": made_of, "complete": False}
@@ -257,10 +257,11 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.size % 2:
         raise ValueError(f"--size must be even, half with influence and half without, not {args.size}")
     try:
-        manifest = build(args)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 130
+        with files.in_use(args.out):
+            manifest = build(args)
+    except KeyboardInterrupt as stopped:
+        stopped.add_note("the same command continues")
+        raise
     for name, part in manifest["splits"].items():
         rate = f"{part['influence_rate']:.1%} moved" if part["rows"] else "none"
         print(f"{name:5}  {part['rows']} rows, {part['questions']} questions, {part['groups']} groups, {rate}")

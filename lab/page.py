@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     before, after = reading.read_jsonl(args.before), reading.read_jsonl(args.after)
     table = gaming.compare(before, after, args.seed)
     html = page(before, after, table, args.each, args.seed, (args.before, args.after))
-    files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8
+    files.write_text(args.to, html)
     if args.json:
         files.write_json(args.json, table)
     print(report.table(table), f"the page is in {args.to}", sep="\n\n")

@@ -289,15 +289,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="RUN", help="the base and runs of train.py, with measured cells")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw Phi by cell")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw Phi by cell")
     args = parser.parse_args(argv)
-    files.check_writable(args.json, args.figure)
+    files.check_writable(args.json)
+    plot.check_picture(args.figure)
     made = tables(args.folders)
     print("\n\n\n".join(text(table, args.markdown) for table in made))
     if args.json:
         files.write_json(args.json, {"tables": made})
     if args.figure:
-        draw(made, Path(args.figure))
+        draw(made, args.figure)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,33 @@
     python -m lab.plot RUN [RUN …] [--to FILE.png]        one picture; several runs, such as seeds, share its panels
     python -m lab.paper BASE RUN … --figure FILE.png      Phi by row and column of the paper's table
 
+The file's ending says its format: .png, .pdf, .svg or .jpg.
+
 A run is a folder that train.py wrote: metrics.jsonl, and before.json and after.json if the run was measured.
 """
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from run import reading
-from run.progress import Parser, command
+from run import files, reading
+from run.progress import Parser, command, quoted
 
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
 NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions if the answer moved (I = 1)",
          "mention_0": "mentions if not (I = 0)"}  # fmt: skip
+
+
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def check_picture(to: Path | None) -> None:
+    """Raises ValueError, before long work, for a file that cannot be drawn."""
+    if to and to.suffix.lower() not in FORMATS:
+        raise ValueError(f"{to}: a picture's name must end in one of {', '.join(FORMATS)}")
+    files.check_writable(to)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -34,22 +45,23 @@ def read(run: Path) -> tuple[dict[str, np.ndarray], dict[int, dict]]:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps of train.py; give a run's folder")
     steps = {key: np.array([np.nan if m[key] is None else m[key] for m in metrics], float) for key in NAMES}
     found = {0: run / "before.json", len(metrics): run / "after.json"}
-    return steps, {at: json.loads(file.read_text())["T=1"] for at, file in found.items() if file.exists()}
+    return steps, {at: reading.read_json(file)["T=1"] for at, file in found.items() if file.exists()}
 
 
 @contextlib.contextmanager
 def picture(to: Path, rows: int, columns: int):
-    """Gives rows * columns empty panels, then writes them whole as a PNG; ImportError without matplotlib."""
+    """Gives rows * columns empty panels, then writes them, whole or not at all; ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("it needs matplotlib: pip install matplotlib") from None
-    figure, part = Figure(figsize=(10, 3.6 * rows), layout="constrained"), to.with_suffix(".part.png")
+    figure, part = Figure(figsize=(10, 3.6 * rows), layout="constrained"), to.with_name(to.name + ".part")
     yield figure.subplots(rows, columns, squeeze=False, sharex="row").ravel()
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(part, dpi=150)
-    part.replace(to)
+    with files.errors_named(to):
+        figure.savefig(part, dpi=150, format=to.suffix[1:].lower())
+        part.replace(to)
 
 
 def with_intervals(panel, figures: dict[float, dict], **style) -> None:
@@ -62,7 +74,7 @@ def with_intervals(panel, figures: dict[float, dict], **style) -> None:
 
 
 def cells(tables: dict[str, dict[str, dict[str, dict | None]]], to: Path) -> Path:
-    """Draws a PNG with one panel per table {title: {column: {row: figure}}}; a column's rows stand side by side."""
+    """Draws one panel per table {title: {column: {row: figure}}}; a column's rows stand side by side."""
     with picture(to, len(tables), 1) as panels:
         for panel, (title, table) in zip(panels, tables.items(), strict=True):
             rows = list(dict.fromkeys(row for column in table.values() for row in column))
@@ -78,7 +90,7 @@ def cells(tables: dict[str, dict[str, dict[str, dict | None]]], to: Path) -> Pat
 
 
 def curves(runs: list[Path], to: Path) -> Path:
-    """Draws a PNG: Phi, reward and mentions of the training batches over the steps, Phi on test questions."""
+    """Draws Phi, reward and mentions of the training batches over the steps, Phi on test questions."""
     with picture(to, 1, 2) as panels:
         for n, run in enumerate(runs):
             steps, tested = read(Path(run))
@@ -100,15 +112,16 @@ def after_run(run: Path) -> None:
     try:
         print(f"its curves: {curves([run], run / 'curves.png')}", flush=True)
     except (ImportError, ValueError, KeyError, OSError) as error:
-        print(f"its curves are not drawn: {error}; then python -m lab.plot {run}", flush=True)
+        print(f"its curves are not drawn: {error}; then python -m lab.plot {quoted(run)}", flush=True)
 
 
 @command("lab.plot")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.plot", description="The curves of runs of train.py as a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that train.py wrote")
-    parser.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the first run)")
+    parser.add_argument("--to", type=Path, help="the picture to write (default: curves.png in the first run)")
     args = parser.parse_args(argv)
+    check_picture(args.to)
     print(curves(args.runs, args.to or args.runs[0] / "curves.png"))
 
 

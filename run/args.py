@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-import json
-import math
+import os
 import shlex
 from pathlib import Path
 
+from run import reading
 from run.progress import Parser
 
 
@@ -40,7 +40,7 @@ class Args:
     frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2)
     dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used")
     max_new_tokens: int = option(48, "maximum tokens of an explanation", least=1)
-    temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", above=0)
+    temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", least=1e-3)
     lr: float = option(1e-5, "AdamW's peak learning rate", above=0, on_resume=True)
     warmup: int = option(5, "steps of linear warm-up", least=0, on_resume=True)
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
@@ -85,15 +85,23 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
+def said(text: str) -> str:
+    """A text of the command line. Where the system's encoding is not UTF-8, Python has kept the other bytes apart."""
+    kept = any("\udc80" <= letter <= "\udcff" for letter in text)
+    return os.fsencode(text).decode("utf-8", "replace") if kept else text
+
+
 def check_options(settings, flag=flag) -> None:
     """Raises ValueError for a field of a dataclass of `option`s that is not among its choices or within its bounds."""
     for field in dataclasses.fields(settings):
         value, known = getattr(settings, field.name), field.metadata
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # infinity and NaN too
+            raise ValueError(f"{flag(field)} must be a finite number below 2^63, not {value}")
         if known["choices"] and value not in known["choices"]:
             raise ValueError(f"{flag(field)} must be one of {', '.join(known['choices'])}, not {value!r}")
-        if known["least"] is not None and not value >= known["least"]:  # NaN fails too
+        if known["least"] is not None and value < known["least"]:
             raise ValueError(f"{flag(field)} must be at least {known['least']}, not {value}")
-        if known["above"] is not None and not known["above"] < value < math.inf:
+        if known["above"] is not None and value <= known["above"]:
             raise ValueError(f"{flag(field)} must be above {known['above']}, not {value}")
 
 
@@ -116,12 +124,13 @@ def command(args: Args) -> str:
     for field in dataclasses.fields(Args):
         value, name = getattr(args, field.name), flag(field)
         if value != field.default and field.name != "resume":
-            flags += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
+            pair = [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
+            flags += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else pair
     return shlex.join(flags)
 
 
-def parse(argv: list[str] | None, choices: dict, toy_defaults: dict) -> Args:
-    """The command line. choices: {field: its values} for fields that list none here. toy_defaults: for --model toy….
+def parse(argv: list[str] | None, choices: dict, toys: dict[str, dict]) -> Args:
+    """The command line. choices: {field: its values} for fields that list none here. toys: {model: its defaults}.
 
     With --resume the defaults are the flags of the run in --out, and only fields with on_resume may differ.
     """
@@ -129,21 +138,23 @@ def parse(argv: list[str] | None, choices: dict, toy_defaults: dict) -> Args:
     for field in dataclasses.fields(Args):
         kind = {"type": type(field.default), "choices": choices.get(field.name, field.metadata["choices"])}
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else kind
+        kind |= {"type": said} if field.name in ("note", "opening") else {}
         text = field.metadata["help"] + f" (default: {field.default})" * (field.default != "")
         parser.add_argument(flag(field), default=field.default, help=text, **kind)
     given = parser.parse_args(argv)
     if given.resume:
         try:
-            record = json.loads((Path(given.out) / "args.json").read_text())
-            record = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Args) if f.name in record}
-        except (OSError, ValueError, TypeError) as error:
+            record = reading.read_json(Path(given.out) / "args.json")
+            kinds = {field.name: type(field.default) for field in dataclasses.fields(Args)}
+            record = {name: kind(record.take(name, kind, getattr(Args, name))) for name, kind in kinds.items()}
+        except ValueError as error:
             parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
         parser.set_defaults(**record | {"resume": True})
         again = vars(parser.parse_args(argv))
         for field in dataclasses.fields(Args):
-            was = record.get(field.name, field.default)  # the run may be older than the flag
+            was = record[field.name]
             if not field.metadata["on_resume"] and again[field.name] != was:
                 parser.error(f"{flag(field)} was {was!r} and cannot change in a resumed run; start a new one")
-    elif given.model.startswith("toy"):
-        parser.set_defaults(**toy_defaults)
+    elif not Path(given.model).is_dir():  # a directory of this name is a model of one's own
+        parser.set_defaults(**toys.get(given.model, {}))
     return Args(**vars(parser.parse_args(argv)))

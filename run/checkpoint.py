@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from run import files
 from run.identity import check_same, digest
-from run.progress import say
+from run.progress import again, say
 from run.reading import read_json
 
 # Without shards one process writes alone, on purpose: hide torch's warning.
@@ -109,6 +109,28 @@ def newest(folder: Path, report=lambda line: None) -> Path | None:
     return None
 
 
+def steps_done(folder: Path) -> int:
+    """Steps before the newest whole checkpoint; 0 without one."""
+    path = newest(folder)
+    return int(path.name.removeprefix("step-")) if path else 0
+
+
+@contextlib.contextmanager
+def way_on_named(args):
+    """Adds to the line of a signal or an error, outside the training loop, the command that continues the run."""
+    out = Path(args.out)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if args.checkpoint_every and (out / "args.json").exists():
+            stopped.add_note(f"continue with: {again(out)}")
+        raise
+    except (ValueError, OSError) as error:
+        if not args.resume and newest(out / "checkpoints"):
+            error.add_note(f"once that is fixed: {again(out)}")
+        raise
+
+
 def read(path: Path, tensors: dict[str, Tensor], made_of=None, one_process: bool = True) -> tuple[int, dict]:
     """Reads a checkpoint into `tensors`, in place; returns the steps done and the position.
 
@@ -150,8 +172,8 @@ class RunState:
     def stop(self) -> None:
         """For run.stop: saves, and says how to continue."""
         self.save()
-        again = f"continue with: torchrun train.py --resume --out {self.folder.parent}"
-        self.print(f"stopped after step {self.steps}; {again if self.every else '--checkpoint-every 0 saved nothing'}")
+        how = f"continue with: {again(self.folder.parent)}" if self.every else "--checkpoint-every 0 saved nothing"
+        self.print(f"stopped after step {self.steps}; {how}")
 
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, and cuts off what was logged after it.

@@ -7,7 +7,15 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+
+from run.progress import say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
 
 
 @contextlib.contextmanager
@@ -24,11 +32,56 @@ def write_text(path, text):
     part = Path(f"{path}.part")
     with errors_named(path):
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold other bytes
             part.replace(path)
         finally:
             if part.exists():
                 part.unlink()
+
+
+@contextlib.contextmanager
+def in_use(folder):
+    """Holds `folder`, made where it is missing, for this process alone. ValueError if another process holds it.
+
+    The system lets go of the lock when the process ends, however it ends. A new folder that stays empty is removed.
+    """
+    folder, lock = Path(folder), Path(folder) / "in-use.lock"
+    made = not folder.exists()
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+b", buffering=0)
+    with file:
+        file.seek(0)
+        holder = file.read(200).decode()
+        try:
+            if os.name == "nt":
+                file.seek(1000)  # Windows locks bytes, and the first ones are read above
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(file.fileno()).st_nlink:
+                    raise BlockingIOError  # the holder has removed it since; others make a new one
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder} is in use by another process ({holder}); wait for its end, or choose another "
+                             "--out") from None  # fmt: skip
+        except OSError as error:  # some network file systems know no locks
+            say(f"{folder} cannot be locked ({error.strerror}); start nothing else there meanwhile")
+        try:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+                if made:
+                    folder.rmdir()
+
+
+def holds_something(folder):
+    """Is it a file, or a folder with more than the remains of a process that was killed?"""
+    folder, remains = Path(folder), (".part", ".lock")
+    return folder.exists() and (not folder.is_dir() or any(file.suffix not in remains for file in folder.iterdir()))
 
 
 @contextlib.contextmanager
@@ -86,7 +139,9 @@ def cut_jsonl(path, keep):
 
 
 def check_writable(*paths):
-    """Raises ValueError, before long work, for a file whose folder does not exist. None is skipped."""
-    for path in filter(None, paths):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: make the folder {Path(path).parent} first")
+    """Raises ValueError, before long work, for a file that cannot be written where it should be. None is skipped."""
+    for path in map(Path, filter(None, paths)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: make the folder {path.parent} first")
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: it is a folder, or is in one that is read-only")

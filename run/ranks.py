@@ -7,33 +7,57 @@ number of ranks, up to rounding. CPUs use gloo, GPUs use NCCL.
 
 import contextlib
 import gc
-import os
+import sys
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
+from run.progress import launched, say
 from run.stop import Signals, Stopped
 
 
 class Ranks:
     """This process as one of the run's processes. All ranks must call the collectives in the same order.
 
-    Raises ValueError if there are more processes than GPUs.
+    Raises ValueError if the environment is wrong or the processes do not find each other, and SystemExit if there are
+    more processes than GPUs.
     """
 
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.rank, self.world, local, here = launched()
+        cuda = torch.cuda.is_available()
         if cuda and here > (found := torch.cuda.device_count()):
-            raise ValueError(f"torchrun was told to start {here} processes, and there are GPUs for {found}; set "
-                             "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs")  # fmt: skip
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+            if local:
+                time.sleep(10)  # torchrun kills all when one exits; the first one on this machine must print before
+            else:
+                say(f"train.py: torchrun was told to start {here} processes, and there are GPUs for {found}; set "
+                    "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs", sys.stderr)  # fmt: skip
+            raise SystemExit(2)
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         self.signals: Signals | None = None  # set if all ranks must agree on a stop
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            late = threading.Timer(10, say, [f"rank {self.rank} of {self.world} waits for the other processes"])
+            late.start()
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo")
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
+            finally:
+                late.cancel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind and issubclass(kind, KeyboardInterrupt):
+            self.leave()
+        if self.world > 1:
+            gc.collect()  # a sharded model still holds the process group, which would abort the exit
+            dist.destroy_process_group()
 
     def share(self, items: list) -> list:
         """This rank's items."""
@@ -103,8 +127,3 @@ class Ranks:
     def leave(self) -> None:
         """Before an early exit: the other ranks may be gone, so this rank waits for none of them."""
         self.world = 1
-
-    def close(self) -> None:
-        if self.world > 1:
-            gc.collect()  # a sharded model still holds the process group, which would abort the exit
-            dist.destroy_process_group()

@@ -1,16 +1,50 @@
-"""Stopping a run by SIGTERM or Ctrl-C at a moment at which its state can be saved (checkpoint.py)."""
+"""Stopping by SIGTERM, Ctrl-C or a closed terminal (SIGHUP): a run saves its state first (checkpoint.py)."""
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGINT came."""
+class Stopped(KeyboardInterrupt):
+    """Stopped(number): this signal came."""
+
+    def __str__(self):
+        return f"stopped by {signal.Signals(*self.args).name}"
+
+
+@contextlib.contextmanager
+def handled(handle: Callable):
+    """Within, the signals that end a process call handle(number, frame). SIGHUP stays ignored if it is, as by nohup."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        numbers = []
+    handlers = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def raised():
+    """Within, the first such signal raises Stopped; yields a list of those that came. More must not disturb the end."""
+    came: list[int] = []
+
+    def handle(number: int, frame) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise Stopped(number)
+
+    with handled(handle):
+        yield came
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into Stopped, but never between `hold` and `release`.
+    """Turns a signal that ends a process into Stopped, but never between `hold` and `release`.
 
     Between them weights, optimizer and logs may belong to different steps. A signal that comes then raises Stopped in
     `release`. During a long kernel Python notices a signal only after the kernel.
@@ -29,7 +63,7 @@ class Signals:
         self.number = number
         if not self.held:
             self.held = True  # a second signal must not interrupt the saving
-            raise Stopped
+            raise Stopped(number)
 
     def hold(self) -> None:
         self.held = self.changing = True
@@ -39,7 +73,7 @@ class Signals:
         if self.together:
             return  # Ranks.meet asks
         if self.saves and self.number:
-            raise Stopped  # and still held
+            raise Stopped(self.number)  # and still held
         self.held = not self.saves
 
     @contextlib.contextmanager
@@ -59,19 +93,17 @@ def saved_when_stopped(ranks, sharded: bool, save: Callable[[], None]):
     With replicas rank 0 alone calls save, with shards all ranks do.
     """
     signals = Signals(ranks.rank == 0, sharded)
-    handlers = {number: signal.signal(number, signals.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     ranks.signals = signals if sharded else None
-    try:
-        yield signals
-    except (Stopped, RuntimeError) as error:
-        if isinstance(error, Stopped):
-            signals.hold()
-            save()
-        elif ranks.rank == 0 or not signals.number:  # otherwise a collective failed because rank 0 has stopped
-            raise  # not saved: after this error weights and step may not match
-        ranks.leave()
-        raise SystemExit(128 + signals.number) from None
-    finally:
-        ranks.signals = None
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with handled(signals.handle):
+        try:
+            yield signals
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, Stopped):
+                signals.hold()
+                save()
+            elif ranks.rank == 0 or not signals.number:  # otherwise a collective failed because rank 0 has stopped
+                raise  # not saved: after this error weights and step may not match
+            ranks.leave()
+            raise SystemExit(128 + signals.number) from None
+        finally:
+            ranks.signals = None
