@@ -235,6 +235,8 @@ def build(folder: Path, variant: str = "toy") -> Path:
 
 def prepare(variant: str = "toy") -> Path:
     """The toy's folder in the user's cache, made where it is missing."""
+    if variant not in VARIANTS:
+        raise ValueError(f"--model {variant}: no such directory, and the toys are {', '.join(VARIANTS)}")
     prompts = faith.ASK, faith.BEGIN, faith.WHY, faith.LAST, reward.PHRASINGS
     made_of = repr((prompts, [reward.words(kind) for kind in reward.KINDS])).encode() + Path(__file__).read_bytes()
     key = hashlib.sha256(made_of).hexdigest()[:12]

@@ -223,9 +223,8 @@ def prepare_defaults(args: Args, ranks: Ranks) -> None:
     elif args.model.startswith("toy"):
         try:
             locate(args.model)
-        except ValueError as error:
-            error.add_note(f"the toys are {', '.join(toy.VARIANTS)}")
-            raise
+        except ValueError:
+            toy.prepare(args.model)  # it says which toys there are
     if not args.data:
         raise ValueError("--task and --data are needed with a model of your own; see python train.py --help")
     name = f"{args.task}-{args.intervention}-{time.strftime('%Y%m%d-%H%M%S')}"

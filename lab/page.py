@@ -118,10 +118,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.each < 0 or args.seed < 0:
         raise ValueError(f"--{'each' if args.each < 0 else 'seed'} must not be negative")
+    files.check_writable(args.to, args.json)
     before, after = reading.read_jsonl(args.before), reading.read_jsonl(args.after)
     table = gaming.compare(before, after, args.seed)
     html = page(before, after, table, args.each, args.seed, (args.before, args.after))
-    files.write_text(args.to, html)
+    files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8
     if args.json:
         files.write_json(args.json, table)
     print(report.table(table), f"the page is in {args.to}", sep="\n\n")

@@ -7,22 +7,24 @@ number of ranks, up to rounding. CPUs use gloo, GPUs use NCCL.
 
 import contextlib
 import gc
+import signal
 import sys
 import threading
 import time
+import typing
 
 import torch
 import torch.distributed as dist
 
 from run.progress import launched, say
-from run.stop import Signals, Stopped
+from run.stop import Signals, Stopped, handled
 
 
 class Ranks:
     """This process as one of the run's processes. All ranks must call the collectives in the same order.
 
-    Raises ValueError if the environment is wrong or the processes do not find each other, and SystemExit if there are
-    more processes than GPUs.
+    Raises ValueError for a wrong environment. If there are more processes than GPUs, or if the processes do not find
+    each other, a line says so, and SystemExit follows.
     """
 
     def __init__(self):
@@ -31,23 +33,30 @@ class Ranks:
         if cuda and here > (found := torch.cuda.device_count()):
             if local:
                 time.sleep(10)  # torchrun kills all when one exits; the first one on this machine must print before
-            else:
-                say(f"train.py: torchrun was told to start {here} processes, and there are GPUs for {found}; set "
-                    "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs", sys.stderr)  # fmt: skip
-            raise SystemExit(2)
+                raise SystemExit(2)
+            self.refuse(f"torchrun was told to start {here} processes, and there are GPUs for {found}; set "
+                        "--nproc-per-node to that, or CUDA_VISIBLE_DEVICES= to run on CPUs")  # fmt: skip
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         self.signals: Signals | None = None  # set if all ranks must agree on a stop
         if self.world > 1:
-            late = threading.Timer(10, say, [f"rank {self.rank} of {self.world} waits for the other processes"])
+            late = threading.Timer(
+                10, say, [f"rank {self.rank} of {self.world}, as the environment says, waits for others"]
+            )
             late.start()
             try:
-                dist.init_process_group("nccl" if cuda else "gloo")
+                with handled(signal.SIG_DFL):  # this call would not notice a handler of Python's
+                    dist.init_process_group("nccl" if cuda else "gloo")
             except (RuntimeError, ValueError) as error:
-                raise ValueError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
+                self.refuse(f"the processes do not find each other: {str(error).splitlines()[0]}")
             finally:
                 late.cancel()
+
+    def refuse(self, line: str) -> typing.NoReturn:
+        """As long as the ranks have not met, each speaks for itself."""
+        say(f"train.py: {line}", sys.stderr)
+        raise SystemExit(2)
 
     def __enter__(self):
         return self

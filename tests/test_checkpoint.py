@@ -379,7 +379,8 @@ train.sample = filling
 def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
     """A line says what to do; the status is 2. With room again the run goes on, as if nothing had happened."""
     out = disk(5_000_000) / "o"
-    way = f"; once that is fixed: torchrun train.py --resume --out {out}"
+    several = "--nproc-per-node 2 " * (ranks == 2)
+    way = f"; once that is fixed: torchrun {several}train.py --resume --out {out}"
     code, _, error = finish(start(flags(folder, out, parallel=parallel), ranks, script(tmp_path / "fill.py", FILL)))
     full = re.escape(f"cannot be written (No space left on device){way}\n")
     said = re.findall(f"train.py: {out}/(?:explanations|metrics).jsonl: {full}", error)  # whichever needs a page first

@@ -129,8 +129,9 @@ def test_variants(tmp_path, monkeypatch, variant):
 
 
 def test_settings_are_defaults_of_the_toy_alone():
-    steps = ["--steps", "7"], toy.SETTINGS | {"steps": 7}
-    for given, expected in (([], toy.SETTINGS), steps, (["--model", "x"], {"model": "x"})):
+    settings = toy.SETTINGS["toy"]
+    steps = ["--steps", "7"], settings | {"steps": 7}
+    for given, expected in (([], settings), steps, (["--model", "x"], {"model": "x"})):
         assert parse(given, {}, toy.SETTINGS) == Args(**expected)
 
 
@@ -155,7 +156,7 @@ def test_the_default_run_learns(run, capsys):
     before, after = (json.loads((out / f"{name}.json").read_text())["T=1"] for name in ("before", "after"))
     with capsys.disabled():
         print(f" Phi {before['phi']['value']:.3f} -> {after['phi']['value']:.3f}", end="")
-    assert after["n"]["value"] == toy.SETTINGS["eval_questions"]
+    assert after["n"]["value"] == toy.SETTINGS["toy"]["eval_questions"]
     assert abs(before["phi"]["value"]) < 0.12
     assert after["phi"]["value"] >= 0.5
     assert after["phi_less_shortcut"]["low"] > 0
@@ -169,7 +170,7 @@ def test_the_default_run_learns(run, capsys):
 def test_what_the_default_run_prints_fits_one_screen(run):
     _, printed, _ = run
     assert len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 160
-    for words in ("600 test questions, T = 1", f"step {toy.SETTINGS['steps']}/", "Phi-CCT minus the shortcut",
+    for words in ("600 test questions, T = 1", f"step {toy.SETTINGS['toy']['steps']}/", "Phi-CCT minus the shortcut",
                   "the trained model is in "):  # fmt: skip
         assert words in printed
     assert printed.count("    before  r = ") == printed.count("    after   r = ") == 2

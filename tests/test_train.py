@@ -279,7 +279,8 @@ def test_more_processes_than_gpus(monkeypatch, rank):
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": 2 + rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+    for name, value in {"RANK": 2 + rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2,
+                        "MASTER_ADDR": "other", "MASTER_PORT": 1}.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
     code, _, error = call([])
     assert code == 2 and bool(waited) == bool(rank)
