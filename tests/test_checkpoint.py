@@ -19,6 +19,7 @@ from launch import call, close, finish, lines, ran, refused, same, script, start
 import model as models
 from run import checkpoint, files, lora, reading, results
 from run.args import Args
+from run.progress import again
 
 KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
 STEPS = 6 * KILLS  # so that a run has some left when it is killed for the last time
@@ -239,7 +240,7 @@ train.sample = slow
 """
 
 
-@pytest.mark.parametrize("number, body", [(signal.SIGTERM, SLOW), (signal.SIGINT, "")])
+@pytest.mark.parametrize("number, body", [(signal.SIGTERM, SLOW), (signal.SIGINT, ""), (signal.SIGHUP, "")])
 def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number, body):
     """In a step, far from a periodic checkpoint: no finished step is lost, and a step that takes long is given up."""
     out = tmp_path / "o"
@@ -254,6 +255,20 @@ def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number, 
     assert len(reading.read_jsonl(out / "metrics.jsonl")) == int(done)
     assert checkpoint.newest(out / "checkpoints").name == f"step-{int(done):08d}"
     resumed(out, after=done)
+    same(whole, out)
+
+
+def test_a_signal_before_the_first_step(folder, whole, tmp_path):
+    """While the initial model is measured: a line says how to go on, and the run then begins anew."""
+    out = tmp_path / "o"
+    process = start(flags(folder, out))
+    while not (out / "args.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    code, _, error = finish(process)
+    assert (code, error) == (143, f"train.py: stopped by SIGTERM; continue with: {again(out)}\n")
+    assert "continuing after step 0\n" in ran(["--resume", "--out", out])
     same(whole, out)
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lab import plot
+from lab import paper, plot
 
 
 @pytest.fixture
@@ -80,6 +80,11 @@ def test_the_names_of_the_curves_are_evenly_spaced_and_do_not_overlap(run, figur
 def test_command(run, capsys):
     assert plot.main([str(run), "--to", str(run / "a.png")]) == 0 and (run / "a.png").exists()
     assert capsys.readouterr().out == f"{run / 'a.png'}\n"
+    for ending, start in ((".pdf", b"%PDF"), (".svg", b"<?xml"), (".JPG", b"\xff\xd8")):
+        file = run / f"a.b{ending}"
+        assert plot.main([str(run), "--to", str(file)]) == 0 and file.read_bytes().startswith(start)
+    assert not list(run.glob("*.part"))
+    capsys.readouterr()
     plot.after_run(run)
     assert capsys.readouterr().out == f"its curves: {run / 'curves.png'}\n" and (run / "curves.png").exists()
 
@@ -93,6 +98,14 @@ def test_it_says_what_is_wrong(run, monkeypatch, capsys):
         assert plot.main([str(folder)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("lab.plot: ") and "metrics.jsonl" in error and error.count("\n") == 1
+    for to, words in (
+        ("a.docx", "must end in one of .png, .pdf, .svg"),
+        ("a", "must end"),
+        ("no/a.png", "make the folder"),
+    ):
+        for main in (plot.main, paper.main):  # before the runs are read
+            assert main([str(run / "missing"), "--to" if main is plot.main else "--figure", to]) == 2
+            assert words in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot.main([str(run)]) == 2
     assert capsys.readouterr().err == "lab.plot: it needs matplotlib: pip install matplotlib\n"

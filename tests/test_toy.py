@@ -126,13 +126,22 @@ def test_variants(tmp_path, monkeypatch, variant):
         assert tasks.load("toy", folder / f"{form}.jsonl") == toy.make_questions(form)
     with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-plain"):
         toy.prepare("toy-x")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(toy, "train_base", None)  # it says so before it trains
+    with pytest.raises(ValueError, match="cannot be written .*; set XDG_CACHE_HOME"):
+        toy.prepare(variant)
 
 
-def test_settings_are_defaults_of_the_toy_alone():
+def test_settings_are_defaults_of_the_toy_alone(monkeypatch, tmp_path):
     settings = toy.SETTINGS["toy"]
     steps = ["--steps", "7"], settings | {"steps": 7}
     for given, expected in (([], settings), steps, (["--model", "x"], {"model": "x"})):
         assert parse(given, {}, toy.SETTINGS) == Args(**expected)
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "toy-of-mine"):  # directories of one's own
+        (tmp_path / name).mkdir()
+        assert parse(["--model", name], {}, toy.SETTINGS) == Args(model=name)
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,8 @@ def test_a_step_that_is_not_finite_is_skipped(folder, tmp_path, monkeypatch):
         ({"micro": 0}, "--micro"), ({"max_new_tokens": 0}, "--max-new-tokens"), ({"lr": 0}, "--lr"),
         ({"lr": "nan"}, "--lr"), ({"temperature": 0}, "--temperature"), ({"clip_norm": -1}, "--clip-norm"),
         ({"beta2": 1.0}, "--beta2"), ({"kl": -0.1}, "--kl"), ({"clip_low": "nan"}, "--clip-low"),
+        ({"anchor": "inf"}, "--anchor must be a finite number"), ({"lora_alpha": "inf"}, "--lora-alpha"),
+        ({"steps": 10**30}, "--steps"), ({"temperature": 1e-8}, "--temperature"),
         ({"warmup": -1}, "--warmup"), ({"seed": -1}, "--seed"), ({"seed": 2**31}, "--seed"),
         ({"updates": 0}, "--updates"),
         ({"data": None}, "--data are needed"), ({"model": "toy-gpt"}, "toy-qwen3"),
