@@ -82,7 +82,8 @@ def test_a_closed_terminal(start, status):
         signal.signal(signal.SIGHUP, before)
 
 
-PRINTS = "from run.progress import command; import sys; sys.exit(command('a.py')(lambda argv: print('\\u2192 \\xe9\\n' * 9999))())"
+PRINTS = "import sys; from run.progress import command; "
+PRINTS += "sys.exit(command('a.py')(lambda argv: print('\\u2192 \\xe9\\n' * 9999))())"
 CONSOLES = [
     ("| head -1", {}, 0, "→ é\n", ""), ("| true", {}, 0, "", ""), (">&-", {}, 0, "", ""), (">&- 2>&-", {}, 0, "", ""),
     ("> /dev/full", {}, 2, "", "a.py: its output cannot be written (No space left on device)\n"),
