@@ -18,7 +18,7 @@ import plain  # noqa: E402
 import model as models  # noqa: E402
 import rollout  # noqa: E402
 from lab.bench import introduce, make_prompts  # noqa: E402
-from run.progress import Parser  # noqa: E402
+from run.progress import Parser, command  # noqa: E402
 
 
 def times(sampler, prompts, samples: int, new: int) -> dict[str, float]:
@@ -43,7 +43,8 @@ def show(folder: str, count: int, samples: int, new: int) -> None:
             print(f"    {spent:7.1f} ms  {key}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("profile_sampler.py")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="profile_sampler.py", description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory, or hub id in the local cache")
     for name, usual, what in (("prompts", 16, "made-up prompts"), ("samples", 8, "of each"), ("tokens", 26, "of each")):
@@ -52,12 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("prompts", 1), ("samples", 1), ("tokens", 3)):
         if getattr(args, name) < least:
             parser.error(f"{name.upper()} must be at least {least}, not {getattr(args, name)}")
-    try:
-        show(args.model, args.prompts, args.samples, args.tokens)
-    except ValueError as error:
-        print(f"profile_sampler.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    show(args.model, args.prompts, args.samples, args.tokens)
 
 
 if __name__ == "__main__":
