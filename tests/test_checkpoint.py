@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -14,15 +13,14 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from launch import call, close, finish, lines, ran, refused, same, script, start, timeless, until, wait_for_step
+from launch import call, close, finish, ran, refused, same, script, start, timeless, until, wait_for_step
 
 import model as models
 from run import checkpoint, files, lora, reading, results
 from run.args import Args
 from run.progress import again
 
-KILLS = int(os.environ.get("FAITH_KILLS", "4"))  # random kills of one run; more of them take minutes
-STEPS = 6 * KILLS  # so that a run has some left when it is killed for the last time
+STEPS = 24  # so that a run has some left when it is stopped
 
 
 def flags(folder, out, **changes):
@@ -196,37 +194,6 @@ def resumed(out, *changes, after, ranks=1):
     printed = ran(["--resume", "--out", out, *changes], ranks)
     assert f"continuing after step {after}, from " in printed
     return printed
-
-
-def test_random_kills(folder, whole, tmp_path):
-    """kill -9 at random moments, each time resumed: in the end the same metrics, explanations, weights, figures.
-
-    Each process is killed while it starts, or soon after its first or second step.
-    """
-    out, draw, kills = tmp_path / "killed", random.Random(0), 0
-    given = flags(folder, out)
-    while kills < KILLS:
-        process, began = start(given), len(lines(out / "metrics.jsonl"))
-        if draw.random() < 0.25:
-            time.sleep(draw.uniform(0.2, 2.5))
-        else:
-            seen = began + draw.choice((1, 2))
-            while process.poll() is None and len(lines(out / "metrics.jsonl")) < seen:
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.2))
-        process.kill()
-        code, _, error = finish(process)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, error
-        kills += 1
-        if (out / "args.json").exists():
-            given = ["--resume", "--out", out]
-        logged = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-    assert kills == KILLS if "FAITH_KILLS" in os.environ else kills >= KILLS // 2
-    (done,) = re.findall(r"continuing after step (\d+)", ran(given))
-    assert logged - 3 <= int(done) <= logged  # a checkpoint every two steps, and one line may be torn
-    same(whole, out)
 
 
 SLOW = """
