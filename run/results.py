@@ -45,7 +45,8 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     """
     kept, dataset = Path(args.out) / "identity.json", Path(args.dataset) / "manifest.json"
     begun = read_json(kept) if args.resume and kept.exists() else {}
-    identity.HASHED.update(begun.get("files", {}))
+    known = begun.take("files", dict[str, list[int | str]], {}) if begun else {}
+    identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 3})
     made_of = made_of | {"weights": identity.weights(args.model)}
     if begun:
         identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
