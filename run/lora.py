@@ -112,15 +112,17 @@ def peft_config(network: nn.Module) -> dict:
 
 # Keys of adapter_config.json with the values that are implemented, and keys that `read` looks at or that say nothing
 # about a trained adapter. Every other key must be null, false or empty.
-IMPLEMENTED = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "bias": ("none",),
+IMPLEMENTED = {"task_type": ("CAUSAL_LM",), "bias": ("none",),
                "init_lora_weights": (True, "gaussian")}  # fmt: skip
-FREE = ("base_model_name_or_path revision r lora_alpha target_modules exclude_modules use_rslora peft_version "
-        "auto_mapping inference_mode lora_dropout megatron_core qalora_group_size").split()  # fmt: skip
+FREE = ("peft_type base_model_name_or_path revision r lora_alpha target_modules exclude_modules use_rslora "
+        "peft_version auto_mapping inference_mode lora_dropout megatron_core qalora_group_size").split()  # fmt: skip
 
 
 def read(network: nn.Module, folder: Path) -> nn.Module:
     """Attaches the PEFT adapter in a folder to its base; ValueError for what is not implemented or does not match."""
     settings, file = reading.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if settings.take("peft_type", str) != "LORA":
+        settings.refuse("peft_type", "LORA")
     for key, value in settings.items():
         neutral = value is False or value in (None, "", [], {}) or value in IMPLEMENTED.get(key, ())
         if key not in FREE and not neutral:
