@@ -146,7 +146,8 @@ def parse(argv: list[str] | None, choices: dict, toys: dict[str, dict]) -> Args:
         try:
             record = reading.read_json(Path(given.out) / "args.json")
             kinds = {field.name: type(field.default) for field in dataclasses.fields(Args)}
-            record = {name: kind(record.take(name, kind, getattr(Args, name))) for name, kind in kinds.items()}
+            there = {name: kind(record.take(name, kind)) for name, kind in kinds.items() if name in record}
+            record = {name: there.get(name, getattr(Args, name)) for name in kinds}  # the run may be older than a flag
         except ValueError as error:
             parser.error(f"--resume: --out {given.out!r} is not the folder of a run ({error})")
         parser.set_defaults(**record | {"resume": True})

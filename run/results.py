@@ -44,11 +44,11 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     ValueError where a resumed run was begun with something else, or a frozen data set was labelled with other weights.
     """
     kept, dataset = Path(args.out) / "identity.json", Path(args.dataset) / "manifest.json"
-    begun = read_json(kept) if args.resume and kept.exists() else {}
-    known = begun.take("files", dict[str, list[int | str]], {}) if begun else {}
+    begun = read_json(kept) if args.resume and kept.exists() else None
+    known = {} if begun is None else begun.take("files", dict[str, list[int | str]], {})
     identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 3})
     made_of = made_of | {"weights": identity.weights(args.model)}
-    if begun:
+    if begun is not None:
         identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
     elif args.resume:
         say(f"note: {kept} is missing, so nobody knows whether the model and the data are those it was begun with")
