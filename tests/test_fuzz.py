@@ -11,10 +11,12 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import io
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -41,7 +43,7 @@ from run.progress import command
 
 TIMES = int(os.environ.get("FAITH_FUZZ", "1"))
 ROWS = tiny.ROOT / "tests" / "data"
-CALIBRATION = "calibration.json"
+CALIBRATION, KINDS = "calibration.json", ("", "generation_", "tokenizer_", "adapter_")
 # fmt: off
 VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, 1e-300, 1e308, 2**31, 2**62, math.nan, math.inf, -math.inf, "", " ",
           "x", "1", "0.5", "none", "x" * 5000, "\ud800", "a\0b", "{{ x", [], [1], [[]], ["x"], {}, {"a": 1}]
@@ -91,8 +93,8 @@ def damaged(draw, data):
     at = draw(st.integers(0, len(data)))
     twice = data.rstrip()[:-1] + b', "rms_norm_eps": 0.5, "eos_token_id": 3, "mean_logp": [1.0, 2.0], "seed": 4}'
     return draw(st.sampled_from([data] * 12 + [
-        data[:at], data + b"}", data + b"\n\n", b"", b" \n", gzip.compress(data), b"version https://git-lfs\noid x",
-        codecs.BOM_UTF8 + data, data[:at] + b"\xe9" + data[at:], data.decode("utf-8", "replace").encode("utf-16"),
+        data[:at], data + b"}", data + b"\n\n", b"", b" \n", gzip.compress(data, mtime=0), codecs.BOM_UTF8 + data,
+        b"version https://git-lfs\noid x", data[:at] + b"\xe9" + data[at:], data.decode("utf-8", "replace").encode("utf-16"),
         data[:at] + b"\0" + data[at:], data[:at] + data[at + 1:], b"[" * 9999, b"null", b"[]", twice]))  # fmt: skip
 
 
@@ -130,6 +132,9 @@ def our_logits(folder):
 
 
 def their_logits(folder, base=None):
+    if not base:  # transformers 5 refuses some keys that are null; for it too they are as absent
+        values = json.loads((folder / "config.json").read_text()).items()
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in values if value is not None}))
     network = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32).eval()
     return logits(PeftModel.from_pretrained(network, folder) if base else network)
 
@@ -148,44 +153,36 @@ def their_turns(folder):
 
 @pytest.fixture(scope="module")
 def read_from(tmp_path_factory):
-    """{file: (a folder with it, what we read, what others read)}, two of some. One model has Llama-3.1's RoPE, the
-    other is written as transformers 5 does."""
+    """{file: (the folder with it, what we read of the folder, what others read)}."""
     place = tmp_path_factory.mktemp("models")
-    llama, qwen = (tiny.build(place / family, family=family) for family in ("llama", "qwen2"))
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}  # fmt: skip
-    for folder, key, value in ((llama, "rope_scaling", scaling),
-                               (qwen, "rope_parameters", {"rope_theta": 10000.0, "rope_type": "default"})):  # fmt: skip
-        config = json.loads((folder / "config.json").read_text()) | {key: value}
-        del config["mlp_bias" if folder is llama else "rope_theta"]
-        (folder / "config.json").write_text(json.dumps(config))
-    network = lora.attach(models.load(llama), 3, 12.0, seed=1)
+    model, rope = tiny.build(place / "model"), {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = json.loads((model / "config.json").read_text()) | {"rope_parameters": rope}
+    (model / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "rope_theta"}))
+    network = lora.attach(models.load(model), 3, 12.0, seed=1)
     for layer in lora.adapters(network):
         for B in layer.B.values():
             torch.nn.init.normal_(B, std=0.1)
     models.save(network, place / "adapter")
-    subject = faith.open_subject(llama, "none", "", 2)
+    subject = faith.open_subject(model, "none", "", 2)
     subject.offsets = np.array([-0.75, -1.5])
-    faith.write_offsets(subject, 5, "ask", llama / CALIBRATION)
+    faith.write_offsets(subject, 5, "ask", model / CALIBRATION)
     return {
-        "config.json": ([llama, qwen], our_logits, their_logits),
-        "generation_config.json": ([llama], lambda it: set(models.load(it).config.end_of_turn), their_ends),
-        "tokenizer_config.json": ([llama], lambda it: [models.Tokenizer(it).render(t) for t in TURNS], their_turns),
-        "adapter_config.json": ([place / "adapter"], our_logits, lambda it: their_logits(it, llama)),
-        CALIBRATION: ([llama], lambda it: faith.open_subject(it, str(it / CALIBRATION), "", 2).offsets.tolist(),
-                             lambda it: json.loads((it / CALIBRATION).read_text())["mean_logp"]),
+        "config.json": (model, our_logits, their_logits),
+        "generation_config.json": (model, lambda it: set(models.load(it).config.end_of_turn), their_ends),
+        "tokenizer_config.json": (model, lambda it: [models.Tokenizer(it).render(t) for t in TURNS], their_turns),
+        "adapter_config.json": (place / "adapter", our_logits, lambda it: their_logits(it, model)),
+        CALIBRATION: (model, lambda it: faith.open_subject(it, str(it / CALIBRATION), "", 2).offsets.tolist(),
+                      lambda it: json.loads((it / CALIBRATION).read_text())["mean_logp"]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"{kind}config.json" for kind in ("", "generation_", "tokenizer_", "adapter_")), CALIBRATION]
-)
+@pytest.mark.parametrize("name", [*(f"{kind}config.json" for kind in KINDS), CALIBRATION])
 @examples(40)
 @given(data=st.data())
 def test_a_spoiled_file_of_a_model(read_from, name, data):
     """Refused, or read as others read it. Where they fail, it must be as before: the spoiled part does not matter."""
-    folders, ours, theirs = read_from[name]
-    folder = data.draw(st.sampled_from(folders))
+    folder, ours, theirs = read_from[name]
     with changed(folder, name, data.draw(spoiled((folder / name).read_text()))) as other:
         given = ["--model", other, "Is a whale a fish?", "--options", "yes", "no", "--max-new-tokens", 4]
         given += ["--calibration", other / name] if name == CALIBRATION else []
@@ -196,10 +193,8 @@ def test_a_spoiled_file_of_a_model(read_from, name, data):
                 wanted = theirs(other)
             except Exception:
                 wanted = ours(folder)
-            if torch.is_tensor(got):
-                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3, equal_nan=True)
-            else:
-                assert got == wanted
+            same = functools.partial(torch.allclose, rtol=1e-3, atol=1e-3, equal_nan=True)
+            assert (same if torch.is_tensor(got) else operator.eq)(got, wanted)
 
 
 # ---- the files of a run ------------------------------------------------------------------------------------------
