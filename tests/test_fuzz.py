@@ -91,10 +91,11 @@ def spoiled(draw, text):
 def damaged(draw, data):
     """In half of the cases the bytes as they are; else they are cut, encoded, or replaced by what is no such file."""
     at = draw(st.integers(0, len(data)))
+    text = data.decode("utf-8", "replace")
     twice = data.rstrip()[:-1] + b', "rms_norm_eps": 0.5, "eos_token_id": 3, "mean_logp": [1.0, 2.0], "seed": 4}'
     return draw(st.sampled_from([data] * 12 + [
         data[:at], data + b"}", data + b"\n\n", b"", b" \n", gzip.compress(data, mtime=0), codecs.BOM_UTF8 + data,
-        b"version https://git-lfs\noid x", data[:at] + b"\xe9" + data[at:], data.decode("utf-8", "replace").encode("utf-16"),
+        b"version https://git-lfs\noid x", data[:at] + b"\xe9" + data[at:], text.encode("utf-16"),
         data[:at] + b"\0" + data[at:], data[:at] + data[at + 1:], b"[" * 9999, b"null", b"[]", twice]))  # fmt: skip
 
 
