@@ -209,7 +209,7 @@ def run(folder, tmp_path_factory):
     return out
 
 
-@examples(40)
+@examples(150)
 @given(data=st.data())
 def test_spoiled_flags(run, data):
     """A resumed run has the flags that stand in its args.json, each of its own type."""
@@ -306,7 +306,11 @@ def spoiled_rows(draw, text, line_by_line):
 def test_spoiled_rows(task, data):
     """Read or refused; with --skip-bad-rows every question that is left is that of its line."""
     text, jsonl = (ROWS / task / FIRST[task]).read_text(), task == "social_iqa"
-    ways = [spoiled_rows(text, not jsonl)] + [spoiled(text)] * (task == "strategyqa")
+    ways = [spoiled_rows(text, not jsonl)]
+    if task == "strategyqa":
+        ways.append(
+            spoiled(json.dumps([{key: row[key] for key in ("question", "answer")} for row in json.loads(text)]))
+        )
     with changed(ROWS / task, FIRST[task], data.draw(st.one_of(ways))) as folder:
         for skip in (False, True):
             with contextlib.redirect_stderr(io.StringIO()) as said:
