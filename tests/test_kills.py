@@ -14,14 +14,14 @@ import launch
 import pytest
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FLAGS = {"steps": 8, "checkpoint_every": 2, "decay": "linear", "anchor": 0.5, "anchor_questions": 5, "kl": 0.01,
+FLAGS = {"steps": 40, "checkpoint_every": 2, "decay": "linear", "anchor": 0.5, "anchor_questions": 5, "kl": 0.01,
          "calibrate": True, "calibration_questions": 5, "labels": "frozen"}  # fmt: skip
 PHASES = {  # name: has a process come so far? new(file): it has written the file. And the longest wait from then on.
     "starting": (lambda out, new: True, 3.0),
     "measuring and labelling": (lambda out, new: new(out / "args.json"), 0.5),
     "training": (lambda out, new: new(out / "metrics.jsonl"), 0.3),
     "saving a checkpoint": (lambda out, new: any(map(new, out.glob("checkpoints/*.part"))), 0.02),
-    "saving the model, measuring": (lambda out, new: any(map(new, out.glob("model*"))), 0.3),
+    "saving the model, measuring": (lambda out, new: any(map(new, out.glob("model*"))), 0.1),
 }
 
 
@@ -51,8 +51,10 @@ def test_killed_at_random_moments(folder, whole, tmp_path, number):
         time.sleep(draw.uniform(0, longest))
         process.send_signal(sent)
         code, printed, error = launch.finish(process)
-        assert code in (-sent, 128 + sent), (phase, code, error)
-        assert "Traceback" not in error or phase == "starting", error
+        if phase == "starting":  # Ctrl-C may meet Python or torch before they know about signals
+            assert code, error
+        else:
+            assert code in (-sent, 128 + sent) and "Traceback" not in error, (phase, code, error)
         for done in re.findall(r"continuing after step (\d+)", printed):
             assert logged - 3 <= int(done) <= logged  # a checkpoint every two steps, and one line may be torn
         logged = len(launch.lines(out / "metrics.jsonl"))
