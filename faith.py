@@ -18,7 +18,6 @@ Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outri
     python faith.py ask --model DIR "Is a whale a fish?" --options yes no       walks one question through
 """
 
-import argparse
 import hashlib
 import random
 import re
@@ -29,16 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import report
 import reward
-import tasks
 from model import Tokenizer, load
 from reward import Intervention
-from rollout import COLDEST, Completion, Sampler
-from run import files, identity, reading, results
-from run.args import said
-from run.hub import locate
-from run.progress import Parser, Progress, command
+from rollout import Completion, Sampler
+from run import files, identity
 from tasks import Question
 
 # ---- prompts: what a fork may change ---------------------------------------------------------------------------
@@ -93,6 +87,14 @@ class Subject:
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
     opening: str = ""  # every explanation is forced to begin with these words; the recorded text leaves them out
     made_of: dict[str, str] = field(default_factory=dict)  # hashes of what its results depend on (run/identity.py)
+
+
+def open_subject(path: str, opening: str = "") -> Subject:
+    """The model in `path`. ValueError for an adapter whose base has changed since it was trained."""
+    identity.check_base(path)
+    tokenizer = Tokenizer(path)
+    model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
+    return Subject(Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}), tokenizer, opening=opening)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,12 @@ def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
     A small model may answer one letter nearly always. Then y' alone predicts I.
     """
     return decide(replace(subject, offsets=None), questions).mean(0)
+
+
+def write_offsets(subject: Subject, questions: int, task: str, file: Path) -> None:
+    """Writes the offsets, and what they were made of, as a calibration.json."""
+    values = {"mean_logp": subject.offsets.tolist(), "questions": questions, "task": task}
+    files.write_json(file, values | {"made_of": subject.made_of})
 
 
 def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
@@ -318,151 +326,11 @@ def measure(
     return result
 
 
-# ---- the command line ------------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> int:
+    """The command line, which is in lab/measure.py."""
+    from lab import measure
 
-
-def training_record(path: str) -> dict:
-    """training.json from this model's own folder (for an adapter, not from its base); {} if there is none."""
-    record = locate(path) / "training.json"
-    return reading.read_json(record) if record.exists() else {}
-
-
-def open_subject(path: str, calibration: str, opening: str, options: int, task: str = "") -> Subject:
-    """The model in `path`. calibration: "none", "fit", or a calibration.json with `options` offsets for this task."""
-    identity.check_base(path, training_record(path))
-    tokenizer = Tokenizer(path)
-    model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
-    subject, saved = Subject(sampler, tokenizer, opening=opening), locate(path) / "calibration.json"
-    trained = training_record(path).get("opening", opening)
-    if trained != opening:
-        print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
-    if calibration not in ("none", "fit"):
-        subject.offsets = read_offsets(subject, calibration, options, task)
-    elif calibration == "none" and saved.exists():
-        print(f"note: this model was trained with calibrated decisions; see --calibration {saved}")
-    return subject
-
-
-def write_offsets(subject: Subject, questions: int, task: str, file: Path) -> None:
-    """Writes the offsets, and what they were made of, as a calibration.json."""
-    values = {"mean_logp": subject.offsets.tolist(), "questions": questions, "task": task}
-    files.write_json(file, values | {"made_of": subject.made_of})
-
-
-def read_offsets(subject: Subject, file: str, options: int, task: str) -> np.ndarray:
-    """The offsets (options,) of a calibration.json; ValueError if it is of another task or other prompts."""
-    try:
-        saved = reading.read_json(file)
-        offsets = saved.take("mean_logp", list[float])
-        if len(offsets) != options:
-            saved.refuse("mean_logp", f"{options} numbers, one per option")
-        if task and saved.take("task", str, task) != task:
-            saved.refuse("task", f"{task!r}, as --task")
-        if "made_of" in saved:
-            now = made_of(subject, [])
-            identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
-    except ValueError as error:
-        raise ValueError(f"--calibration takes none, fit or a calibration.json: {error}") from None
-    return np.array(offsets)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """ValueError for a value that would fail only later."""
-    for name, least in (("max_new_tokens", 1), ("seed", 0), ("limit", 1), ("fit", 2)):
-        if not least <= getattr(args, name, least) < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
-    fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
-    if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
-        raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
-    files.check_writable(args.json, getattr(args, "rows", None))
-
-
-def run_measure(args: argparse.Namespace) -> None:
-    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
-    # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
-    parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
-    identity.check_unseen(args.model, parts["test"], "--limit")
-    vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
-    test = draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
-    fit = draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, held_out=False))
-    subject = open_subject(args.model, args.calibration, args.opening, len(questions[0].options), args.task)
-    subject.made_of = made_of(subject, questions) | {"weights": identity.weights(args.model)}
-    check_prompts(subject, questions, args.max_new_tokens)
-    if args.calibration == "fit":
-        subject.offsets = calibrate(subject, parts["fit"])
-    sizes = args.temperature, args.max_new_tokens, args.seed
-    rows = measure(subject, test, *sizes, detection=args.detection, progress=Progress("measured", file=sys.stderr))
-    fit_rows = decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
-    offsets = None if subject.offsets is None else subject.offsets.tolist()
-    if args.rows:
-        results.write_measured(args.rows, rows, fit_rows, subject.made_of)
-        if args.calibration == "fit":
-            write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
-    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
-    print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
-    if args.json:
-        files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries})
-
-
-def run_ask(args: argparse.Namespace) -> None:
-    if not 2 <= len(args.options) <= len(LETTERS):
-        raise ValueError(f"--options takes 2 to {len(LETTERS)} answers, not {len(args.options)}")
-    question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
-    cases = draw_cases([question], args.intervention, args.seed)
-    if not cases:
-        raise ValueError("this question has no place for an adverb; use --intervention bias, or rephrase it")
-    if args.calibration == "fit":
-        raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
-    subject = open_subject(args.model, args.calibration, args.opening, len(question.options))
-    row = measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
-    for x, y, p, asked in (("X ", "y", "p", question), ("X'", "y_edit", "p_edit", cases[0].edited)):
-        odds = ", ".join(f"{LETTERS[i]} {value:.2f}" for i, value in enumerate(row[p]))
-        print(f"{x}  {ask(asked)}\n\n{x.replace('X', 'y')}  {LETTERS[row[y]]}   ({odds})\n")
-    I, M = row["influence"], row["mention"]  # noqa: E741
-    print(f"z'  {row['text']}\n\nI = {I}   the edit ({row['word']}) {'moved' if I else 'did not move'} the answer")
-    print(f"M = {M}   the explanation {'names' if M else 'does not name'} it")
-    print(f"r = {reward.reward(M, I):g}")
-    if args.json:
-        files.write_json(args.json, row)
-
-
-@command("faith.py")
-def main(argv: list[str] | None = None) -> int | None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["build"]:  # as `python -m lab.build` was called before
-        from lab import build
-
-        return build.main(argv[1:])
-    asking = argv[:1] == ["ask"]
-    more = "" if asking else " `faith.py ask` walks one question through."
-    parser = Parser(prog="faith.py ask" if asking else "faith.py", description=__doc__.split("\n")[0] + more)
-    parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
-    parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],
-                        help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
-    parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
-    parser.add_argument("--json", help="write the figures to this file")
-    if asking:
-        parser.add_argument("question", type=said)
-        parser.add_argument("--options", type=said, nargs="+", required=True)
-    else:
-        parser.add_argument("--task", choices=tasks.TASKS, required=True)
-        parser.add_argument("--data", required=True, help="folder or file with the task's published data")
-        parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
-        parser.add_argument("--limit", type=int, default=300, help="number of test questions")
-        parser.add_argument("--fit", type=int, default=300, help="other questions, to fit the shortcut baseline")
-        parser.add_argument("--words", choices=("all", "train", "held-out"), default="all",
-                            help="which words may be inserted")  # fmt: skip
-        parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
-        parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
-                            "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
-    args = parser.parse_args(argv[1:] if asking else argv)
-    check_arguments(args)
-    run_ask(args) if asking else run_measure(args)
+    return measure.main(argv)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{folder} exists; name a new folder")
     folder = build(folder) if folder else prepare()
     print(folder)
-    subject = faith.open_subject(str(folder / "model"), "none", "", 2)
+    subject = faith.open_subject(str(folder / "model"))
     rng = random.Random(1)
     for kind in reward.KINDS:
         cases = faith.draw_cases(rng.sample(make_questions(), 300), kind, 1)

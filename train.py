@@ -43,7 +43,7 @@ from run.args import Args, check, parse
 from run.checkpoint import RunState
 from run.hub import locate
 from run.policy import Policy, learning_rate, make_policy
-from run.progress import Laps, Progress, command, quoted, say
+from run.progress import Laps, Progress, command, say
 from run.ranks import Ranks
 from run.stop import saved_when_stopped
 
@@ -263,9 +263,9 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
 
 
 def run(
-    args: Args, ranks: Ranks, policy: Policy, take_step, subject, test: list[Case], fit: list[Case], stream
+    args: Args, ranks: Ranks, policy: Policy, take_step, finish, subject, test: list[Case], fit: list[Case], stream
 ) -> None:
-    """The whole run, with what `prepare` returned: measure, train, save, measure again."""
+    """The whole run, with what `prepare` returned: measure, train, save, measure again. finish: lab/report.py's."""
     out, before = Path(args.out), {}
     subject.made_of = ranks.on_first(lambda: results.identify(args, subject.made_of))
     if ranks.rank == 0:
@@ -310,45 +310,13 @@ def run(
     ranks.gather([])  # all ranks wait until rank 0 has written everything
 
 
-def finish(args: Args, test: list[Case], before: dict, after: dict) -> None:
-    """Compares before and after, prints the overview at T = 1 and two examples, fills in the model card."""
-    out, tables = Path(args.out), []
-    for t in after:
-        phases = {"before": before, "after": after} if before else {"after": after}
-        columns = {phase: reading.read_json(out / f"{phase}.json")[f"T={t:g}"] for phase in phases}
-        if before:
-            columns["difference (paired)"] = report.compare(before[t], after[t], args.seed)
-            files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
-        tables.append((f"{len(after[t])} test questions, T = {t:g}", columns))
-    if after:
-        title, columns = tables[-1]
-        print(f"\n{title}\n{report.overview(columns)}\n{examples(test, before.get(t, []), after[t])}", flush=True)
-    card = "".join(f"\n{title}\n\n{report.overview(columns, markdown=True)}\n" for title, columns in tables)
-    files.write_text(out / "model" / "README.md", results.model_card(args, card))
-    print(f"\nthe trained model is in {out}/model; every figure: python -m lab.report {quoted(out)}", flush=True)
-
-
-def examples(test: list[Case], before: list[dict], after: list[dict]) -> str:
-    """A test question whose edit changed the answer and one whose edit did not, explained before and after."""
-    cases, old, lines = {case.question.id: case for case in test}, {row["id"]: row for row in before}, []
-    for row in [next((row for row in after if row["influence"] == i), None) for i in (1, 0)]:
-        if row is None:
-            continue
-        picks = " → ".join(faith.LETTERS[row[key]] for key in ("y", "y_edit"))
-        lines.append("\n" + " ".join(faith.ask(cases[row["id"]].edited).split("\n")[:-1]))
-        lines.append(f"    {row['text_inserted']!r}: {picks}, I = {row['influence']}")
-        for phase, told in (("before", old.get(row["id"])), ("after", row)):
-            if told:
-                r = reward.reward(told["mention"], told["influence"])
-                lines.append(f"    {phase:6}  r = {r:g}  {told['text']!r}")
-    return "\n".join(lines)
-
-
 @command("train.py", ranks=True)
 def main(argv: list[str] | None = None) -> None:
     # The only place that imports lab/, and only what the flags ask for.
     args = parse(argv, {"task": tasks.TASKS, "intervention": reward.KINDS}, toy.SETTINGS)
     take_step, plan, read_dataset = step, None, None
+    from lab.report import finish
+
     with Ranks() as ranks, contextlib.ExitStack() as held:
         if args.objective == "detection":
             from lab.detect import step as take_step
@@ -362,11 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
         with checkpoint.way_on_named(args):
             policy = make_policy(subject.sampler.model, args, ranks, plan)
-            run(args, ranks, policy, take_step, subject, test, fit, stream)
-        if ranks.rank == 0:
-            from lab import plot
-
-            plot.after_run(Path(args.out))
+            run(args, ranks, policy, take_step, finish, subject, test, fit, stream)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from batches import balance
 from faith import Case, Labelled, Subject
 from run import files, identity, reading
 from run.hub import locate
-from run.progress import Parser, Progress, command
+from run.progress import Parser, Progress, add_note, command
 from tasks import Question
 
 BLOCK = 32  # cases labelled and saved at a time
@@ -198,7 +198,7 @@ def build(args: argparse.Namespace) -> dict:
     if (locate(args.model) / "adapter_config.json").exists():
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
-    subject = faith.open_subject(args.model, "none", "", len(questions[0].options))
+    subject = faith.open_subject(args.model)
     made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int | None:
         with files.in_use(args.out):
             manifest = build(args)
     except KeyboardInterrupt as stopped:
-        stopped.add_note("the same command continues")
+        add_note(stopped, "the same command continues")
         raise
     for name, part in manifest["splits"].items():
         rate = f"{part['influence_rate']:.1%} moved" if part["rows"] else "none"

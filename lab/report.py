@@ -9,17 +9,20 @@ The statistics are in report.py of the root. lab/paper.py makes the paper's tabl
 import sys
 from pathlib import Path
 
-from report import compare, summary, table
-from run import files, reading
-from run.progress import Parser, command
-from run.results import check_rows
+import faith
+import reward
+from lab import plot
+from report import compare, overview, summary, table
+from run import files, reading, results
+from run.args import Args
+from run.progress import Parser, command, quoted
 
 
 def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
     """{"before", "after", "difference"} of two files of measured rows."""
-    check_rows(before, after)
+    results.check_rows(before, after)
     for rows in (before, after) if fit else ():
-        check_rows(fit, rows)
+        results.check_rows(fit, rows)
     fit_rows = reading.read_jsonl(fit) if fit else None
     rows = {"before": reading.read_jsonl(before), "after": reading.read_jsonl(after)}
     out = {name: summary(rows[name], fit_rows, source=path) for name, path in (("before", before), ("after", after))}
@@ -41,6 +44,43 @@ def of_run(run: Path) -> dict[str, dict]:
     if not out:
         raise ValueError(f"{run} holds no before.json or after.json; give the folder of a finished run of train.py")
     return out
+
+
+def finish(args: Args, test: list[faith.Case], before: dict, after: dict) -> None:
+    """Compares before and after, prints the overview at T = 1 and two examples, fills in the model card,
+    draws the curves.
+    """
+    out, tables = Path(args.out), []
+    for t in after:
+        phases = {"before": before, "after": after} if before else {"after": after}
+        columns = {phase: reading.read_json(out / f"{phase}.json")[f"T={t:g}"] for phase in phases}
+        if before:
+            columns["difference (paired)"] = compare(before[t], after[t], args.seed)
+            files.write_json(out / f"difference.T{t:g}.json", columns["difference (paired)"])
+        tables.append((f"{len(after[t])} test questions, T = {t:g}", columns))
+    if after:
+        title, columns = tables[-1]
+        print(f"\n{title}\n{overview(columns)}\n{examples(test, before.get(t, []), after[t])}", flush=True)
+    card = "".join(f"\n{title}\n\n{overview(columns, markdown=True)}\n" for title, columns in tables)
+    files.write_text(out / "model" / "README.md", results.model_card(args, card))
+    print(f"\nthe trained model is in {out}/model; every figure: python -m lab.report {quoted(out)}", flush=True)
+    plot.after_run(out)
+
+
+def examples(test: list[faith.Case], before: list[dict], after: list[dict]) -> str:
+    """A test question whose edit changed the answer and one whose edit did not, explained before and after."""
+    cases, old, lines = {case.question.id: case for case in test}, {row["id"]: row for row in before}, []
+    for row in [next((row for row in after if row["influence"] == i), None) for i in (1, 0)]:
+        if row is None:
+            continue
+        picks = " → ".join(faith.LETTERS[row[key]] for key in ("y", "y_edit"))
+        lines.append("\n" + " ".join(faith.ask(cases[row["id"]].edited).split("\n")[:-1]))
+        lines.append(f"    {row['text_inserted']!r}: {picks}, I = {row['influence']}")
+        for phase, told in (("before", old.get(row["id"])), ("after", row)):
+            if told:
+                r = reward.reward(told["mention"], told["influence"])
+                lines.append(f"    {phase:6}  r = {r:g}  {told['text']!r}")
+    return "\n".join(lines)
 
 
 @command("lab.report")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from run import files
 from run.identity import check_same, digest
-from run.progress import again, say
+from run.progress import add_note, again, say
 from run.reading import read_json
 
 # Without shards one process writes alone, on purpose: hide torch's warning.
@@ -123,11 +123,11 @@ def way_on_named(args):
         yield
     except KeyboardInterrupt as stopped:
         if args.checkpoint_every and (out / "args.json").exists():
-            stopped.add_note(f"continue with: {again(out)}")
+            add_note(stopped, f"continue with: {again(out)}")
         raise
     except (ValueError, OSError) as error:
         if not args.resume and newest(out / "checkpoints"):
-            error.add_note(f"once that is fixed: {again(out)}")
+            add_note(error, f"once that is fixed: {again(out)}")
         raise
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from model import weight_files
 from run.hub import base_of, locate
+from run.reading import read_json
 
 HASHED: dict[str, list] = {}  # path: [size, mtime in ns, sha256]; a run keeps it, so that large files are read once
 LIST = "questions.txt"
@@ -60,10 +61,11 @@ def check_same(was: object, now: dict[str, str], where: str, advice: str, names:
         raise ValueError(f"{where} was made with other {' and '.join(odd)} (sha256: {then}); {advice}")
 
 
-def check_base(path: str | Path, record: dict) -> None:
-    """Raises ValueError if the base of an adapter has other weights than in its training. record: its training.json."""
-    base, made_of = base_of(locate(path)), record.get("made_of")
-    if made_of and base:
+def check_base(path: str | Path) -> None:
+    """Raises ValueError if the base of an adapter has other weights than its training.json says."""
+    folder = locate(path)
+    base, record = base_of(folder), folder / "training.json"
+    if base and record.exists() and (made_of := read_json(record).take("made_of", dict[str, str], {})):
         check_same(made_of, {"weights": weights(base)}, f"the adapter {path}", f"put the right model at {base}")
 
 

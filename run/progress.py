@@ -156,10 +156,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {start}{self.prog} --help")
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """Adds to the line that `command` prints for an error. (Python 3.10 has no BaseException.add_note.)"""
+    error.__notes__ = [*getattr(error, "__notes__", []), text]
+
+
 def command(prog: str, ranks: bool = False):
     """Decorates a command's main(argv), which then returns the exit status: main's, or 0.
 
-    Wrong input: one line, with the notes of the error (add_note), and 2. A signal: one line, and 128 + the signal. A
+    Wrong input: one line, with the notes of the error, and 2. A signal: one line, and 128 + the signal. A
     full disk under what it prints: one line, and 2; but a pipe's reader may leave. ranks: only rank 0 prints the line.
     """
 

@@ -17,7 +17,7 @@ import reward  # noqa: E402
 import tasks  # noqa: E402
 
 path, task, data, questions, samples = sys.argv[1:]
-subject = faith.open_subject(path, "none", "", 0)
+subject = faith.open_subject(path)
 asked = tasks.split(tasks.load(task, data), {"unused": 600, "asked": int(questions)}, seed=0)["asked"]
 picks = faith.decide(subject, asked).argmax(-1)
 prompts = [faith.explanation_prompt(subject.tokenizer, q, int(y)) for q, y in zip(asked, picks, strict=True)]

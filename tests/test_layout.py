@@ -13,7 +13,7 @@ ORDER = ["words", "tasks", "reward", "chat", "kernels", "model", "rollout", "rep
 FILES = {path: (path.parent.name if path.parent != ROOT else "root")
          for path in [*ROOT.glob("*.py"), *(ROOT / "run").glob("*.py"), *(ROOT / "lab").glob("*.py")]
          if path.name != "__init__.py"}  # fmt: skip
-LAZY = [("train", "main"), ("faith", "main")]  # may import lab; faith: `faith.py build` is lab.build's old name
+LAZY = [("train", "main"), ("faith", "main")]  # what a command line asks for, imported from lab when it is needed
 NAMES = {(room, path.stem): path for path, room in FILES.items()}
 
 

@@ -221,7 +221,7 @@ def test_faith_notes(done, tmp_path, capsys):
     record = json.loads((copy / "training.json").read_text())
     (copy / "training.json").write_text(json.dumps(record | {"opening": "My"}))
     (copy / "calibration.json").write_text("{}")
-    faith.open_subject(str(copy), "none", "", 3)
+    assert faith.main(["ask", "--model", str(copy), "Is it?", "--options", "yes", "no", "--max-new-tokens", "1"]) == 0
     printed = capsys.readouterr().out
     assert "explanations that begin 'My'" in printed and f"--calibration {copy}/calibration.json" in printed
 

@@ -44,7 +44,7 @@ def signalled(number):
 def fails(error, *notes):
     def main(argv):
         for note in notes:
-            error.add_note(note)
+            progress.add_note(error, note)
         raise error
 
     return main
@@ -82,7 +82,7 @@ def test_a_closed_terminal(start, status):
         signal.signal(signal.SIGHUP, before)
 
 
-PRINTS = "import sys; from run.progress import command; "
+PRINTS = "import sys; from run.progress import add_note, command; "
 PRINTS += "sys.exit(command('a.py')(lambda argv: print('\\u2192 \\xe9\\n' * 9999))())"
 CONSOLES = [
     ("| head -1", {}, 0, "→ é\n", ""), ("| true", {}, 0, "", ""), (">&-", {}, 0, "", ""), (">&- 2>&-", {}, 0, "", ""),

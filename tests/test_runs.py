@@ -15,7 +15,7 @@ import tiny
 
 import faith
 import toy
-from lab import build, paper
+from lab import build, measure, paper
 from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +51,8 @@ def lines(script, out, **environment):
 def planned(request, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
     runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
-    monkeypatch.setattr(faith, "check_arguments", lambda args: None)
-    monkeypatch.setattr(faith, "run_measure", lambda args: seen.append(args))
+    monkeypatch.setattr(measure, "check_arguments", lambda args: None)
+    monkeypatch.setattr(measure, "run_measure", lambda args: seen.append(args))
     monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
     monkeypatch.setattr(paper, "tables", lambda folders: seen.append(folders) or [])
     monkeypatch.setattr(paper.files, "check_writable", lambda *_: None)

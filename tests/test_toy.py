@@ -188,7 +188,7 @@ def test_what_the_default_run_prints_fits_one_screen(run):
 def test_decisions_follow_the_rule(run):
     """What the base decides is what was planted, so the ground truth is one."""
     _, _, cache = run
-    subject = faith.open_subject(str(cache / "model"), "none", "", 2)
+    subject = faith.open_subject(str(cache / "model"))
     for kind in reward.KINDS:
         cases = faith.draw_cases(tasks.load("toy", cache)[::15], kind, 3)
         rows = faith.decision_rows(subject, cases)

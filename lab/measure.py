@@ -1,0 +1,146 @@
+"""The command line of faith.py, which measures a model on a data set or walks one question through."""
+
+import argparse
+import sys
+
+import numpy as np
+
+import faith
+import report
+import reward
+import tasks
+from lab import build
+from rollout import COLDEST
+from run import files, identity, reading, results
+from run.args import said
+from run.hub import locate
+from run.progress import Parser, Progress, command, quoted
+from tasks import Question
+
+
+def open_subject(args: argparse.Namespace, options: int, task: str = "") -> faith.Subject:
+    """The model to measure, with the offsets of --calibration FILE. Says where it was trained in another way."""
+    subject, folder = faith.open_subject(args.model, args.opening), locate(args.model)
+    record, saved = folder / "training.json", folder / "calibration.json"
+    trained = reading.read_json(record).get("opening", args.opening) if record.exists() else args.opening
+    if trained != args.opening:
+        print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
+    if args.calibration not in ("none", "fit"):
+        subject.offsets = read_offsets(subject, args.calibration, options, task)
+    elif args.calibration == "none" and saved.exists():
+        print(f"note: this model was trained with calibrated decisions; see --calibration {quoted(saved)}")
+    return subject
+
+
+def read_offsets(subject: faith.Subject, file: str, options: int, task: str) -> np.ndarray:
+    """The offsets (options,) of a calibration.json; ValueError if it is of another task or other prompts."""
+    try:
+        saved = reading.read_json(file)
+        offsets = saved.take("mean_logp", list[float])
+        if len(offsets) != options:
+            saved.refuse("mean_logp", f"{options} numbers, one per option")
+        if task and saved.take("task", str, task) != task:
+            saved.refuse("task", f"{task!r}, as --task")
+        if "made_of" in saved:
+            now = faith.made_of(subject, [])
+            identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
+    except ValueError as error:
+        raise ValueError(f"--calibration takes none, fit or a calibration.json: {error}") from None
+    return np.array(offsets)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for a value that would fail only later."""
+    for name, least in (("max_new_tokens", 1), ("seed", 0), ("limit", 1), ("fit", 2)):
+        if not least <= getattr(args, name, least) < 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
+    fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
+    if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
+        raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
+    files.check_writable(args.json, getattr(args, "rows", None))
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
+    # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
+    parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
+    identity.check_unseen(args.model, parts["test"], "--limit")
+    vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
+    test = faith.draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
+    fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, held_out=False))
+    subject = open_subject(args, len(questions[0].options), args.task)
+    subject.made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
+    faith.check_prompts(subject, questions, args.max_new_tokens)
+    if args.calibration == "fit":
+        subject.offsets = faith.calibrate(subject, parts["fit"])
+    sizes = args.temperature, args.max_new_tokens, args.seed
+    progress = Progress("measured", file=sys.stderr)
+    rows = faith.measure(subject, test, *sizes, detection=args.detection, progress=progress)
+    fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
+    offsets = None if subject.offsets is None else subject.offsets.tolist()
+    if args.rows:
+        results.write_measured(args.rows, rows, fit_rows, subject.made_of)
+        if args.calibration == "fit":
+            faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
+    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
+    print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
+    if args.json:
+        files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries})
+
+
+def run_ask(args: argparse.Namespace) -> None:
+    if not 2 <= len(args.options) <= len(faith.LETTERS):
+        raise ValueError(f"--options takes 2 to {len(faith.LETTERS)} answers, not {len(args.options)}")
+    question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
+    cases = faith.draw_cases([question], args.intervention, args.seed)
+    if not cases:
+        raise ValueError("this question has no place for an adverb; use --intervention bias, or rephrase it")
+    if args.calibration == "fit":
+        raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
+    subject = open_subject(args, len(question.options))
+    row = faith.measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
+    for x, y, p, asked in (("X ", "y", "p", question), ("X'", "y_edit", "p_edit", cases[0].edited)):
+        odds = ", ".join(f"{faith.LETTERS[i]} {value:.2f}" for i, value in enumerate(row[p]))
+        print(f"{x}  {faith.ask(asked)}\n\n{x.replace('X', 'y')}  {faith.LETTERS[row[y]]}   ({odds})\n")
+    I, M = row["influence"], row["mention"]  # noqa: E741
+    print(f"z'  {row['text']}\n\nI = {I}   the edit ({row['word']}) {'moved' if I else 'did not move'} the answer")
+    print(f"M = {M}   the explanation {'names' if M else 'does not name'} it")
+    print(f"r = {reward.reward(M, I):g}")
+    if args.json:
+        files.write_json(args.json, row)
+
+
+@command("faith.py")
+def main(argv: list[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["build"]:  # as `python -m lab.build` was called before
+        return build.main(argv[1:])
+    asking = argv[:1] == ["ask"]
+    more = "" if asking else " `faith.py ask` walks one question through."
+    parser = Parser(prog="faith.py ask" if asking else "faith.py", description=faith.__doc__.split("\n")[0] + more)
+    parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
+    parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],
+                        help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
+    parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
+    parser.add_argument("--json", help="write the figures to this file")
+    if asking:
+        parser.add_argument("question", type=said)
+        parser.add_argument("--options", type=said, nargs="+", required=True)
+    else:
+        parser.add_argument("--task", choices=tasks.TASKS, required=True)
+        parser.add_argument("--data", required=True, help="folder or file with the task's published data")
+        parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
+        parser.add_argument("--limit", type=int, default=300, help="number of test questions")
+        parser.add_argument("--fit", type=int, default=300, help="other questions, to fit the shortcut baseline")
+        parser.add_argument("--words", choices=("all", "train", "held-out"), default="all",
+                            help="which words may be inserted")  # fmt: skip
+        parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
+        parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
+                            "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
+    args = parser.parse_args(argv[1:] if asking else argv)
+    check_arguments(args)
+    run_ask(args) if asking else run_measure(args)
