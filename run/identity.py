@@ -6,6 +6,7 @@
     prompts      the texts around a question: how it is asked, how the explanation is asked for
     words        the word lists and the sentences that an edit inserts
     questions    the questions as loaded, in their order
+    flags        of a run: those that a resumed run may not change
 
 They stand beside what depends on them: in OUT/identity.json of a run, the manifest.json of a checkpoint and of a data
 set, PREFIX.identity.json of measured rows, calibration.json, and training.json of a trained model. Whoever reads one of

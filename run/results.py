@@ -47,7 +47,9 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     begun = read_json(kept) if args.resume and kept.exists() else None
     known = {} if begun is None else begun.take("files", dict[str, list[int | str]], {})
     identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 3})
-    made_of = made_of | {"weights": identity.weights(args.model)}
+    fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if not f.metadata["on_resume"]}
+    set_flags = {name: value for name, value in fixed.items() if value != getattr(Args, name)}
+    made_of = made_of | {"weights": identity.weights(args.model), "flags": identity.digest(set_flags)}
     if begun is not None:
         identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
     elif args.resume:

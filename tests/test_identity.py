@@ -88,6 +88,12 @@ def test_a_resumed_run_of_the_same(copy, capsys):
     assert code == 0 and "identity.json is missing" in printed and (copy / "run" / "identity.json").exists()
 
 
+def test_flags_that_were_edited(copy):
+    """A flag that no resumed run may change, changed in args.json itself."""
+    change_json(copy / "run" / "args.json", samples=2)
+    assert "was made with other flags (sha256: " in refused(["--resume", "--out", copy / "run", "--steps", 3])
+
+
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     file = tmp_path / "a"
     file.write_bytes(b"one")
