@@ -41,9 +41,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.signals: Signals | None = None  # set if all ranks must agree on a stop
         if self.world > 1:
-            late = threading.Timer(
-                10, say, [f"rank {self.rank} of {self.world}, as the environment says, waits for others"]
-            )
+            waits = f"rank {self.rank} of {self.world}, as the environment says, waits for others"
+            late = threading.Timer(10, say, [waits])
             late.start()
             try:
                 with handled(signal.SIG_DFL):  # this call would not notice a handler of Python's
@@ -131,7 +130,7 @@ class Ranks:
         work.wait()
         if self.signals and not self.signals.changing and asked:
             self.signals.number = int(asked)
-            raise Stopped
+            raise Stopped(self.signals.number)
 
     def leave(self) -> None:
         """Before an early exit: the other ranks may be gone, so this rank waits for none of them."""

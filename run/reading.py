@@ -240,11 +240,8 @@ def copy_tensors(file: Path, place_of) -> None:
             for name in found.keys():  # noqa: SIM118 (a safe_open is not a dict)
                 if (place := place_of(name, file)) is None:
                     continue
-                shape, wanted, kind = (
-                    found.get_slice(name).get_shape(),
-                    list(place.shape),
-                    found.get_slice(name).get_dtype(),
-                )
+                header, wanted = found.get_slice(name), list(place.shape)
+                shape, kind = header.get_shape(), header.get_dtype()
                 if shape != wanted:
                     raise ValueError(f"{file}: {name} has shape {shape}, its config says {wanted}; fetch both again")
                 if kind not in ("F64", "F32", "F16", "BF16"):

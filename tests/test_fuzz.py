@@ -37,6 +37,7 @@ import faith
 import model as models
 import reward
 import tasks
+from lab import measure
 from run import lora
 from run.args import Args, parse
 from run.progress import command
@@ -165,7 +166,7 @@ def read_from(tmp_path_factory):
         for B in layer.B.values():
             torch.nn.init.normal_(B, std=0.1)
     models.save(network, place / "adapter")
-    subject = faith.open_subject(model, "none", "", 2)
+    subject = faith.open_subject(model)
     subject.offsets = np.array([-0.75, -1.5])
     faith.write_offsets(subject, 5, "ask", model / CALIBRATION)
     return {
@@ -173,7 +174,7 @@ def read_from(tmp_path_factory):
         "generation_config.json": (model, lambda it: set(models.load(it).config.end_of_turn), their_ends),
         "tokenizer_config.json": (model, lambda it: [models.Tokenizer(it).render(t) for t in TURNS], their_turns),
         "adapter_config.json": (place / "adapter", our_logits, lambda it: their_logits(it, model)),
-        CALIBRATION: (model, lambda it: faith.open_subject(it, str(it / CALIBRATION), "", 2).offsets.tolist(),
+        CALIBRATION: (model, lambda it: measure.read_offsets(subject, it / CALIBRATION, 2, "").tolist(),
                       lambda it: json.loads((it / CALIBRATION).read_text())["mean_logp"]),
     }  # fmt: skip
 
