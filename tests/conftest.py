@@ -18,6 +18,8 @@ import torch
 
 import faith
 import model as models
+import reward
+import tasks
 from rollout import Sampler
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -75,6 +77,20 @@ def network(folder) -> models.Transformer:
 @pytest.fixture
 def subject(network, folder) -> faith.Subject:
     return faith.Subject(Sampler(network), models.Tokenizer(folder))
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[tasks.Question]:
+    return tasks.load("esnli", tiny.ROOT / "tests" / "data" / "esnli")
+
+
+@pytest.fixture(scope="session")
+def prompts(folder, questions) -> list[list[int]]:
+    """Explanation and decision prompts of unequal length, and one of a single token."""
+    tokenizer = models.Tokenizer(folder)
+    cases = faith.draw_cases(questions[:9:2], "bias", 0, reward.words("bias"))
+    texts = [faith.explanation_prompt(tokenizer, case.edited, i % 3) for i, case in enumerate(cases)]
+    return [*texts, *(faith.decision_prompt(tokenizer, case.question) for case in cases), [tiny.START]]
 
 
 @pytest.fixture(scope="session")

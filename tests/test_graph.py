@@ -20,30 +20,14 @@ from test_rollout import same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import faith
 import model as models
-import reward
 import rollout
-import tasks
 from run import lora
 from run.args import Args
 from run.policy import Policy
 from run.ranks import Ranks
 
 SOURCE = (tiny.ROOT / "rollout.py").read_text()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def prompts(folder):
-    tokenizer = models.Tokenizer(folder)
-    questions = tasks.load("esnli", tiny.ROOT / "tests" / "data" / "esnli")
-    cases = faith.draw_cases(questions[:9], "bias", 0, reward.words("bias"))
-    return [faith.explanation_prompt(tokenizer, case.edited, i % 3) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(autouse=True)

@@ -61,10 +61,6 @@ def without(edited, word):
     return edited[: start - 1] + edited[end:], start - 1
 
 
-def python(script, env=None):
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 def named(word, text, kind="adverb"):
     return reward.mentions(Intervention(kind, word, word, None, None), text)
 
@@ -72,16 +68,19 @@ def named(word, text, kind="adverb"):
 # --- the words ---
 
 
-def test_lists_are_large_distinct_and_single_words():
+def test_word_lists():
+    """Large, of single words; no form belongs to two words. Every phrasing fits every persona and one letter."""
     assert len(reward.ADVERBS) >= 150 and len(reward.PERSONAS) >= 16 and len(reward.PHRASINGS) >= 6
     everything = reward.ADVERBS + reward.PERSONAS
-    assert len(set(everything)) == len(everything)
     assert all(w.isalpha() and w.islower() for w in everything)
     assert sum(not w.endswith("ly") for w in reward.ADVERBS) >= 5
     forms = Counter(form for word in everything for form in reward.variants(word))
-    assert max(forms.values()) == 1  # no form belongs to two words
+    assert max(forms.values()) == 1
     reverses = set("never not falsely seldom rarely wrongly almost quickly happily".split())
     assert not set(reward.ADVERBS) & (MISLEADING | reverses)
+    for phrasing in reward.PHRASINGS:
+        assert phrasing.count("{persona}") == phrasing.count("({letter})") == 1 and phrasing.endswith(".")
+        assert phrasing[0].isupper() and "y {persona}" in phrasing  # "my", so never "a" or "an"
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)
@@ -104,10 +103,13 @@ def test_no_word_moves_between_training_and_held_out(monkeypatch):
         assert set(reward.words(kind, True)) - {"zanily", "zestfully", "astronaut", "yodeler"} == held
 
 
-def test_an_unknown_kind_is_refused_in_one_clear_line():
+def test_an_unknown_kind_or_form_is_refused():
     for call in (lambda: reward.words("noun"), lambda: reward.intervene(NLI, "noun", random.Random(0), ["x"])):
         with pytest.raises(ValueError, match="unknown intervention 'noun': choose one of adverb, bias"):
             call()
+    for word in ("sister-in-law", "my boss", "Teacher", ""):  # no explanation could match these
+        with pytest.raises(ValueError, match="one word in lower case"):
+            reward.variants(word)
 
 
 # --- what counts as a mention ---
@@ -129,20 +131,11 @@ STRANGERS = """
 """
 
 
-@pytest.mark.parametrize("family", [line.split() for line in FAMILIES.split(";")], ids=lambda family: family[0])
-def test_variants_hold_the_family(family):
-    assert set(family) <= reward.variants(family[0])
-
-
-@pytest.mark.parametrize("word, strangers", [line.split(maxsplit=1) for line in STRANGERS.split(";")])
-def test_variants_leave_strangers_out(word, strangers):
-    assert not reward.variants(word) & set(strangers.split())
-
-
-def test_a_word_that_no_explanation_could_match_is_refused():
-    for word in ("sister-in-law", "my boss", "Teacher", ""):
-        with pytest.raises(ValueError, match="one word in lower case"):
-            reward.variants(word)
+@pytest.mark.parametrize("line", (FAMILIES + ";" + STRANGERS).split(";"))
+def test_variants_hold_the_family_and_no_stranger(line):
+    word, *others = line.split()
+    assert word in reward.variants(word)
+    assert reward.variants(word) & set(others) == (set(others) if line in FAMILIES else set())
 
 
 MENTIONS = [
@@ -200,34 +193,16 @@ def test_influence_and_reward():
     assert reward.reward(np.bool_(True), 1) == 1.0 and isinstance(reward.reward(True, True), float)
 
 
-def test_phi_is_the_pearson_correlation_and_the_matthews_coefficient():
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_phi_is_the_pearson_correlation():
     rng = np.random.default_rng(0)
-    for n in (2, 5, 30, 400):
-        for _ in range(25):
-            i, m = (rng.random((2, n)) < rng.random((2, 1))).astype(int)
-            if 0 < i.sum() < n and 0 < m.sum() < n:
-                got = reward.phi(i.tolist(), m.tolist())
-                assert got == pytest.approx(np.corrcoef(i, m)[0, 1], abs=1e-12)
-                assert got == pytest.approx(metrics.matthews_corrcoef(i, m), abs=1e-12)
-            else:
-                assert math.isnan(reward.phi(i.tolist(), m.tolist()))
-
-
-@pytest.mark.parametrize(
-    "i, m, expected",
-    [
-        ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
-        ([1, 1, 0, 0], [0, 0, 1, 1], -1.0),
-        ([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 1 / 3),
-        ([], [], math.nan),  # an empty margin: undefined, not zero
-        *(pair + (math.nan,) for pair in (([1, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 1], [1, 1]), ([0, 1], [0, 0]))),
-    ],
-)
-def test_phi_by_hand(i, m, expected):
-    assert reward.phi(i, m) == pytest.approx(expected, nan_ok=True)
-    with pytest.raises(ValueError):
-        reward.phi([*i, 0], m)
+    pairs = [(rng.random((2, n)) < rng.random((2, 1))).astype(int) for n in (2, 5, 30, 400) for _ in range(25)]
+    for i, m in (*pairs, ([1, 1, 0, 0], [1, 1, 0, 0]), ([1, 1, 0, 0], [0, 0, 1, 1]), ([], [])):
+        i, m = list(i), list(m)
+        constant = len({*i}) < 2 or len({*m}) < 2  # undefined, not zero
+        wanted = math.nan if constant else np.corrcoef(i, m)[0, 1]
+        assert reward.phi(i, m) == pytest.approx(wanted, abs=1e-12, nan_ok=True)
+        with pytest.raises(ValueError):
+            reward.phi([*i, 0], m)
 
 
 # --- the bias sentence ---
@@ -246,22 +221,13 @@ def test_bias_goes_to_the_appeal_alone():
 def test_the_suggestion_the_phrasing_and_the_persona_are_uniform():
     n = 3000
     drawn = [reward.intervene(NLI, "bias", random.Random(seed))[1] for seed in range(n)]
-    for counts, k in (
-        (Counter(it.suggestion for it in drawn), 3),
-        (Counter(it.phrasing for it in drawn), len(reward.PHRASINGS)),
-        (Counter(it.word for it in drawn), len(reward.PERSONAS)),
-    ):
+    for name, k in ("suggestion", 3), ("phrasing", len(reward.PHRASINGS)), ("word", len(reward.PERSONAS)):
+        counts = Counter(getattr(it, name) for it in drawn)
         assert len(counts) == k
         chi2 = sum((c - n / k) ** 2 / (n / k) for c in counts.values())
         assert chi2 < (k - 1) + 5 * math.sqrt(2 * (k - 1))
     two = [reward.intervene(COMVE, "bias", random.Random(seed))[1].suggestion for seed in range(400)]
     assert 140 < sum(two) < 260
-
-
-def test_every_phrasing_ends_its_sentence_names_one_letter_and_needs_no_article():
-    for phrasing in reward.PHRASINGS:
-        assert phrasing.count("{persona}") == phrasing.count("({letter})") == 1 and phrasing.endswith(".")
-        assert phrasing[0].isupper() and "y {persona}" in phrasing  # "my", so never "a" or "an"
 
 
 # --- the adverb ---
@@ -300,13 +266,6 @@ NO_PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", PLACES + NO_PLACES)
-def test_the_places_in_a_sentence(text):
-    """A star stands at each place, and nowhere else."""
-    pieces = re.split(r"\* | \*(?=[.?]|$)", text)
-    assert reward.places("".join(pieces)) == [sum(map(len, pieces[:n])) for n in range(1, len(pieces))]
-
-
 FORBIDDEN = [
     "Is * kale better than spinach?", "Did * the Queen eat a cake?", "Would * she like tea?", "Why is * running fun?",
     "The man has * a dog.", "He plays * a guitar.", "The red painted * wall is wet.",
@@ -315,10 +274,12 @@ FORBIDDEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", FORBIDDEN)
-def test_places_that_english_forbids(text):
-    """A star stands at a bad place, such as between an auxiliary and its subject, or between a verb and its object."""
-    assert text.index("*") not in reward.places(text.replace("* ", ""))
+@pytest.mark.parametrize("text", PLACES + NO_PLACES + FORBIDDEN)
+def test_the_places_in_a_sentence(text):
+    """A star stands at each place and nowhere else; in FORBIDDEN at a bad one, as between a verb and its object."""
+    pieces = re.split(r"\* | \*(?=[.?]|$)", text)
+    stars, places = [sum(map(len, pieces[:n])) for n in range(1, len(pieces))], reward.places("".join(pieces))
+    assert stars[0] not in places if text in FORBIDDEN else stars == places
 
 
 def test_an_adverb_goes_into_one_part_at_any_of_its_places():
@@ -347,32 +308,29 @@ def test_comve_edits_either_option_with_equal_chance_however_many_places_it_has(
         assert set(changed) == {(True, False), (False, True)} and 420 < changed[True, False] < 580
 
 
-def test_no_place_gives_none():
+def test_without_a_place_or_a_word_there_is_no_edit():
+    """A word that the question has in any form is not inserted."""
     blank = Question("strategyqa", "q", ("Is it red?",), ("yes", "no"), 0, "q")
-    assert reward.intervene(blank, "adverb", random.Random(0)) is None
     half = Question("comve", "c", (), ("He sings.", "There is a cat."), 0, "z")
-    assert reward.intervene(half, "adverb", random.Random(0)) is None
-    assert reward.intervene(blank, "bias", random.Random(0)) is not None
-
-
-def test_a_word_that_the_question_has_in_any_form_is_not_inserted():
     solemn = Question("esnli", "q", ("A Solemn man is singing.", "He is grim."), ("yes", "no"), 0, "q")
-    assert reward.intervene(solemn, "adverb", random.Random(0), ["solemnly", "grimly"]) is None
+    for question, words in ((blank, None), (half, None), (solemn, ["solemnly", "grimly"])):
+        assert reward.intervene(question, "adverb", random.Random(0), words) is None
+    assert reward.intervene(blank, "bias", random.Random(0)) is not None
     assert words_of(solemn, "adverb", ["solemnly", "wryly"]) == {"wryly"}
     people = Question("social_iqa", "q", ("The prof left.", "Why?"), ("her tutors' rules", "x", "y"), 0, "q")
     assert words_of(people, "bias", ["professor", "tutor", "uncle"]) == {"uncle"}
 
 
-def test_the_edit_depends_on_the_generator_alone_in_every_process():
+def test_an_edit_depends_on_the_generator_alone_in_every_process():
+    """And reward.py needs neither torch nor numpy."""
     script = (
-        "import random, reward; from tasks import Question; rng = random.Random(7);"
-        f"q = {NLI}; print([reward.intervene(q, k, rng)[1] for k in reward.KINDS for _ in range(20)])"
+        "import random, reward, sys; from tasks import Question; rng = random.Random(7);"
+        f"q = {NLI}; print([reward.intervene(q, k, rng)[1] for k in reward.KINDS for _ in range(20)]);"
+        "assert not {'torch', 'numpy'} & sys.modules.keys()"
     )
-    runs = [python(script, {**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
     rng = random.Random(7)
     here = [reward.intervene(NLI, k, rng)[1] for k in reward.KINDS for _ in range(20)]
-    assert runs == [f"{here}\n"] * 2
-
-
-def test_reward_imports_neither_torch_nor_numpy():
-    assert python("import sys, reward; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))").returncode == 0
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
+                              capture_output=True, text=True)  # fmt: skip
+        assert (done.stdout, done.stderr) == (f"{here}\n", "")
