@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import safetensors.torch
@@ -66,6 +67,21 @@ def refused(given):
     code, _, error = call(given)
     assert code == 2 and error.count("\n") == 1 and error.startswith("train.py: "), error
     return error
+
+
+def step_on(policy, groups, rewards):
+    """The record of train.step, without times, on given groups and rewards in place of its labels, samples, rewards."""
+    batch = [(types.SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
+    given = {"balanced_batch": lambda *_: (batch, batch), "batch_metrics": lambda *_: {},
+             "explanation_prompt": lambda tokenizer, i, *_: groups[i][0],
+             "sample": lambda subject, prompts, keys, *_: [groups[i][1] for i in keys],
+             "score": lambda subject, case, *_: [{"reward": r} for r in rewards[case.key]]}  # fmt: skip
+    subject, anchor = types.SimpleNamespace(tokenizer=None, opening=""), types.SimpleNamespace(backward=lambda n: 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in given.items():
+            patch.setattr(train, name, function)
+        record, _ = train.step(0, subject, policy, None, anchor, policy.args, policy.ranks)
+    return {name: value for name, value in record.items() if not name.endswith("_s")}
 
 
 def script(file, body):

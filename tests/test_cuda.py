@@ -3,12 +3,11 @@ NCCL and runs of train.py work there."""
 
 import copy
 import random
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from launch import call, flags, timeless
+from launch import call, flags, step_on, timeless
 from test_graph import adapt
 from test_rollout import FAMILIES, eager, flat, random_network, random_texts, same
 
@@ -16,7 +15,6 @@ import grpo
 import kernels
 import model as models
 import rollout
-import train
 from rollout import Completion, Sampler
 from run import lora, shard
 from run.args import Args
@@ -37,19 +35,9 @@ def test_samples_and_options_are_the_cpus(family):
 
 
 def update(policy, groups, rewards):
-    """The figures of train.step on given groups and rewards, in place of its own labels, samples and rewards."""
-    batch = [(SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
-    given = {"balanced_batch": lambda *_: (batch, batch), "batch_metrics": lambda *_: {},
-             "explanation_prompt": lambda tokenizer, i, *_: groups[i][0],
-             "sample": lambda subject, prompts, keys, *_: [groups[i][1] for i in keys],
-             "score": lambda subject, case, *_: [{"reward": r} for r in rewards[case.key]]}  # fmt: skip
-    subject, anchor = SimpleNamespace(tokenizer=None, opening=""), SimpleNamespace(backward=lambda n: 0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in given.items():
-            patch.setattr(train, name, function)
-        record, _ = train.step(0, subject, policy, None, anchor, policy.args, policy.ranks)
+    record = step_on(policy, groups, rewards)
     assert not record["skipped"]
-    return {name: value for name, value in record.items() if not name.endswith("_s")}
+    return record
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,12 +5,12 @@ import math
 import os
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from launch import step_on
 
 import grpo
 import kernels
@@ -34,24 +34,6 @@ def each(request, tmp_path):
 def other(tmp_path_factory):
     """The same shape with other weights, as a reference."""
     return models.load(tiny.build(tmp_path_factory.mktemp("other"), seed=18)).requires_grad_(False)
-
-
-@pytest.mark.parametrize("form", ["std", "mean"])
-def test_advantages(form):
-    rewards = [[1.0, 0, 0, 1, 1], [0.0, 1, 0, 0, 0], [1.0, 1, 1, 1, 1], [0.5, 2, -1, 0, 3]]
-    got = grpo.advantages(torch.tensor(rewards), form)
-    for row, group in zip(got.tolist(), rewards, strict=True):
-        scale = np.std(group, ddof=1) + 1e-4 if form == "std" else 1
-        assert row == pytest.approx([(r - np.mean(group)) / scale for r in group], abs=1e-6)
-    assert got[2].tolist() == [0.0] * 5 and got.mean(1).abs().max() < 1e-6
-
-
-def test_token_weights():
-    lengths = torch.tensor([3, 1, 2])  # of a step with 10 completions and 40 tokens in all
-    got = {form: grpo.token_weights(lengths, form, 7, 10, 40).tolist() for form in FORMS}
-    assert got["grpo"] == pytest.approx([1 / 30] * 3 + [1 / 10] + [1 / 20] * 2)
-    assert got["dapo"] == pytest.approx([1 / 40] * 6)
-    assert got["dr_grpo"] == pytest.approx([1 / 70] * 6)
 
 
 def test_policy_loss():
@@ -119,17 +101,8 @@ def stepped(network, groups, rewards, reference=None, keep=True, **changes):
     if keep:
         policy.step = step
     network.zero_grad()
-    batch = [(SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "balanced_batch", lambda *_: (batch, batch))
-        patch.setattr(train, "explanation_prompt", lambda tokenizer, i, y, opening: groups[i][0])
-        patch.setattr(train, "sample", lambda subject, prompts, keys, n, args: [groups[i][1] for i in keys])
-        patch.setattr(train, "score", lambda subject, case, row, group, n: [{"reward": r} for r in rewards[case.key]])
-        patch.setattr(train, "batch_metrics", lambda *_: {})
-        subject, anchor = SimpleNamespace(tokenizer=None, opening=""), SimpleNamespace(backward=lambda n: 0.0)
-        figures, _ = train.step(0, subject, policy, None, anchor, args, Ranks())
-    known = ("loss", "kl", "clipped", "sampler_gap", "nll", "sampler_gap_max", "anchor_kl", "grad_norm", "skipped")
-    return {name: figures[name] for name in known}, gradient
+    figures = step_on(policy, groups, rewards)
+    return {name: x for name, x in figures.items() if name not in ("step", "lr", "prompts")}, gradient
 
 
 def by_hand(network, groups, rewards, reference=None, **changes):
@@ -193,25 +166,21 @@ def test_loss_and_gradient_by_hand(each, other, form, kl):
     assert len(ran) == 2
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_how_a_step_is_cut_up_changes_nothing(network, other, form, monkeypatch):
-    groups, rewards = noisy_groups(network, 1.0, seed=1, P=7)
-    wanted = stepped(network, groups, rewards, other, loss=form, kl=0.1)
-    moved = [[part[i] for i in (3, 0, 6, 1, 5, 2, 4)] for part in (groups, rewards)]
-    close(stepped(network, *moved, other, loss=form, kl=0.1, micro=3), wanted)
-    # Each completion in a row of its own.
-    monkeypatch.setattr(train, "pack", lambda g, device: grpo.pack([(p, [c]) for p, cs in g for c in cs], device))
-    close(stepped(network, groups, rewards, other, loss=form, kl=0.1, micro=2), wanted)
-
-
 def test_flat_groups(network, monkeypatch):
-    """Without a KL groups of equal rewards are skipped. If they are kept, they change nothing in the gradient."""
+    """Without a KL groups of equal rewards are skipped. If they are kept, they change nothing in the gradient.
+
+    The head sees one state for each token that is scored, and no prompt.
+    """
     groups, rewards = noisy_groups(network, 1.0, seed=3)
+    live = [answers for (_, answers), r in zip(groups, rewards, strict=True) if len({*r}) > 1]
+    seen, head = [], network.head
+    network.head = lambda states: seen.append(len(states)) or head(states)
     before = [w.clone() for w in network.parameters()]
     figures, _ = stepped(network, groups, [[1.0] * 4] * 5, keep=False, lr=1e-3)  # no group is left
     assert (figures["loss"], figures["grad_norm"]) == (0, 0) and math.isnan(figures["nll"])
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     skipped = stepped(network, groups, rewards)
+    assert {*seen} == {sum(len(c.tokens) for answers in live for c in answers)}
     monkeypatch.setattr(train, "informative", lambda rewards: range(len(rewards)))
     kept = stepped(network, groups, rewards)
     close(({"loss": skipped[0]["loss"]}, skipped[1]), ({"loss": kept[0]["loss"]}, kept[1]))
@@ -244,40 +213,6 @@ def test_logprobs_do_not_depend_on_neighbours(network):
     for _, cs in groups:
         assert (together - changed)[start : start + len(cs[0])].abs().max() < 1e-5
         start += sum(map(len, cs))
-
-
-def test_gradient_reaches_explanations_and_nothing_else(network):
-    """d loss / d logits is -weight · A · (one-hot − p), also for the token that ends a turn."""
-    groups, rewards = noisy_groups(network, 1.0, seed=5)
-    packed = grpo.pack([(prompt, [c.tokens for c in answers]) for prompt, answers in groups])
-    with torch.no_grad():
-        exact = grpo.token_logprobs(network, packed, 1.0).split([len(c.tokens) for _, cs in groups for c in cs])
-    exact = iter(exact)
-    groups = [(p, [Completion(c.tokens, next(exact).tolist(), c.ended) for c in cs]) for p, cs in groups]
-    head, tapped = network.head, []
-
-    def tap(states):
-        logits = head(states)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: tapped.append((gradient, logits.detach())))
-        return logits
-
-    network.head = tap
-    stepped(network, groups, rewards, loss="dr_grpo", advantage="mean")
-    ((gradient, logits),) = tapped  # one pass over all completions that count: prompts have no logits at all
-    live = [(cs, r) for (_, cs), r in zip(groups, rewards, strict=True) if min(r) < max(r)]
-    tokens = [(t, r[i] - sum(r) / 4) for cs, r in live for i, c in enumerate(cs) for t in c.tokens]
-    targets, A = torch.tensor([t for t, _ in tokens]), torch.tensor([a for _, a in tokens])
-    one_hot = torch.nn.functional.one_hot(targets, logits.shape[1])
-    wanted = -A[:, None] / (4 * len(groups) * 12) * (one_hot - logits.softmax(-1))
-    assert len(gradient) == len(tokens) and (gradient - wanted).abs().max() < 1e-7
-    ends = (targets == tiny.END) & (A != 0)
-    assert ends.sum() > 8 and (gradient[ends, tiny.END].abs() > 1e-4).all()
-    start, sources = 0, packed.sources.split([sum(len(c.tokens) for c in cs) for _, cs in groups])
-    for (prompt, cs), at in zip(groups, sources, strict=True):  # the prompt gives its last state, once for each
-        last = start + len(prompt) - 1
-        assert (at >= last).all() and (at == last).sum() == len(cs)
-        start += len(prompt) + sum(len(c.tokens) - 1 for c in cs)
 
 
 @pytest.fixture(scope="module")
