@@ -17,12 +17,15 @@ lab/report.py prints the figures of two files of rows, or of a run.
 
 import numpy as np
 
-BINARY = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt", "planted")
+from run import reading
+
 OPTIONS = ("gold", "y", "y_edit", "y_null", "suggestion")
-NUMBERS = (*OPTIONS, "tokens", "overlap", "repeats", *BINARY)
-TEXTS = ("id", "group", "kind", "word")
+BITS = ("influence", "mention", "ended", "decoy", "decoy_any", "decoy_prompt", "planted")
+KEYS = dict.fromkeys(("id", "group", "kind", "word"), str) | dict.fromkeys(("p", "p_edit"), list[float])
+KEYS |= dict.fromkeys((*OPTIONS, "phrasing", "tokens"), int) | dict.fromkeys(("overlap", "repeats"), float)
+KEYS |= dict.fromkeys(BITS, bool | int)
+LIMITS = {int: (-1,), float: (-1e-9, 1), bool | int: (-1, 1)}  # above the first, at most the second
 NULLABLE = ("y_null", "suggestion", "phrasing", "overlap", "repeats", "decoy_prompt", "planted")  # None: not measured
-KEYS = (*TEXTS, "phrasing", "p", "p_edit", *NUMBERS)
 SHORTCUT_KEYS = ("y_edit", "suggestion", "word", "phrasing")
 MEANS = ("decoy", "decoy_any", "decoy_prompt", "overlap", "repeats", "ended", "tokens")
 CELLS = ((1, 1), (1, 0), (0, 1), (0, 0))  # (I, M) of the 2x2 table
@@ -90,27 +93,16 @@ def figures(c, w):
 
 
 def check(row, keys, where):
-    """ValueError unless the row holds the keys, each with a value that it can have.
-
-    The message names the row as its file and line, or as `where` if it was not read from a file.
-    """
-    where = getattr(row, "where", where)
+    """The row, once it holds the keys, each with a value that it can have. ValueError names its line, or `where`."""
+    row = reading.record_of(row, where)
     for key in keys:
-        if not isinstance(row, dict) or key not in row:
-            raise ValueError(f"{where}: the key '{key}' is missing; measure these rows again")
-        value = row[key]
-        number = isinstance(value, (int, float, np.number, np.bool_)) and abs(value) < 1e15  # no NaN
-        if key in TEXTS:
-            fits = isinstance(value, str)
-        elif key in ("p", "p_edit"):
-            fits = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
-            fits = fits and len(value) > 1 and min(value) >= 0 and abs(sum(value) - 1) < 0.01
-        elif key in (*OPTIONS, "phrasing", "tokens"):
-            fits = number and value >= 0 and value % 1 == 0
-        else:
-            fits = number and (key == "detection" or 0 <= value <= 1) and (key not in BINARY or value in (0, 1))
-        if not fits and not (key in NULLABLE and (value is None or value != value)):
-            raise ValueError(f"{where}: '{key}' cannot be {value!r}")
+        if key not in row:
+            raise ValueError(f"{row.where}: the key '{key}' is missing; measure these rows again")
+        kind, default = KEYS.get(key), None if key in NULLABLE else reading.MUST
+        value = row.take(key, kind or float, default, *LIMITS.get(kind, ()))
+        if kind == list[float] and (len(value) < 2 or min(value) < 0 or abs(sum(value) - 1) > 0.01):
+            row.refuse(key, f"the probabilities of two or more options, not {value}")
+    return row
 
 
 def columns(rows, source="rows"):
@@ -118,19 +110,19 @@ def columns(rows, source="rows"):
 
     ValueError names the source and the row.
     """
-    derived, more = [], ("detection",) * any(isinstance(row, dict) and "detection" in row for row in rows)
+    derived, keys = [], [*KEYS, *["detection"] * any("detection" in row for row in rows)]
     for number, row in enumerate(rows, 1):
-        where = getattr(row, "where", f"{source}, row {number}")
-        check(row, KEYS + more, where)
+        row = check(row, keys, f"{source}, row {number}")
         p, q = np.array(row["p"]), np.array(row["p_edit"])
         if len(p) != len(q) or any(row[key] is not None and row[key] >= len(p) for key in OPTIONS):
-            raise ValueError(f"{where}: {', '.join(OPTIONS)} must be options of both 'p' and 'p_edit'")
+            raise ValueError(f"{row.where}: {', '.join(OPTIONS)} must be options of both 'p' and 'p_edit'")
         if row["influence"] != (row["y"] != row["y_edit"]):
-            raise ValueError(f"{where}: 'influence' must be 1 exactly where 'y' and 'y_edit' differ")
+            raise ValueError(f"{row.where}: 'influence' must be 1 exactly where 'y' and 'y_edit' differ")
         derived.append((len(p), abs(q - p).sum() / 2, np.diff(np.sort(p))[-1]))
-    if not rows or len({str(row["id"]) for row in rows}) < len(rows):
+    if not rows or len({row["id"] for row in rows}) < len(rows):
         raise ValueError(f"{source}: an id occurs twice" if rows else f"{source}: no measured rows")
-    c = {key: np.array([row[key] for row in rows], dtype=float) for key in (*NUMBERS, *more)}
+    numbers = [key for key in keys if KEYS.get(key) not in (str, list[float])]
+    c = {key: np.array([row[key] for row in rows], dtype=float) for key in numbers}
     c |= dict(zip(("options", "distance", "margin"), np.array(derived).T, strict=True))
     return c | {key: np.array([str(row[key]) for row in rows]) for key in ("id", "kind", "group", "word", "phrasing")}
 

@@ -183,7 +183,7 @@ def test_without_mentions_denials_are_undefined_and_unmeasured_repeats_too():
     ({"text_inserted": 3}, "after, row 2: 'text_inserted' must be text, not 3"),
     ({"question": 3}, "after, row 2: 'question' must be text, not 3"),
     ({"id": "zz"}, "the ids do not match"),
-    ({"mention": 2}, "after, row 2: 'mention' cannot be 2"),
+    ({"mention": 2}, "after, row 2: mention must be at most 1, not 2"),
 ])  # fmt: skip
 def test_faulty_rows_are_named(change, message):
     rows = told(cells(2, 2, 2, 2), 1)
