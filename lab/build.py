@@ -7,7 +7,7 @@ words; fit and training edits insert training words only, so that held-out words
 
     train.jsonl             balanced, for `train.py --labels frozen --dataset FOLDER`
     test.jsonl, fit.jsonl   one edit per question; no group is in two of the three files
-    manifest.json           the flags, hashes of model and data, counts and rates, what was dropped and why
+    manifest.json           the flags, hashes of model and data, counts and rates
 
 A line is a case: its decision row (faith.decision_row), its question and the edited fields. Labels are saved block by
 block, and no block depends on another. A build that was killed continues when it is started with the same flags, and it
@@ -23,13 +23,13 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 import faith
+import report
 import reward
 import tasks
 from batches import balance
@@ -40,7 +40,8 @@ from run.progress import Parser, Progress, add_note, command
 from tasks import Question
 
 BLOCK = 32  # cases labelled and saved at a time
-EDITABLE = ("parts", "options", "appeal")  # fields of a question that an edit may change
+EDITABLE = {"parts": list[str], "options": list[str], "appeal": str}  # fields of a question that an edit may change
+LABEL = ("kind", "word", "suggestion", "phrasing", "y", "y_edit", "p", "p_edit", "influence")  # what training reads
 
 
 def settings(args) -> dict:
@@ -59,6 +60,13 @@ def record(case: Case, row: dict) -> dict:
     return row | question | {"edited": changed}
 
 
+def check_flags(manifest: reading.Record, flags: dict, where: str, advice: str) -> None:
+    """ValueError where the data set was built with other flags."""
+    for name, value in flags.items():
+        if manifest.get(name) != value:
+            raise ValueError(f"{where} was built with {name} {manifest.get(name)!r}, not {value!r}; {advice}")
+
+
 def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> Labelled:
     """The training cases of --dataset and their rows, for a train.py run with these flags.
 
@@ -66,52 +74,43 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
     another task, intervention, calibration or split, or with other data or prompts. run/results.py compares weights.
     """
     folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
+    where = f"--dataset {folder}"
     if not (folder / "manifest.json").exists():
-        raise ValueError(f"--dataset {folder} is no data set; python -m lab.build makes one")
+        raise ValueError(f"{where} is no data set; python -m lab.build makes one")
     manifest = reading.read_json(folder / "manifest.json")
-    if not manifest.get("complete"):
-        raise ValueError(f"--dataset {folder} is not finished; start its python -m lab.build again")
-    for name, value in settings(args).items():
-        if manifest.get(name) != value:
-            raise ValueError(f"--dataset {folder}: its {name} is {manifest.get(name)!r}, this run's {value!r}; "
-                             "change the run's flags, or build another")  # fmt: skip
+    if not manifest.take("complete", bool, False):
+        raise ValueError(f"{where} is not finished; start its python -m lab.build again")
+    check_flags(manifest, settings(args), where, "change the run's flags, or build another")
     names = made_of.keys() - {"opening"}  # its labels are decisions only
-    known_as, advice = manifest.get("made_of"), "change it back, or build another"
-    identity.check_same(known_as, made_of, f"--dataset {folder}", advice, names)
-    for number, line in enumerate(reading.read_jsonl(folder / "train.jsonl"), 1):
-        where = f"{folder / 'train.jsonl'}, line {number}"
-        try:
-            question = known[line["id"]]
-            edited = {f: tuple(v) if isinstance(v, list) else v for f, v in line.pop("edited").items()}
-            edit = reward.Intervention(*(line[k] for k in ("kind", "word", "text_inserted", "suggestion", "phrasing")))
-            case = Case(question, dataclasses.replace(question, **edited), edit)
-            same = [list(question.parts), list(question.options)] == [line.pop("parts"), line.pop("options")]
-            [line[key] for key in ("y", "y_edit", "p", "p_edit", "influence")]  # training reads these
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: not a training question of this run, or incomplete; build it anew") from None
-        if not same or case.question == case.edited:
-            raise ValueError(f"{where}: {line['id']} is another question there, or is not edited; build it anew")
-        labelled.append((case, line))
-    if len(labelled) != ((manifest.get("splits") or {}).get("train") or {}).get("rows"):
-        where = f"{folder / 'train.jsonl'} has {len(labelled)} lines"
-        raise ValueError(f"{where}, not what its manifest says; build it anew")
+    identity.check_same(manifest.get("made_of"), made_of, where, "change it back, or build another", names)
+    for line in reading.read_jsonl(folder / "train.jsonl"):
+        row = report.check(line, LABEL, "")
+        question, new = known.get(row.take("id", str)), row.take("edited", dict)
+        asked = [row.get("parts"), row.get("options")]
+        if not question or asked != [list(question.parts), list(question.options)]:
+            raise ValueError(f"{row.where}: {row['id']} is no training question of this run; build it anew")
+        texts = {f: new.take(f, kind) for f, kind in EDITABLE.items() if f in new}
+        texts = {f: tuple(text) if isinstance(text, list) else text for f, text in texts.items()}
+        edit = (row["kind"], row["word"], row.take("text_inserted", str), row["suggestion"], row["phrasing"])
+        case = Case(question, dataclasses.replace(question, **texts), reward.Intervention(*edit))
+        if case.question == case.edited:
+            row.refuse("edited", "what the edit changed")
+        labelled.append((case, row))
+    if len(labelled) != manifest.take("splits", dict).take("train", dict).take("rows", int):
+        raise ValueError(f"{where}: train.jsonl has {len(labelled)} lines, not what its manifest says; build it anew")
     return labelled
 
 
-def candidates(questions: list[Question], kind: str, seed: int, edits: int, dropped: Counter) -> Iterator[Case]:
-    """Up to `edits` different edits per question, with training words: first one of each question, then a second.
-
-    dropped counts the edits that are left out, by reason.
-    """
+def candidates(questions: list[Question], kind: str, seed: int, edits: int) -> Iterator[Case]:
+    """Up to `edits` different edits per question, with training words: first one of each question, then a second."""
     words, seen = reward.words(kind, held_out=False), set()
     for turn in range(edits):
         for question in tasks.shuffled(questions, seed + turn):
-            drawn = faith.draw_cases([question], kind, seed * 1000 + turn, words)
-            texts = {tuple(getattr(case.edited, f) for f in EDITABLE) for case in drawn}
-            dropped["no place for an edit"] += not drawn and turn == 0
-            dropped["an edit drawn before"] += bool(texts & seen)
-            yield from drawn if not texts & seen else ()
-            seen |= texts
+            for case in faith.draw_cases([question], kind, seed * 1000 + turn, words):
+                texts = tuple(getattr(case.edited, f) for f in EDITABLE)
+                if texts not in seen:
+                    seen.add(texts)
+                    yield case
 
 
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
@@ -122,22 +121,21 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
     known, labelled, moved, done = iter(reading.read_jsonl(log) if log.exists() else ()), [], 0, 0
-    progress = None
+    progress, unit = None, "edits" if size == math.inf else "rows"
     while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
-        rows = next(known, {}).get("rows")
-        if new := rows is None:
+        if saved := next(known, None):
+            rows = saved.take("rows", list[dict])
+        else:
+            progress = progress or Progress(log.stem, unit=unit, lines=10, first=done, file=sys.stderr)
             rows = faith.decision_rows(subject, block)
             files.append_jsonl(log, [{"rows": rows}])
         edits = [(case.question.id, case.intervention.text) for case in block]
-        if [(row["id"], row["text_inserted"]) for row in rows] != edits:
+        if [(row.get("id"), row.get("text_inserted")) for row in rows] != edits:
             raise ValueError(f"{log} holds other edits than are drawn now; remove {log.parent} and start anew")
-        if new and not progress:
-            progress = Progress(log.stem, unit="edits" if size == math.inf else "rows", lines=10,
-                                first=done, file=sys.stderr)  # fmt: skip
         labelled += zip(block, rows, strict=True)
         moved += sum(row["influence"] for row in rows)
         done = len(labelled) if size == math.inf else min(size, 2 * min(moved, len(labelled) - moved))
-        if new:
+        if progress:
             progress(done, min(most, size), f", {moved / len(labelled):.1%} of {len(labelled)} moved")
     return labelled
 
@@ -159,30 +157,22 @@ def rates(labelled: Labelled) -> dict:
 
 def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple[dict[str, Labelled], dict]:
     """The labelled cases of each split, and what the manifest says of them."""
-    kind, collected, dropped, lost = args.intervention, {}, {}, Counter()
+    kind, collected = args.intervention, {}
     for name, words in (("test", None), ("fit", reward.words(kind, held_out=False))):  # the edits that train.py draws
         cases = faith.draw_cases(parts[name], kind, args.seed, words)
-        dropped[name] = {"no place for an edit": len(parts[name]) - len(cases)}
         collected[name] = label(subject, iter(cases), logs[name], len(cases))
-    cases, most = candidates(parts["train"], kind, args.seed, args.edits, lost), len(parts["train"]) * args.edits
+    cases, most = candidates(parts["train"], kind, args.seed, args.edits), len(parts["train"]) * args.edits
     labelled = label(subject, cases, logs["train"], most, args.size)
     collected["train"] = train = balance(labelled, args.size)
-    moved, asked = sum(row["influence"] for _, row in labelled), len({case.question.id for case, _ in labelled})
+    moved = sum(row["influence"] for _, row in labelled)
     found = f"{moved} of {len(labelled)} edits moved it; raise --edits, give more data, or try --calibrate or another "
     found += "--intervention"
     if not train:
         raise ValueError(f"the model gives nothing to balance: {found}")
-    dropped["train"] = dict(lost) | {
-        "influence, beyond the balance": moved - len(train) // 2,
-        "no influence, beyond the balance": len(labelled) - moved - len(train) // 2,
-        "questions not needed": len(parts["train"]) - asked - lost["no place for an edit"],
-    }
     often = "rarely" if 2 * moved < len(labelled) else "often"
     short = f"{len(train)} of {args.size} rows, since the model flips too {often}: {found}"
-    return collected, {
-        "splits": {name: rates(collected[name]) for name in collected}, "labelled": rates(labelled),
-        "dropped": dropped, "short": short * (len(train) < args.size),
-    }  # fmt: skip
+    splits = {name: rates(collected[name]) for name in collected}
+    return collected, {"splits": splits, "labelled": rates(labelled), "short": short * (len(train) < args.size)}
 
 
 def build(args: argparse.Namespace) -> dict:
@@ -202,10 +192,7 @@ def build(args: argparse.Namespace) -> dict:
     made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
-        for name, value in flags.items():
-            if manifest.get(name) != value:
-                raise ValueError(f"{out} was begun with {name} {manifest.get(name)!r}, not {value!r}; give the same "
-                                 "flags, or another --out")  # fmt: skip
+        check_flags(manifest, flags, str(out), "give the same flags, or another --out")
         identity.check_same(manifest.get("made_of"), made_of, str(out), "restore them, or give another --out")
     elif files.holds_something(out):
         raise ValueError(f"{out} already holds something; choose another --out or remove it")

@@ -122,30 +122,27 @@ def test_held_out_words_are_in_test_cases_only(kind, tmp_path, monkeypatch):
 
 
 def test_manifest(done, folder, subject, parts):
-    """The hash is sha256sum's. What was labelled but not kept is what an independent count gives."""
+    """How many edits were labelled is what an independent count gives."""
     manifest = read(done)[1]
     assert manifest["made_of"]["weights"] == identity.weights(folder)
     assert manifest["complete"] and manifest["short"] == "" and manifest["seed"] == 0
     assert {path.name for path in done.iterdir()} == {"manifest.json", *(f"{name}.jsonl" for name in SPLITS)}
     counts = Counter()
-    for case in build.candidates(parts["train"], "bias", 0, 12, Counter()):
+    for case in build.candidates(parts["train"], "bias", 0, 12):
         counts[faith.decision_rows(subject, [case])[0]["influence"]] += 1
         if min(counts[0], counts[1]) >= 20 and counts.total() % 4 == 0:
             break
     assert manifest["labelled"]["rows"] == counts.total() < 12 * len(parts["train"])  # no more than needed
     assert manifest["labelled"]["influence_rate"] == pytest.approx(counts[1] / counts.total(), abs=1e-4)
-    for name, count in (("influence", counts[1]), ("no influence", counts[0])):
-        assert manifest["dropped"]["train"][f"{name}, beyond the balance"] == count - 20
 
 
 def test_candidates_are_different_and_take_turns():
-    questions, dropped = tasks.load("esnli", DATA), Counter()
+    questions = tasks.load("esnli", DATA)
     no_place = tasks.Question("esnli", "none", ("Hm.", "Hm."), ("yes", "no", "maybe"), 0, "none")
-    cases = list(build.candidates([*questions[:3], no_place], "adverb", 5, 200, dropped))
+    cases = list(build.candidates([*questions[:3], no_place], "adverb", 5, 200))
     assert {c.question.id for c in cases[:3]} == {q.id for q in questions[:3]}
-    assert len({c.edited for c in cases}) == len(cases)
-    assert dropped["no place for an edit"] == 1 and dropped["an edit drawn before"] == 600 - len(cases) > 0
-    alone = list(build.candidates(questions[:1], "adverb", 5, 200, Counter()))
+    assert len({c.edited for c in cases}) == len(cases) < 600
+    alone = list(build.candidates(questions[:1], "adverb", 5, 200))
     assert [c for c in cases if c.question == questions[0]] == alone  # whatever the others
 
 
@@ -234,10 +231,10 @@ def refused(capsys, given, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"seed": 1}, "begun with seed 0, not 1"), ({"size": 42}, "begun with size 40, not 42"),
-        ({"edits": 3}, "begun with edits"), ({"eval_questions": 4}, "begun with eval_questions 5, not 4"),
-        ({"intervention": "adverb"}, "begun with intervention"), ({"calibrate": True}, "begun with calibration"),
-        ({"data": DATA / "esnli_dev.csv"}, "begun with data"), ({"model": "other"}, "begun with model"),
+        ({"seed": 1}, "built with seed 0, not 1"), ({"size": 42}, "built with size 40, not 42"),
+        ({"edits": 3}, "built with edits"), ({"eval_questions": 4}, "built with eval_questions 5, not 4"),
+        ({"intervention": "adverb"}, "built with intervention"), ({"calibrate": True}, "built with calibration"),
+        ({"data": DATA / "esnli_dev.csv"}, "built with data"), ({"model": "other"}, "built with model"),
     ],
 )  # fmt: skip
 def test_other_flags_are_refused(done, folder, tmp_path, capsys, changes, words):
@@ -346,22 +343,23 @@ def test_calibrated_labels(folder, tmp_path):
     p = faith.decision_rows(subject, [stream.frozen[0][0]])[0]["p"]
     assert p == pytest.approx(rows["train"][0]["p"], abs=1e-5)
     error = launch.refused(training(folder, tmp_path / "n", tmp_path / "set"))
-    assert "its calibration_questions is 5, this run's 0" in error
+    assert "built with calibration_questions 5, not 0" in error
 
 
 LEAK = object()  # stands for a line of the test questions
 ANOTHER = [  # changes of train.py's flags, of the manifest (None removes), of the first line, and the error
     ({"labels": "on-policy"}, {}, {}, "add --labels frozen"),
-    ({"intervention": "adverb"}, {}, {}, "its intervention is 'bias', this run's 'adverb'"),
-    ({"eval_questions": 4}, {}, {}, "its eval_questions is 5, this run's 4"),
-    ({"task": "social_iqa", "data": DATA.parent / "social_iqa"}, {}, {}, "its task is 'esnli'"),
+    ({"intervention": "adverb"}, {}, {}, "built with intervention 'bias', not 'adverb'"),
+    ({"eval_questions": 4}, {}, {}, "built with eval_questions 5, not 4"),
+    ({"task": "social_iqa", "data": DATA.parent / "social_iqa"}, {}, {}, "built with task 'esnli'"),
     ({"model": "other"}, {}, {}, "made with other weights"), ({"data": "other"}, {}, {}, "made with other questions"),
-    ({"calibrate": True}, {}, {}, "its calibration_questions is 0, this run's 300"),
+    ({"calibrate": True}, {}, {}, "built with calibration_questions 0, not 300"),
     ({"dataset": DATA}, {}, {}, "is no data set"), ({}, {"complete": False}, {}, "is not finished"),
-    ({}, {"splits": None}, {}, "has 40 lines"), ({}, {}, None, "has 39 lines"),
-    ({}, {}, LEAK, "line 1: not a training question"), ({}, {}, {"parts": ["A.", "B."]}, "is another question there"),
-    ({}, {}, {"edited": None}, "incomplete"), ({}, {}, {"influence": None}, "incomplete"),
-    ({}, {}, {"edited": {}}, "is not edited"),
+    ({}, {"splits": None}, {}, "splits must be an object"), ({}, {}, None, "has 39 lines"),
+    ({}, {}, LEAK, "is no training question of this run"), ({}, {}, {"parts": ["A.", "B."]}, "is no training question"),
+    ({}, {}, {"edited": None}, "edited must be an object; it is absent"), ({}, {}, {"influence": None}, "is missing"),
+    ({}, {}, {"edited": {}}, "edited must be what the edit changed"), ({}, {}, {"y": "x"}, "y must be a whole number"),
+    ({}, {}, {"edited": {"parts": 3}}, "parts must be a list, each a text"),
 ]  # fmt: skip
 
 
