@@ -21,7 +21,6 @@ initial model's I. With the trained model's own I part of that gain vanishes. Th
 """
 
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,19 +71,15 @@ def read(folder: str | Path) -> Run:
         cells[where, kind] = file.with_name(f"{where}-{kind}")
     if not cells:
         raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
-    saved = next((file for file in (folder / "args.json", folder / "training.json") if file.exists()), None)
-    if not saved:
+    if not (folder / "args.json").exists():
         return Run(folder, folder.resolve().name, cells, {})
-    try:
-        args = json.loads(saved.read_text())
-        row = "RQ1" if args["objective"] == "detection" else f"RQ2-{args['labels']}"
-        known = [args[key] for key in ("task", "intervention", "model", "steps")]
-        if row not in ROWS or [*map(type, known)] != [str, str, str, int]:
-            raise ValueError("a value that no run has")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{saved}: not of a run of train.py ({error!r})") from None
-    logged = len(reading.read_jsonl(log)) if (log := folder / "metrics.jsonl").exists() else args["steps"]
-    return Run(folder, row, cells, args, (args["task"], args["intervention"]), logged)
+    args = reading.read_json(folder / "args.json")
+    row = "RQ1" if args.take("objective", str) == "detection" else f"RQ2-{args.take('labels', str)}"
+    if row not in ROWS:
+        args.refuse("labels", "on-policy or frozen")
+    task, kind, _ = (args.take(key, str) for key in ("task", "intervention", "model"))
+    steps, log = args.take("steps", int), folder / "metrics.jsonl"
+    return Run(folder, row, cells, args, (task, kind), len(reading.read_jsonl(log)) if log.exists() else steps)
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -107,20 +102,16 @@ def check_asked(key: Key, runs: list[Run]) -> None:
     for run in runs:
         if not (file := Path(f"{run.cells[key]}.json")).exists():
             continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            args = dict(found.get("args") or {})
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{file}: not of a measurement by faith.py ({error!r})") from None
-        how = {name: args[name] for name in ASKED if name in args}
-        how |= {"calibration": args["calibration"] != "none"} if "calibration" in args else {}
-        how |= {"letters": found["mean_logp"]} if found.get("mean_logp") else {}
+        found = reading.read_json(file)
+        args = found.take("args", dict, {})
+        how = {f"--{name.replace('_', '-')}": args[name] for name in ASKED if name in args}
+        if "calibration" in args:  # the files have other names; their offsets are compared
+            how["--calibration"] = "none" if args["calibration"] == "none" else "FILE"
+        how |= {"letter offsets (--calibration FILE)": found["mean_logp"]} if found.get("mean_logp") else {}
         for other, was in known.items():
-            for name in (name for name in how if name in was and how[name] != was[name]):
-                words = {"calibration": "one with --calibration, one without",
-                         "letters": "with other letter offsets; give both the same --calibration FILE",
-                         }.get(name, f"--{name.replace('_', '-')} {was[name]!r} and {how[name]!r}")  # fmt: skip
-                raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {words}")
+            if odd := [name for name in how if name in was and how[name] != was[name]]:
+                values = f"{odd[0]} {was[odd[0]]!r} and {how[odd[0]]!r}; measure both alike"
+                raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {values}")
         known[run.folder] = how
 
 

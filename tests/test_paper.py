@@ -237,9 +237,9 @@ def test_bad_input_is_one_line(paper_runs, folder, tmp_path, capsys):
         ("give one base", runs["base"], folder("second")),
         ("runs of several models", runs["s1"], folder("model", model="other")),
         ("name a cell by task and intervention", folder("name", key=("esnli", "typo"))),
-        ("args/args.json: not of a run of train.py", broken["args"]),
-        ("labels/args.json: not of a run of train.py", folder("labels", labels="new")),
-        ("task/args.json: not of a run of train.py", folder("task", task=3)),
+        ("args/args.json: objective must be a text; it is absent", broken["args"]),
+        ("labels/args.json: labels must be on-policy or frozen", folder("labels", labels="new")),
+        ("task/args.json: task must be a text, not 3", folder("task", task=3)),
         ("fit.jsonl: no rows to fit", broken["fit"]), ("torn/metrics.jsonl", broken["torn"]),
         ("nowhere: no measured cells", runs["s1"], tmp_path / "nowhere"),
     ):  # fmt: skip
@@ -308,7 +308,7 @@ def test_cells_measured_unlike_are_refused(paper_runs, folder):
     for key, value, message in (
         ("opening", "My", "--opening '' and 'My'"), ("words", "held-out", "--words 'all' and"),
         ("max_new_tokens", 8, "--max-new-tokens 48 and 8"), ("seed", 1, "--seed 0 and 1"),
-        ("fit", 20, "--fit 300 and 20"), ("calibration", "a.json", "one with --calibration, one without"),
+        ("fit", 20, "--fit 300 and 20"), ("calibration", "a.json", "--calibration 'none' and 'FILE'"),
     ):  # fmt: skip
         other = folder(key, asked=asked | {key: value}, seed=7)
         assert f"esnli-bias of {base} and of {other}: measured differently, " in refused(message, base, s1, other)
@@ -317,6 +317,6 @@ def test_cells_measured_unlike_are_refused(paper_runs, folder):
     eight, nine = (run / "cells" / "esnli-bias.json" for run in letters)
     files.write_json(eight, {"args": asked | {"calibration": "8.json"}, "mean_logp": [-1, -2]})
     files.write_json(nine, {"args": asked | {"calibration": "9.json"}, "mean_logp": [-2, -1]})
-    refused("with other letter offsets; give both the same --calibration FILE", *letters)
+    refused(r"letter offsets \(--calibration FILE\) \[-1, -2\] and \[-2, -1\]; measure both alike", *letters)
     eight.write_text("[1]")
-    refused("esnli-bias.json: not of a measurement", *letters)
+    refused("esnli-bias.json holds no JSON object", *letters)
