@@ -18,7 +18,8 @@ from run.hub import base_of, tokenizer_folder
 from run.reading import Record, check_start, read_json, text_of
 
 SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # a template may name them
-TRIAL = [{"role": r, "content": c} for r, c in (("user", "Query 1?"), ("assistant", "Reply 2."), ("user", "Query 3?"))]
+TEXTS = ("user", "Query 1?\n(A) so\n(B) not so"), ("assistant", "Reply 2."), ("user", "Query 3?")
+TRIAL = [{"role": role, "content": content} for role, content in TEXTS]
 THOUGHT = r"[<\[](/?)(?:think|thought|reason)\w*[>\]]"
 
 
@@ -40,6 +41,12 @@ class Generation(jinja2.ext.Extension):
 
     def same(self, caller):
         return caller()
+
+
+class Unnamed(jinja2.Undefined):
+    """A special token that no file names. A template may ask whether it is defined, but not write it."""
+
+    __str__ = jinja2.Undefined._fail_with_undefined_error
 
 
 def raise_exception(message):
@@ -68,6 +75,9 @@ def named_tokens(record: Record) -> dict[str, str]:
     """The special tokens by name, as a template writes them: bos_token, eos_token and others."""
     others = [name for name, value in record.items() if name.endswith("_token") and isinstance(value, str)]
     values = {name: record.take(name, str | dict, None) for name in [*SPECIAL, *others]}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(more := record.take(key, dict | list, None), Record):
+            values |= {name: more.take(name, str | dict, None) for name in more}
     tokens = {k: value.take("content", str) if isinstance(value, Record) else value for k, value in values.items()}
     return {name: token for name, token in tokens.items() if token is not None}
 
@@ -106,6 +116,8 @@ class Tokenizer:
         first = self.tokenizer.encode("a").ids[:1]
         if "bos_token" not in self.special and first != self.encode("a")[:1]:  # what tokenizer.json begins a text with
             self.special["bos_token"] = self.tokenizer.id_to_token(first[0])
+        why = "no file names {}, set it in tokenizer_config.json"
+        self.special = {name: Unnamed(why.format(name), name=name) for name in SPECIAL} | self.special
         source, self.file = find_template(folder, settings)
         self.template = self.attempt(ENVIRONMENT.from_string, source)
         self.end_of_turn = self.check_template()
@@ -151,14 +163,14 @@ class Tokenizer:
         prompt.pieces = pieces
         return prompt
 
-    def fill(self, messages: list[dict], **more: str) -> str:
+    def fill(self, messages: list[dict]) -> str:
         """The template's text of the messages and of an opened turn of the assistant's."""
         options = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
-        return self.attempt(self.template.render, messages=messages, **options, **self.special, **more)
+        return self.attempt(self.template.render, self.special | options | {"messages": messages})
 
-    def attempt(self, call, *args, **options):
+    def attempt(self, call, *args):
         try:
-            return call(*args, **options)
+            return call(*args)
         except Exception as error:  # a template can raise whatever Python can
             why = " ".join(str(error).split()) or type(error).__name__
             self.refuse(f"fails ({why})")
@@ -182,9 +194,7 @@ class Tokenizer:
                 self.refuse("does not open the assistant's turn where an answer is asked for")
         for name in SPECIAL:
             token = self.special.get(name)
-            if token is None and self.fill(TRIAL, **{name: "?"}) != explained:
-                self.refuse(f"writes {name}, which no file names", f'set "{name}" in tokenizer_config.json')
-            if token and token in explained and token not in self.added:
+            if isinstance(token, str) and token and token in explained and token not in self.added:
                 self.refuse(f"writes {name} {token!r}, which tokenizer.json does not add", "fetch both again")
         token = next((token for token in self.added if end.lstrip().startswith(token)), None)
         if token is None:

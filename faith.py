@@ -91,10 +91,11 @@ class Subject:
 
 def open_subject(path: str, opening: str = "") -> Subject:
     """The model in `path`. ValueError for an adapter whose base has changed since it was trained."""
-    identity.check_base(path)
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}), tokenizer, opening=opening)
+    subject = Subject(Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}), tokenizer, opening=opening)
+    identity.check_base(path, made_of(subject, [])["config"])
+    return subject
 
 
 @dataclass(frozen=True)

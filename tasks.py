@@ -68,7 +68,7 @@ def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Quest
     read, path, names = READERS[task], Path(path), " or ".join(FILES[task])
     if not path.exists():
         raise ValueError(f"{path} is missing; give the folder with {names}, or one file")
-    found = [path / name for name in FILES[task] if (path / name).is_file()] if path.is_dir() else [path]
+    found = [path / name for name in FILES[task] if os.path.lexists(path / name)] if path.is_dir() else [path]
     if not found:
         raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
     questions = []

@@ -34,7 +34,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     ref, snapshots = repo / "refs" / (revision or "main"), repo / "snapshots"
     fetch = f"hf download {path}{f' --revision {revision}' if revision else ''} fetches it"
     with errors_named(snapshots):
-        names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
+        names = sorted(entry.name for entry in os.scandir(snapshots) if entry.is_dir()) if snapshots.is_dir() else []
     if os.path.isfile(ref):
         name = text_of(ref).strip()
         if name not in names:
@@ -64,6 +64,12 @@ def base_of(folder: Path) -> Path | None:
 
 
 def tokenizer_folder(path: str | Path) -> Path:
-    """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one."""
+    """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one.
+
+    Settings or a template that differ from the base's belong to a tokenizer of its own, even if that is missing.
+    """
     folder = locate(path)
-    return folder if os.path.exists(folder / "tokenizer.json") else base_of(folder) or folder
+    base = None if os.path.lexists(folder / "tokenizer.json") else base_of(folder)
+    some = [name for name in ("tokenizer_config.json", "chat_template.jinja") if os.path.lexists(folder / name)]
+    same = base and all((base / name).exists() and text_of(folder / name) == text_of(base / name) for name in some)
+    return base if same else folder

@@ -62,12 +62,13 @@ def check_same(was: object, now: dict[str, str], where: str, advice: str, names:
         raise ValueError(f"{where} was made with other {' and '.join(odd)} (sha256: {then}); {advice}")
 
 
-def check_base(path: str | Path) -> None:
-    """Raises ValueError if the base of an adapter has other weights than its training.json says."""
+def check_base(path: str | Path, config: str) -> None:
+    """Raises ValueError if the base of an adapter has other weights or another config than its training.json says."""
     folder = locate(path)
     base, record = base_of(folder), folder / "training.json"
     if base and record.exists() and (made_of := read_json(record).take("made_of", dict[str, str], {})):
-        check_same(made_of, {"weights": weights(base)}, f"the adapter {path}", f"put the right model at {base}")
+        now = {"weights": weights(base), "config": config}
+        check_same(made_of, now, f"the adapter {path}", f"put the right model at {base}")
 
 
 # ---- which questions a trained model has seen ------------------------------------------------------------------

@@ -153,7 +153,8 @@ def test_other_templates_give_what_transformers_gives(tmp_path, byte_tokenizer, 
     ("text", "said"),
     [(chatml("<think>\n"), "think block"), (chatml("<think>\n</think><reasoning>"), "think block"),
      (chatml().split("{% if add")[0], "open"), (chatml(before="{% set messages = messages[-1:] %}"), "leaves out"),
-     (chatml(content="'x'"), "leaves out"), (chatml().replace("<|im_", "<|in_"), "ends"),
+     (chatml(content="'x'"), "leaves out"), (chatml(content="m.content.split('\n')[0]"), "leaves out"),
+     (chatml().replace("<|im_", "<|in_"), "ends"),
      (chatml(before="{{ raise_exception('a\n turn') if messages[0].role != 'system' }}"), "fails .a turn"),
      (chatml(before="{% for %}"), "fails"), (chatml(before="{{ a.b }}"), "'a' is undefined"),
      (chatml(before="{{ ''.__class__.x }}"), "unsafe"), (chatml(before="{{ range(10**9) }}"), "Range too big"),
@@ -204,6 +205,17 @@ def test_begin_of_text_is_found(small, tmp_path, new):
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": 5}}')
     with pytest.raises(ValueError, match="special_tokens_map.json: bos_token: content must be a text"):
         begins()
+
+
+@pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_tokens_that_a_template_asks_for(small, tmp_path, key):
+    """One that no file names is undefined, as in transformers; a model can have tokens with names of its own."""
+    asks = chatml(before="{% if sep_token is defined %}{{ sep_token }}{% endif %}{{ cls_token or '' }}{{ own }}")
+    ours = small(asks, **{key: {"own": "<think>"}}).render(turns("Hi"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns("Hi"), tokenize=False, **ASKED)
+    assert ours == theirs and ours.startswith("<think><|im_start|>user")
+    with pytest.raises(ValueError, match=f"{key} must be an object or a list"):
+        small(chatml(), **{key: 5})
 
 
 @pytest.mark.parametrize("name", [*NAMES, None])

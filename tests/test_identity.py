@@ -134,9 +134,12 @@ def test_an_adapter_over_a_changed_base(copy, capsys):
     measure = ["--model", str(out / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit", "5",
                "--fit", "2", "--max-new-tokens", "2"]  # fmt: skip
     assert faith.main(measure) == 0
+    change_json(copy / "model" / "config.json", rope_theta=20000.0)
+    assert faith.main(measure) == 2
+    assert f"the adapter {out}/model was made with other config (sha256: " in capsys.readouterr().err
     change_weights(copy / "model")
     assert faith.main(measure) == 2
-    assert f"the adapter {out}/model was made with other weights" in capsys.readouterr().err
+    assert f"the adapter {out}/model was made with other weights and config" in capsys.readouterr().err
 
 
 def test_questions_of_an_earlier_run(copy, folder, capsys):

@@ -314,3 +314,7 @@ def test_where_the_base_is(folder, tmp_path, monkeypatch):
             assert models.Tokenizer(adapter).decode([5]) == "A"
     with pytest.raises(ValueError, match="base is not here: no revision v3 of me/mini .*--revision v3"):
         models.load(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "chat_template.jinja").write_text("x")  # of a tokenizer of its own, which is not all here
+    with pytest.raises(ValueError, match=f"{adapter}/tokenizer.json is missing"):
+        models.Tokenizer(adapter)

@@ -271,6 +271,7 @@ def test_hub_id_in_the_local_cache(folder, tmp_path, monkeypatch, variable):
     assert "refs/main names 4567" in refusal(models.load, name)
     (repo / "refs" / "main").unlink()
     (repo / "snapshots" / "stale").rmdir()
+    (repo / "snapshots" / ".DS_Store").touch()
     models.load(name)  # the only snapshot
     (folder / "config.json").unlink()
     assert "config.json is a link to a file that is gone" in refusal(models.load, name)

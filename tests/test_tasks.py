@@ -203,6 +203,8 @@ def test_missing_files(task, tmp_path):
     assert "nowhere is missing; give the folder" in message and tasks.FILES[task][0] in message
     message = error(task, tmp_path)
     assert f"no {task} file" in message and all(name in message for name in tasks.FILES[task])
+    (tmp_path / tasks.FILES[task][-1]).symlink_to("gone")
+    assert f"{tasks.FILES[task][-1]} is a link to a file that is gone" in error(task, tmp_path)
 
 
 def test_unknown_task_and_unreadable_file(folder, monkeypatch):
