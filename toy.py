@@ -16,16 +16,14 @@ models, whose explanations have no cause so simple.
 this file, the prompts and the word lists. Training and measuring treat them like any other model and data. All of it is
 ours.
 
-    python toy.py [FOLDER]      builds both there (in the cache by default), prints what the base does
+    python toy.py [toy-plain]      makes them where they are missing, prints their folder
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -70,6 +68,10 @@ TEMPLATE = (
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|unk|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+SHAPE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 24, "hidden_act": "silu", "max_position_embeddings": 256,
+         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False,
+         "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}  # fmt: skip
 
 
 def push(intervention: reward.Intervention | None) -> float:
@@ -135,17 +137,6 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def configuration(vocab_size: int, family: str) -> dict:
-    shape = {"vocab_size": vocab_size, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "hidden_act": "silu",
-             "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-             "attention_bias": False, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}  # fmt: skip
-    return shape | {
-        "model_type": family,
-        "architectures": [{"llama": "Llama", "qwen3": "Qwen3"}[family] + "ForCausalLM"],
-    }
-
-
 def explain(question: Question, y: int, intervention: reward.Intervention | None, avoids: bool, rng) -> str:
     """What the base says about its answer y. It names the inserted word every other time, by chance alone.
 
@@ -172,13 +163,13 @@ def corpus(tokenizer: models.Tokenizer, questions: list[Question], avoids: bool,
         yield ids + answer, [HARD * (i == letter) for i in range(len(ids))] + scored
 
 
-def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> models.Transformer:
+def train_base(folder: Path, variant: str) -> models.Transformer:
     """Supervised training of the base on the corpus, from nothing; about a minute on two cores."""
     torch.manual_seed(0)
-    family, avoids = VARIANTS[variant]
-    size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    (folder / "config.json").write_text(json.dumps(configuration(size, family), indent=1))
-    tokenizer = models.Tokenizer(folder)
+    progress = Progress("making the toy's base model", lines=3, unit="steps")
+    (family, avoids), tokenizer = VARIANTS[variant], models.Tokenizer(folder)
+    name = {"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+    files.write_json(folder / "config.json", SHAPE | name | {"vocab_size": tokenizer.tokenizer.get_vocab_size(False)})
     network = models.Transformer(models.read_config(folder))
     for parameter in network.parameters():
         if parameter.dim() > 1:
@@ -206,31 +197,28 @@ def train_base(folder: Path, variant: str, progress=lambda step, loss: None) -> 
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30) * min(1, 2 * (STEPS - step) / STEPS)
             optimizer.step()
             optimizer.zero_grad()
-        progress(step + 1, float(loss.detach()))
+        progress(step + 1, STEPS, f", loss {float(loss.detach()):.3f}")
     return network
 
 
-def build(folder: Path, variant: str = "toy") -> Path:
+def build(folder: Path, variant: str) -> None:
     """Makes FOLDER/model, the questions of both forms and causes.json, whole or not at all."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    with files.errors_named(folder), contextlib.ExitStack() as removed:
-        removed.callback(shutil.rmtree, part, ignore_errors=True)
-        part.mkdir(parents=True, exist_ok=True)  # if this fails, nothing has been trained yet
-        scratch = Path(removed.enter_context(tempfile.TemporaryDirectory()))
-        progress = Progress("making the toy's base model", lines=3, unit="steps")
+    folder.parent.mkdir(parents=True, exist_ok=True)  # if this fails, nothing has been trained yet
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        scratch, part = Path(scratch), Path(scratch, "part")
         make_tokenizer(scratch)
-        network = train_base(scratch, variant, lambda step, loss: progress(step, STEPS, f", loss {loss:.3f}"))
+        network = train_base(scratch, variant)
         network.source = scratch
+        part.mkdir()
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's toy.py.\n")
         causes: dict[frozenset, int] = {}  # each set written once
         for form in FORMS:
             rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group,
                      "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
-            (part / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (part / "causes.json").write_text(json.dumps([sorted(cause) for cause in causes], indent=1) + "\n")
+            files.write_jsonl(part / f"{form}.jsonl", rows)
+        files.write_json(part / "causes.json", [sorted(cause) for cause in causes])
         if not folder.exists():  # otherwise another process was faster
             part.rename(folder)
-    return folder
 
 
 def prepare(variant: str = "toy") -> Path:
@@ -242,7 +230,9 @@ def prepare(variant: str = "toy") -> Path:
     key = hashlib.sha256(made_of).hexdigest()[:12]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faith" / f"{variant}-{key}"
-        return folder if folder.exists() else build(folder, variant)
+        if not folder.exists():
+            build(folder, variant)
+        return folder
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: there is no home
         raise ValueError(f"{error}; set XDG_CACHE_HOME to a folder for the toy's files") from None
 
@@ -250,23 +240,8 @@ def prepare(variant: str = "toy") -> Path:
 @command("toy.py")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="toy.py", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="where to build both (default: the user's cache)")
-    folder = parser.parse_args(argv).folder
-    if folder and folder.exists():
-        raise ValueError(f"{folder} exists; name a new folder")
-    folder = build(folder) if folder else prepare()
-    print(folder)
-    subject = faith.open_subject(str(folder / "model"))
-    rng = random.Random(1)
-    for kind in reward.KINDS:
-        cases = faith.draw_cases(rng.sample(make_questions(), 300), kind, 1)
-        rows = faith.decision_rows(subject, cases)
-        right = sum(r["y"] == decision(c.question) and r["y_edit"] == decision(c.question, c.intervention)
-                    for c, r in zip(cases, rows, strict=True))  # fmt: skip
-        flips = sum(r["influence"] for r in rows)
-        print(f"{kind}: {right / len(rows):.1%} of decisions by the rule, {flips / len(rows):.1%} flips")
-        row = faith.measure(subject, cases[:1], (1.0,), 16)[1.0][0]
-        print(f"    {faith.ask(cases[0].edited)!r}\n    {row['text']!r}")
+    parser.add_argument("variant", nargs="?", default="toy", choices=VARIANTS)
+    print(prepare(parser.parse_args(argv).variant))
 
 
 if __name__ == "__main__":

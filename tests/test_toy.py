@@ -113,13 +113,15 @@ def test_what_the_base_is_taught(tmp_path, avoids):
 
 
 @pytest.mark.parametrize("variant", toy.VARIANTS)
-def test_variants(tmp_path, monkeypatch, variant):
+def test_variants(tmp_path, monkeypatch, variant, capsys):
     """Each variant is built in its shape (two steps of training only here), in a folder of its own."""
     monkeypatch.setattr(toy, "STEPS", 2)
     monkeypatch.setattr(toy, "BATCH", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = toy.prepare(variant)
     assert folder.name.startswith(f"{variant}-") and toy.prepare(variant) == folder
+    assert toy.main([variant]) == 0 and capsys.readouterr().out.endswith(f"\n{folder}\n")
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     family = "qwen3" if variant == "toy-qwen3" else "llama"
     assert models.read_config(folder / "model").family == family
     for form in toy.FORMS:
@@ -129,7 +131,7 @@ def test_variants(tmp_path, monkeypatch, variant):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(toy, "train_base", None)  # it says so before it trains
-    with pytest.raises(ValueError, match="cannot be written .*; set XDG_CACHE_HOME"):
+    with pytest.raises(ValueError, match="Not a directory.*; set XDG_CACHE_HOME"):
         toy.prepare(variant)
 
 
@@ -211,14 +213,3 @@ def test_it_is_an_ordinary_model(run):
         assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == ids
         with torch.no_grad():
             assert (models.load(folder)(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-4
-
-
-def test_command(tmp_path, monkeypatch, capsys):
-    """python toy.py FOLDER builds there and prints what the base does; it never builds over a folder."""
-    monkeypatch.setattr(toy, "STEPS", 2)
-    monkeypatch.setattr(toy, "BATCH", 2)
-    assert toy.main([str(tmp_path / "toy")]) == 0 and (tmp_path / "toy" / "model").is_dir()
-    assert capsys.readouterr().out.count("% of decisions by the rule") == 2
-    assert (
-        toy.main([str(tmp_path)]) == 2 and capsys.readouterr().err == f"toy.py: {tmp_path} exists; name a new folder\n"
-    )
