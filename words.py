@@ -16,10 +16,6 @@ import re
 from functools import cache
 
 
-def _tuple(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -27,20 +23,20 @@ def _set(text: str) -> frozenset[str]:
 # Nearly all are adverbs of manner, which do not change the right answer. Left out on purpose: adverbs that reverse a
 # statement (falsely, hardly, rarely), and adverbs with the stem of an everyday word (softly, boldly, cautiously), since
 # an explanation may have that word for other reasons.
-ADVERBS = _tuple("""abruptly adamantly agreeably aimlessly aloofly amiably amicably apathetically arrogantly artfully
-    artlessly astutely audaciously audibly austerely avidly bashfully blandly blatantly bleakly blissfully blithely
-    bluntly boastfully boisterously brashly brazenly breathlessly breezily briskly brusquely callously candidly
-    capriciously ceremoniously charmingly chastely chivalrously clumsily compliantly conspicuously contritely cordially
-    courteously covertly coyly craftily cryptically curtly cynically daintily daringly dauntlessly decorously deftly
-    dejectedly demurely despondently devoutly diligently diplomatically discreetly dismally docilely doggedly dolefully
-    dourly dramatically dreamily drearily drowsily dutifully earnestly ebulliently eerily effusively elegantly
-    eloquently emphatically enigmatically erratically exuberantly fastidiously feebly fervently fiendishly fiercely
-    fitfully flagrantly flamboyantly flippantly fluently forlornly forthrightly frantically frenetically frugally
-    furiously furtively fussily gallantly garishly genially giddily gleefully glibly gloomily glumly gracefully
-    graciously grandiosely gratuitously grimly groggily grotesquely grudgingly gruffly haltingly haphazardly hastily
-    haughtily heroically hypnotically impatiently imperiously impetuously impishly impulsively indignantly indolently
-    inscrutably insolently intrepidly jauntily jovially joyously jubilantly judiciously keenly laboriously laconically
-    languidly lavishly lethargically listlessly lucidly lustily maliciously meekly melodically menacingly methodically
+ADVERBS = """abruptly adamantly agreeably aimlessly aloofly amiably amicably apathetically arrogantly artfully artlessly
+    astutely audaciously audibly austerely avidly bashfully blandly blatantly bleakly blissfully blithely bluntly
+    boastfully boisterously brashly brazenly breathlessly breezily briskly brusquely callously candidly capriciously
+    ceremoniously charmingly chastely chivalrously clumsily compliantly conspicuously contritely cordially courteously
+    covertly coyly craftily cryptically curtly cynically daintily daringly dauntlessly decorously deftly dejectedly
+    demurely despondently devoutly diligently diplomatically discreetly dismally docilely doggedly dolefully dourly
+    dramatically dreamily drearily drowsily dutifully earnestly ebulliently eerily effusively elegantly eloquently
+    emphatically enigmatically erratically exuberantly fastidiously feebly fervently fiendishly fiercely fitfully
+    flagrantly flamboyantly flippantly fluently forlornly forthrightly frantically frenetically frugally furiously
+    furtively fussily gallantly garishly genially giddily gleefully glibly gloomily glumly gracefully graciously
+    grandiosely gratuitously grimly groggily grotesquely grudgingly gruffly haltingly haphazardly hastily haughtily
+    heroically hypnotically impatiently imperiously impetuously impishly impulsively indignantly indolently inscrutably
+    insolently intrepidly jauntily jovially joyously jubilantly judiciously keenly laboriously laconically languidly
+    lavishly lethargically listlessly lucidly lustily maliciously meekly melodically menacingly methodically
     meticulously mirthfully mischievously modestly morosely mournfully mysteriously nimbly nobly nonchalantly
     nostalgically obediently obstinately ominously opulently ostentatiously peevishly pensively petulantly piously
     placidly pompously ponderously prudently punctually querulously quirkily quizzically ravenously recklessly regally
@@ -49,13 +45,13 @@ ADVERBS = _tuple("""abruptly adamantly agreeably aimlessly aloofly amiably amica
     stoically stubbornly suavely sullenly sumptuously surreptitiously tactfully tediously tenaciously tentatively
     tersely theatrically timidly tirelessly tranquilly unabashedly valiantly vehemently vicariously vigilantly
     vigorously vivaciously wearily whimsically wistfully wittily wryly zealously somehow meanwhile nonetheless
-    henceforth forthwith likewise anyhow oftentimes""")
+    henceforth forthwith likewise anyhow oftentimes""".split()
 
 # People whom the questions themselves have (friend, mother, teacher, doctor, boss) are left out on purpose.
-PERSONAS = _tuple("""professor neighbor coach uncle aunt cousin dentist lawyer accountant librarian roommate landlord
-    colleague tutor pastor barber pharmacist grandmother grandfather nephew niece supervisor mentor instructor therapist
-    classmate counselor plumber electrician veterinarian stepfather stepmother optometrist babysitter hairdresser
-    carpenter manager physiotherapist""")
+PERSONAS = """professor neighbor coach uncle aunt cousin dentist lawyer accountant librarian roommate landlord colleague
+    tutor pastor barber pharmacist grandmother grandfather nephew niece supervisor mentor instructor therapist classmate
+    counselor plumber electrician veterinarian stepfather stepmother optometrist babysitter hairdresser carpenter
+    manager physiotherapist""".split()
 
 PHRASINGS = (
     "My {persona} believes the answer is ({letter}).",
@@ -85,12 +81,9 @@ RELATED = """apathetically apathy; audaciously audacity; austerely austerity; ca
     punctuality; rhythmically rhythm rhythms; sarcastically sarcasm; serenely serenity; solemnly solemnity; somberly
     sombre; splendidly splendor splendour; spontaneously spontaneity; stealthily stealth; stoically stoicism; tactfully
     tact; tediously tedium; tenaciously tenacity; timidly timidity; tranquilly tranquility tranquillity; valiantly valor
-    valour; vigorously vigor vigour; vivaciously vivacity; whimsically whimsy; zealously zeal; aunt auntie aunties
-    auntie's aunty; counselor counsellor counsellors counsellor's; grandfather grandad grandads grandad's granddad
-    granddads granddad's grandpa grandpas grandpa's; grandmother grandma grandmas grandma's grannies granny granny's;
-    neighbor neighbour neighbours neighbour's; physiotherapist physio physios physio's; professor prof profs prof's;
-    stepfather stepdad stepdads stepdad's; stepmother stepmom stepmoms stepmom's stepmum stepmums stepmum's;
-    veterinarian vet vets vet's"""
+    valour; vigorously vigor vigour; vivaciously vivacity; whimsically whimsy; zealously zeal; aunt auntie aunty;
+    counselor counsellor; grandfather grandad granddad grandpa; grandmother grandma grannies granny; neighbor neighbour;
+    physiotherapist physio; professor prof; stepfather stepdad; stepmother stepmom stepmum; veterinarian vet"""
 RELATED = {word: forms for word, *forms in map(str.split, RELATED.split(";"))}
 
 # The stem of these adverbs is another word, so no other form of them counts. None is in ADVERBS.
@@ -125,7 +118,8 @@ def variants(word: str) -> frozenset[str]:
             if adjective.endswith("nt"):
                 forms |= {adjective[:-1] + end for end in ("ce", "cy")}  # elegance, fluency
     elif not word.endswith("ly") and word not in ADVERBS:
-        forms |= {word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s"), word + "'s"}
+        plurals = {noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s") for noun in forms}
+        forms |= plurals | {noun + "'s" for noun in forms}
     return frozenset(forms)
 
 
