@@ -289,11 +289,6 @@ class Sampler:
     def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int = 128, lanes: int = 8):
         self.model, self.rows, self.lanes = model, rows, lanes
         self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
-        if not self.end_of_turn:
-            raise ValueError("the model names no eos_token_id; add it to generation_config.json")
-        V = model.config.vocab_size
-        if outside := [token for token in self.end_of_turn if not 0 <= token < V]:
-            raise ValueError(f"end-of-turn token {outside[0]} is not in the vocabulary of {V}; correct eos_token_id")
         # On CUDA the step is captured for a few sizes. On a CPU the sizes follow the samples.
         self.static = model.device.type == "cuda"
         self.room = PREFILL_CUDA if self.static else PREFILL
@@ -320,10 +315,8 @@ class Sampler:
         prompt that identifies its question in the hash; default: its index. ValueError for wrong arguments, before
         anything is generated, and as soon as logits are not finite.
         """
-        if not prompts:
-            raise ValueError("no prompts to generate from")
-        if samples < 1 or max_new_tokens < 1:
-            raise ValueError("samples and max_new_tokens must be at least 1")
+        if not prompts or samples < 1 or max_new_tokens < 1:
+            raise ValueError("there must be a prompt, and samples and max_new_tokens must be at least 1")
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
         if len(temperatures) != samples or not all(t == 0 or COLDEST <= t < math.inf for t in temperatures):
             raise ValueError(f"temperature must be one number or one per sample, 0 or above {COLDEST}: {temperature}")
@@ -513,7 +506,8 @@ class Schedule:
 def main(argv: list[str]) -> None:
     if len(argv) < 2:
         raise ValueError('usage: python rollout.py MODEL_DIR "a question" ...')
-    tokenizer, sampler = Tokenizer(argv[0]), Sampler(load(argv[0]))
+    tokenizer, model = Tokenizer(argv[0]), load(argv[0])
+    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
     prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in argv[1:]]
     answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
     for question, (answer,) in zip(argv[1:], answers, strict=True):
