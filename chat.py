@@ -53,11 +53,12 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)  # templates call this for messages that they do not take
 
 
-# As transformers sets jinja2 up, except that there is no `strftime_now` (see `Tokenizer.render`).
+# As transformers sets jinja2 up, but without chance and without `strftime_now` (see `Tokenizer.render`).
 EXTENSIONS = [Generation, jinja2.ext.loopcontrols]
 ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
 ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
 ENVIRONMENT.globals["raise_exception"] = raise_exception
+del ENVIRONMENT.filters["random"], ENVIRONMENT.globals["lipsum"]
 
 
 def find_template(folder: Path, settings: Record) -> tuple[str, Path]:

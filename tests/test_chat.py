@@ -159,6 +159,7 @@ def test_other_templates_give_what_transformers_gives(tmp_path, byte_tokenizer, 
      (chatml(before="{% for %}"), "fails"), (chatml(before="{{ a.b }}"), "'a' is undefined"),
      (chatml(before="{{ ''.__class__.x }}"), "unsafe"), (chatml(before="{{ range(10**9) }}"), "Range too big"),
      (chatml(before="{{ 1 / 0 }}"), "fails"), (chatml(before="{{ strftime_now('%d') }}"), "strftime_now"),
+     (chatml(before="{{ [1] | random }}"), "random"),
      (chatml(before="{{ sep_token }}"), "sep_token"), (chatml(before="{{ eos_token }}"), "'</s>'"), (None, "default"),
      ([{"name": "rag", "template": chatml()}], "default"), (3, "chat_template must"), ([""], "chat_template must")],
 )  # fmt: skip
