@@ -15,12 +15,13 @@ these calls `check_same`. A trained model also lists the questions of its run (q
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from model import weight_files
 from run.hub import base_of, locate
-from run.reading import read_json
+from run.reading import lines_of, read_json
 
 HASHED: dict[str, list] = {}  # path: [size, mtime in ns, sha256]; a run keeps it, so that large files are read once
 LIST = "questions.txt"
@@ -66,7 +67,7 @@ def check_base(path: str | Path, config: str) -> None:
     """Raises ValueError if the base of an adapter has other weights or another config than its training.json says."""
     folder = locate(path)
     base, record = base_of(folder), folder / "training.json"
-    if base and record.exists() and (made_of := read_json(record).take("made_of", dict[str, str], {})):
+    if base and os.path.lexists(record) and (made_of := read_json(record).take("made_of", dict[str, str], {})):
         now = {"weights": weights(base), "config": config}
         check_same(made_of, now, f"the adapter {path}", f"put the right model at {base}")
 
@@ -86,7 +87,7 @@ def question_list(model: str | Path) -> dict[str, set[str]]:
     """
     known: dict[str, set[str]] = {"trained": set(), "test": set()}
     file = locate(model) / LIST
-    for number, line in enumerate(file.read_text("utf-8").split("\n")[:-1] if file.exists() else (), 1):
+    for number, line in enumerate(lines_of(file) if os.path.lexists(file) else (), 1):
         kind, _, name = line.partition(" ")
         if kind not in known or len(name) != 12:
             raise ValueError(f"{file}, line {number}: not of a model that train.py saved; remove the file")

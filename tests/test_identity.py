@@ -158,8 +158,12 @@ def test_questions_of_an_earlier_run(copy, folder, capsys):
         assert words in refused(given) and not (copy / "second").exists()
     ran(flags(model, copy / "second", data=copy / "data", steps=1))
     assert (copy / "second" / "model" / "questions.txt").read_text() == (model / "questions.txt").read_text()
-    (copy / "run" / "model" / "questions.txt").write_text("trained\n")
-    assert "questions.txt, line 1: " in refused(flags(model, copy / "third", data=copy / "data"))
+    for content in (b"trained\n", b"trained 0123456789ab\ntest 01234", b"\xff", b""):  # the second is cut short
+        (model / "questions.txt").write_bytes(content)
+        assert f"{model}/questions.txt" in refused(flags(model, copy / "third", data=copy / "data"))
+    (model / "questions.txt").unlink()
+    (model / "questions.txt").symlink_to("gone")
+    assert f"{model}/questions.txt is a link" in refused(flags(model, copy / "third", data=copy / "data"))
 
 
 def test_calibration_of_another_task_or_other_prompts(copy, monkeypatch, capsys):
