@@ -37,7 +37,6 @@ from run.results import check_rows
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
           "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
-ASKED = ("opening", "max_new_tokens", "seed", "words", "fit")  # flags of faith.py that change a cell
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
 SMOKE = 20  # a run of fewer steps shows only that the commands work
 PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
@@ -97,28 +96,23 @@ def check_alike(runs: list[Run]) -> None:
 
 
 def check_asked(key: Key, runs: list[Run]) -> None:
-    """ValueError where two runs measured the cell differently, as far as their files tell."""
-    known: dict[Path, dict] = {}
-    for run in runs:
-        if not (file := Path(f"{run.cells[key]}.json")).exists():
-            continue
+    """ValueError where a cell was measured with flags that neither its rows nor their hashes show."""
+    first, was = None, {}
+    for file in (file for run in runs if (file := Path(f"{run.cells[key]}.json")).exists()):
         found = reading.read_json(file)
         args = found.take("args", dict, {})
-        how = {f"--{name.replace('_', '-')}": args[name] for name in ASKED if name in args}
-        if "calibration" in args:  # the files have other names; their offsets are compared
-            how["--calibration"] = "none" if args["calibration"] == "none" else "FILE"
-        how |= {"letter offsets (--calibration FILE)": found["mean_logp"]} if found.get("mean_logp") else {}
-        for other, was in known.items():
-            if odd := [name for name in how if name in was and how[name] != was[name]]:
-                values = f"{odd[0]} {was[odd[0]]!r} and {how[odd[0]]!r}; measure both alike"
-                raise ValueError(f"{'-'.join(key)} of {other} and of {run.folder}: measured differently, {values}")
-        known[run.folder] = how
+        how = {"--max-new-tokens": args.get("max_new_tokens"), "--fit": args.get("fit")}
+        how["the offsets of --calibration"] = found.get("mean_logp")
+        for name in was:
+            if how[name] != was[name]:
+                raise ValueError(f"{file} and {first} were measured differently: {name} {how[name]} and {was[name]}")
+        first, was = file, how
 
 
 def check_made_of(key: Key, runs: list[Run]) -> None:
-    """ValueError where a cell was measured with other questions, prompts or words, or with another model."""
+    """ValueError where a cell was measured with other questions, prompts, words or opening, or with another model."""
     cells = [f"{run.cells[key]}.T1.jsonl" for run in runs]
-    check_rows(*cells, names=("questions", "prompts", "words", "tokenizer"))
+    check_rows(*cells, names=("questions", "prompts", "words", "tokenizer", "opening"))
     base = next((hashes(f"{run.cells[key]}.identity.json") for run in runs if not run.trained), {})
     for run in (run for run in runs if run.trained):
         where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
