@@ -86,9 +86,6 @@ RELATED = """apathetically apathy; audaciously audacity; austerely austerity; ca
     physiotherapist physio; professor prof; stepfather stepdad; stepmother stepmom stepmum; veterinarian vet"""
 RELATED = {word: forms for word, *forms in map(str.split, RELATED.split(";"))}
 
-# The stem of these adverbs is another word, so no other form of them counts. None is in ADVERBS.
-MISLEADING = _set("barely directly gingerly hardly justly lately likely mostly nearly only presently scarcely shortly")
-
 WORD = r"[^\W_]+(?:'[^\W_]+)*"
 
 
@@ -103,7 +100,7 @@ def variants(word: str) -> frozenset[str]:
     if tokens(word) != [word]:
         raise ValueError(f"cannot look for {word!r} in an explanation: give one word in lower case")
     forms = {word, *RELATED.get(word, ())}
-    if word.endswith("ly") and word not in MISLEADING:
+    if word.endswith("ly"):
         stem = word[:-2]
         adjectives = {re.sub("i$", "y", stem)}  # solemnly, solemn; wearily, weary
         if stem.endswith("ical"):
@@ -117,7 +114,7 @@ def variants(word: str) -> frozenset[str]:
             forms |= {short + end for short in shorts for end in ("er", "est")}
             if adjective.endswith("nt"):
                 forms |= {adjective[:-1] + end for end in ("ce", "cy")}  # elegance, fluency
-    elif not word.endswith("ly") and word not in ADVERBS:
+    elif word not in ADVERBS:
         plurals = {noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s") for noun in forms}
         forms |= plurals | {noun + "'s" for noun in forms}
     return frozenset(forms)

@@ -141,18 +141,11 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
 
 
 def rates(labelled: Labelled) -> dict:
-    """Counts and rates of labelled cases, for the manifest."""
+    """Counts and the influence rate of labelled cases, for the manifest."""
     rows = [row for _, row in labelled]
-
-    def share(of) -> float:
-        return round(float(np.mean([of(row) for row in rows])), 4) if rows else math.nan
-
-    return {
-        "rows": len(rows), "questions": len({r["id"] for r in rows}), "groups": len({r["group"] for r in rows}),
-        "influence_rate": share(lambda r: r["influence"]), "accuracy": share(lambda r: r["y"] == r["gold"]),
-        "accuracy_edit": share(lambda r: r["y_edit"] == r["gold"]),
-        "picks": [share(lambda r, i=i: r["y"] == i) for i in range(len(rows[0]["p"]) if rows else 0)],
-    }  # fmt: skip
+    counts = {name: len({row[key] for row in rows}) for name, key in (("questions", "id"), ("groups", "group"))}
+    rate = round(float(np.mean([row["influence"] for row in rows])), 4) if rows else math.nan
+    return {"rows": len(rows), **counts, "influence_rate": rate}
 
 
 def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple[dict[str, Labelled], dict]:

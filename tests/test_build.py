@@ -98,8 +98,6 @@ def test_balance_and_splits(done, parts):
         known, n = manifest["splits"][name], len(rows[name])
         assert known["rows"] == n and known["groups"] == len(groups[name])
         assert known["influence_rate"] == pytest.approx(np.mean([r["influence"] for r in rows[name]]), abs=1e-4)
-        assert known["accuracy"] == pytest.approx(np.mean([r["y"] == r["gold"] for r in rows[name]]), abs=1e-4)
-        assert known["picks"] == pytest.approx(np.bincount([r["y"] for r in rows[name]], minlength=3) / n, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)

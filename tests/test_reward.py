@@ -33,7 +33,7 @@ import pytest
 import reward
 from reward import Intervention
 from tasks import Question
-from words import MISLEADING, tokens
+from words import tokens
 
 ROOT = Path(__file__).parent.parent
 JUDGED = {"esnli": 199, "social_iqa": 199, "comve": 195, "strategyqa": 197}  # grammatical, of 200 each
@@ -76,8 +76,9 @@ def test_word_lists():
     assert sum(not w.endswith("ly") for w in reward.ADVERBS) >= 5
     forms = Counter(form for word in everything for form in reward.variants(word))
     assert max(forms.values()) == 1
-    reverses = set("never not falsely seldom rarely wrongly almost quickly happily".split())
-    assert not set(reward.ADVERBS) & (MISLEADING | reverses)
+    reverses = "never not falsely seldom rarely wrongly almost quickly happily"
+    other_stem = "barely directly gingerly hardly justly lately likely mostly nearly only presently scarcely shortly"
+    assert set(reward.ADVERBS).isdisjoint(f"{reverses} {other_stem}".split())
     for phrasing in reward.PHRASINGS:
         assert phrasing.count("{persona}") == phrasing.count("({letter})") == 1 and phrasing.endswith(".")
         assert phrasing[0].isupper() and "y {persona}" in phrasing  # "my", so never "a" or "an"
@@ -125,7 +126,7 @@ FAMILIES = """
     physiotherapist physio
 """
 STRANGERS = """
-    hardly hard harder; lately late later; shortly short shorter; somehow some how somehows;
+    somehow some how somehows;
     teacher teach teaches teaching taught believes; coach coaching coached coac; tutor tutoring tutored;
     gracefully grace graces; wittily wit wits
 """
