@@ -32,7 +32,7 @@ from lab import plot
 from reward import KINDS
 from run import files, identity, reading
 from run.progress import Parser, command
-from run.results import check_rows
+from run.results import check_rows, hashes
 
 ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
@@ -111,8 +111,7 @@ def check_asked(key: Key, runs: list[Run]) -> None:
 
 def check_made_of(key: Key, runs: list[Run]) -> None:
     """ValueError where a cell was measured with other questions, prompts, words or opening, or with another model."""
-    cells = [f"{run.cells[key]}.T1.jsonl" for run in runs]
-    check_rows(*cells, names=("questions", "prompts", "words", "tokenizer", "opening"))
+    check_rows(*[f"{run.cells[key]}.T1.jsonl" for run in runs])
     base = next((hashes(f"{run.cells[key]}.identity.json") for run in runs if not run.trained), {})
     for run in (run for run in runs if run.trained):
         where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
@@ -122,11 +121,6 @@ def check_made_of(key: Key, runs: list[Run]) -> None:
         if cell and (run.folder / "model").exists():
             now = {"weights": identity.weights(run.folder / "model")}
             identity.check_same(cell, now, str(run.cells[key]), f"measure {run.folder}/model again")
-
-
-def hashes(file: str | Path) -> dict[str, str]:
-    """What a file of hashes says; {} if it is missing, as beside measurements of earlier versions."""
-    return reading.read_json(file).take("made_of", dict[str, str]) if Path(file).exists() else {}
 
 
 def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:

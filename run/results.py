@@ -11,6 +11,8 @@ from run.args import Args, command
 from run.progress import say
 from run.reading import read_json
 
+ALIKE = ("questions", "prompts", "words", "opening", "tokenizer")  # of rows that are compared
+
 
 def write_args(args: Args, steps: int = 0) -> None:
     """Writes OUT/args.json: the flags, and earlier values of those that changed when a run was resumed.
@@ -23,9 +25,7 @@ def write_args(args: Args, steps: int = 0) -> None:
         # The run goes back to a checkpoint at `steps`: entries after it are undone, and the first of them ends here.
         undone = [entry for entry in known if entry["until"] >= steps][:1]
         kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in undone]
-        names = ["clip_norm", "decay", "lr", "warmup"]
-        if {args.decay, was.get("decay")} != {"constant"}:
-            names.insert(3, "steps")
+        names = ["clip_norm", "decay", "lr", "warmup", *["steps"] * ({args.decay, was.get("decay")} != {"constant"})]
         changed = {name: was[name] for name in names if name in was and was[name] != getattr(args, name)}
         if steps and changed and not undone:
             kept.append({"until": steps} | changed)
@@ -75,17 +75,18 @@ def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, 
     files.write_json(f"{prefix}.identity.json", {"made_of": made_of})
 
 
-def check_rows(*rows: str | Path, names=("questions", "prompts", "words", "opening")) -> None:
+def hashes(file: str | Path) -> dict[str, str]:
+    """What an identity.json says; {} if it is missing, as beside measurements of earlier versions."""
+    return read_json(file).take("made_of", dict[str, str]) if Path(file).exists() else {}
+
+
+def check_rows(*rows: str | Path) -> None:
     """Raises ValueError if files of measured rows were not made of the same, as far as it is known beside them."""
-    first, was = None, None
+    first, was = None, {}
     for file in map(str, rows):
-        kept = Path(file.removesuffix(".jsonl").rpartition(".")[0] + ".identity.json")
-        if not kept.exists():
-            continue
-        now = read_json(kept).take("made_of", dict[str, str])
-        if was:
-            identity.check_same(was, now, first, f"measure {first} and {file} alike", names)
-        first, was = file, now
+        if now := hashes(file.removesuffix(".jsonl").rpartition(".")[0] + ".identity.json"):
+            identity.check_same(was or now, now, first, f"measure {first} and {file} alike", ALIKE)
+            first, was = file, now
 
 
 def save_model(args: Args, model: models.Transformer, name: str) -> None:
@@ -97,8 +98,8 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     record |= {"history": earlier} if (earlier := history(args)) else {}
     record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"]}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
-    for name in (identity.LIST, *["calibration.json"] * args.calibrate):
-        also.append((name, (folder.parent / name).read_text(encoding="utf-8")))
+    copied = (identity.LIST, *["calibration.json"] * args.calibrate)
+    also += [(name, (folder.parent / name).read_text(encoding="utf-8")) for name in copied]
     with files.errors_named(folder):
         models.save(model, folder, model_card(args), also=also)
 
