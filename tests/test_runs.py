@@ -21,8 +21,6 @@ from run import args as flags
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
 COMMIT = "91a860ac1a53780b3859ada33e8ce417b21c9118"  # what runs/toy.sh was run with
-
-
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -47,18 +45,17 @@ def lines(script, out, **environment):
         yield words[at], words[at + 1 :]
 
 
-@pytest.fixture(params=SCRIPTS)
-def planned(request, tmp_path, monkeypatch):
+def planned(script, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
     runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
-    monkeypatch.setattr(measure, "check_arguments", lambda args: None)
-    monkeypatch.setattr(measure, "run_measure", lambda args: seen.append(args))
-    monkeypatch.setattr(build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""})
-    monkeypatch.setattr(paper, "tables", lambda folders: seen.append(folders) or [])
-    monkeypatch.setattr(paper.files, "check_writable", lambda *_: None)
-    monkeypatch.setattr(paper, "draw", lambda *_: None)
-    monkeypatch.setattr(paper.files, "write_json", lambda *_: None)
-    for program, words in lines(request.param, tmp_path):
+    for module, name, stand_in in (
+        (measure, "check_arguments", lambda args: None), (measure, "run_measure", lambda args: seen.append(args)),
+        (build, "build", lambda args: seen.append(args) or {"splits": {}, "short": ""}),
+        (paper, "tables", lambda folders: seen.append(folders) or []), (paper, "draw", lambda *_: None),
+        (paper.files, "check_writable", lambda *_: None), (paper.files, "write_json", lambda *_: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, stand_in)
+    for program, words in lines(script, tmp_path):
         seen = []
         if program == "train.py":
             args = parse(words)
@@ -82,11 +79,12 @@ def planned(request, tmp_path, monkeypatch):
             cells[folder][name] = args
     homes = {folder: f"{run.task}-{run.intervention}.T1.jsonl" for folder, run in runs.items()}
     assert games == {folder: f"{Path(folder).parent}/base/cells/{home}" for folder, home in homes.items()}
-    return request.param, runs, sets, cells, tables
+    return runs, sets, cells, tables
 
 
-def test_commands_are_accepted_and_belong_together(planned):
-    script, runs, sets, cells, tables = planned
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch):
+    runs, sets, cells, tables = planned(script, tmp_path, monkeypatch)
     count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 24}[script]
     assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
     assert sorted(folder for table in tables for folder in table) == sorted(cells)
@@ -113,32 +111,16 @@ def test_commands_are_accepted_and_belong_together(planned):
         rows[run.model, run.task, run.intervention].append(row)
     assert all(set(of) == set(paper.ROWS[1:]) for of in rows.values())
 
-
-def test_data_sets_are_those_of_their_runs(planned):
-    script, runs, sets, _, _ = planned
-    of = {folder: [run for run in runs.values() if run.dataset == folder] for folder in sets}
-    assert len(of) == (8 if script == "paper.sh" else 0)
-    assert all(of.values()) and all(not run.dataset or run.dataset in sets for run in runs.values())
-    for folder, using in of.items():
+    assert len(sets) == (8 if script == "paper.sh" else 0)
+    assert {run.dataset for run in runs.values()} - {""} == set(sets)
+    for run in runs.values():
         for key in ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate"):
-            assert {getattr(run, key) for run in using} == {getattr(sets[folder], key)}
-
-
-def test_at_full_size_what_cannot_be_cut_has_adapters(planned):
-    """Detection refuses --parallel shard, and 8 billion trained weights do not fit on one GPU."""
-    script, runs, *_ = planned
-    for run in runs.values():
-        assert run.objective != "detection" or run.parallel != "shard"
-        assert script != "paper.sh" or (run.parallel == "shard") == (run.lora == 0)
-
-
-def test_detection_learns_from_the_initial_models_labels(planned):
-    """As in the paper, but on the toy; and SmolLM2's runs end with no more questions than its cells are asked."""
-    script, runs, _, cells, _ = planned
-    for run in runs.values():
-        if run.objective == "detection":
-            assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen")
-        if script == "smollm2_paper.sh":
+            assert not run.dataset or getattr(run, key) == getattr(sets[run.dataset], key)
+        if run.objective == "detection":  # learns from the initial model's labels, as in the paper, but on the toy
+            assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen") and run.parallel != "shard"
+        if script == "paper.sh":  # 8 billion trained weights do not fit on one GPU: what cannot be cut has adapters
+            assert (run.parallel == "shard") == (run.lora == 0)
+        if script == "smollm2_paper.sh":  # ends with no more questions than its cells are asked
             assert run.eval_questions == cells[run.out]["esnli-bias"].limit
 
 
@@ -258,14 +240,12 @@ def test_paths_are_seen_from_where_the_script_is_called(tmp_path, script):
         assert " --model meta-llama/Llama-3.1-8B-Instruct " in run("meta-llama/Llama-3.1-8B-Instruct").stdout
 
 
-@pytest.mark.parametrize("launch", [None, "python"])
-def test_how_training_is_started(tmp_path, launch):
+@pytest.mark.parametrize("launch", ["", "python"])
+def test_how_training_is_started(tmp_path, monkeypatch, launch):
     """By two processes, or by one where a machine has one GPU."""
-    environment = os.environ | {"DRY": "1"} | ({"LAUNCH": launch} if launch else {})
-    done = subprocess.run(["bash", ROOT / "runs" / "smollm2_paper.sh", "MODEL", "DATA", tmp_path], capture_output=True,
-                          text=True, env=environment, check=True)  # fmt: skip
-    begun = re.findall(r"; (\S.*) train\.py ", done.stdout)
-    assert begun == [launch or "torchrun --nproc-per-node 2"] * 3
+    monkeypatch.setenv("DRY", "1"), monkeypatch.setenv("LAUNCH", launch)
+    printed = subprocess.check_output(["bash", ROOT / "runs/smollm2_paper.sh", "MODEL", "DATA", tmp_path], text=True)
+    assert re.findall(r"; (\S.*) train\.py ", printed) == [launch or "torchrun --nproc-per-node 2"] * 3
 
 
 def test_profile(tmp_path, monkeypatch, capsys):
