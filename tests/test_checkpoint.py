@@ -13,9 +13,10 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from launch import call, close, finish, ran, refused, same, script, start, timeless, until, wait_for_step
+from launch import call, close, finish, ran, refused, same, script, start, timeless, until
 
 import model as models
+import train
 from run import checkpoint, files, lora, reading, results
 from run.args import Args
 from run.progress import again
@@ -207,68 +208,30 @@ train.sample = slow
 """
 
 
-@pytest.mark.parametrize("number, body", [(signal.SIGTERM, SLOW), (signal.SIGINT, ""), (signal.SIGHUP, "")])
-def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number, body):
-    """In a step, far from a periodic checkpoint: no finished step is lost, and a step that takes long is given up."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_the_last_finished_step(folder, whole, tmp_path, number):
+    """In a step that takes long, far from a periodic checkpoint: the step is given up, and no finished one is lost."""
     out = tmp_path / "o"
-    process = start(flags(folder, out, checkpoint_every=1000), script=script(tmp_path / "slow.py", body))
-    until(process, "in step 4") if body else wait_for_step(process, out, 3)
-    time.sleep(0.02)
+    process = start(flags(folder, out, checkpoint_every=1000), script=script(tmp_path / "slow.py", SLOW))
+    until(process, "in step 4")
     process.send_signal(number)
     code, printed, error = finish(process, timeout=80)
     assert code == 128 + number and not error, error
-    (done,) = re.findall(r"stopped after step (\d+); continue with: torchrun train.py --resume --out ", printed)
-    assert int(done) == 3 if body else int(done) >= 3
-    assert len(reading.read_jsonl(out / "metrics.jsonl")) == int(done)
-    assert checkpoint.newest(out / "checkpoints").name == f"step-{int(done):08d}"
-    resumed(out, after=done)
+    assert "stopped after step 3; continue with: torchrun train.py --resume --out " in printed
+    assert len(reading.read_jsonl(out / "metrics.jsonl")) == 3
+    assert checkpoint.newest(out / "checkpoints").name == "step-00000003"
+    resumed(out, after=3)
     same(whole, out)
 
 
-def test_a_signal_before_the_first_step(folder, whole, tmp_path):
+def test_a_signal_before_the_first_step(folder, whole, tmp_path, monkeypatch):
     """While the initial model is measured: a line says how to go on, and the run then begins anew."""
     out = tmp_path / "o"
-    process = start(flags(folder, out))
-    while not (out / "args.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    code, _, error = finish(process)
-    assert (code, error) == (143, f"train.py: stopped by SIGTERM; continue with: {again(out)}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert call(flags(folder, out))[::2] == (143, f"train.py: stopped by SIGTERM; continue with: {again(out)}\n")
     assert "continuing after step 0\n" in ran(["--resume", "--out", out])
     same(whole, out)
-
-
-KILLED = """
-from run import checkpoint
-save, saves = checkpoint.dcp.save, []
-def cut_short(tensors, checkpoint_id, no_dist):
-    save(tensors, checkpoint_id=checkpoint_id, no_dist=no_dist)
-    saves.append(checkpoint_id)
-    if len(saves) == 2:  # everything is written except the manifest
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.dcp.save = cut_short
-"""
-
-
-def test_a_kill_while_saving(folder, whole, tmp_path):
-    out = tmp_path / "o"
-    code, _, _ = finish(start(flags(folder, out), script=script(tmp_path / "killed.py", KILLED)))
-    assert code == -signal.SIGKILL and list((out / "checkpoints").glob("*.part"))
-    resumed(out, after=2)
-    same(whole, out)
-
-
-def test_frozen_labels_and_calibration(folder, tmp_path):
-    """What was taken from the initial model is again taken from it, not from the model that goes on."""
-    changes = {"labels": "frozen", "frozen_questions": 20, "steps": 6, "eval_questions": 0, "lr": 1e-2}
-    one, out = tmp_path / "whole", tmp_path / "stopped"
-    ran(flags(folder, one, calibrate=True, calibration_questions=5, **changes))
-    shutil.copytree(one, out)
-    shutil.rmtree(out / "checkpoints" / "step-00000006")
-    resumed(out, after=4)
-    assert timeless(one / "metrics.jsonl") == timeless(out / "metrics.jsonl")
-    assert (one / "calibration.json").read_text() == (out / "calibration.json").read_text()
 
 
 def test_a_signal_while_weights_change(folder, whole, tmp_path, monkeypatch):
@@ -359,7 +322,7 @@ train.sample = filling
 
 @pytest.mark.parametrize("ranks, parallel", [(1, "replicate"), (2, "shard")])
 def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
-    """A line says what to do; the status is 2. With room again the run goes on, as if nothing had happened."""
+    """A line says what to do; the status is 2. With room again the run goes on; from shards: test_shard."""
     out = disk(5_000_000) / "o"
     several = "--nproc-per-node 2 " * (ranks == 2)
     way = f"; once that is fixed: torchrun {several}train.py --resume --out {out}"
@@ -370,12 +333,11 @@ def test_no_room_at_all(folder, whole, disk, tmp_path, ranks, parallel):
     assert checkpoint.newest(out / "checkpoints").name == "step-00000002"
     early = refused(["--resume", "--out", out, "--parallel", "replicate"])
     assert early == f"train.py: {out}/metrics.jsonl: cannot be written (No space left on device)\n"
-    (out.parent / "filler").unlink()
-    resumed(out, after=2, ranks=ranks)
     if ranks == 1:
+        (out.parent / "filler").unlink()
+        resumed(out, after=2)
         same(whole, out)
-    close(whole, out)
-    assert not list(out.rglob("*.part*"))
+        assert not list(out.rglob("*.part*"))
 
 
 def test_resume_mistakes(copy, tmp_path):

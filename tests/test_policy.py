@@ -25,7 +25,6 @@ def test_learning_rate():
         warm + [0.2 + 0.9 * (1 + math.cos(math.pi * i / 9)) for i in range(10)]
     )
     for decay in ("linear", "cosine"):
-        assert rates(decay=decay)[-1] == pytest.approx(0.2)
         assert rates(decay=decay, warmup=0, steps=1) == [2.0]
         assert rates(decay=decay, warmup=3, steps=2) == pytest.approx([2 / 3, 4 / 3])
 
