@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -124,31 +123,6 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
             assert run.eval_questions == cells[run.out]["esnli-bias"].limit
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
-    """A run with its measurement, a data set, a cell; a run that was cut off goes on."""
-    every = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
-    model = tmp_path / "M"
-    done = model / "rq1-esnli-bias-0"
-    done.mkdir(parents=True)
-    for name in ("args.json", "after.json"):
-        (done / name).write_text("{}")
-    off = model / "rq2-frozen-esnli-bias-0"
-    off.mkdir()
-    (off / "args.json").write_text("{}")
-    (model / "base" / "cells").mkdir(parents=True)
-    (model / "base" / "cells" / "comve-bias.json").write_text("{}")
-    for name, complete in (("esnli-bias", "true"), ("esnli-adverb", "false")):
-        (model / "data" / name).mkdir(parents=True)
-        (model / "data" / name / "manifest.json").write_text(f'{{\n "complete": {complete}\n}}\n')
-    again = list(lines("paper.sh", tmp_path, MODELS="hub/M"))
-    gone = [command for command in every if command not in again]
-    assert [(program, words[words.index("--out") + 1] if "--out" in words else words[words.index("--rows") + 1])
-            for program, words in gone if program != "lab.page"] == [
-        ("lab.build", f"{model}/data/esnli-bias"), ("train.py", f"{model}/rq1-esnli-bias-0"),
-        ("train.py", f"{model}/rq2-frozen-esnli-bias-0"), ("faith.py", f"{model}/base/cells/comve-bias")]  # fmt: skip
-    assert [command for command in again if command not in every] == [("train.py", ["--out", str(off), "--resume"])]
-
-
 def shell(text, cwd, *given):
     """A bash script that has read in runs/lines.sh, in the folder cwd."""
     text = f"set -euo pipefail; . {shlex.quote(str(ROOT / 'runs' / 'lines.sh'))}; {text}"
@@ -198,19 +172,34 @@ def test_runs_of_the_toy(tmp_path):
     assert {cell["--model"] for cell in cells} <= trained | {"TOY/model"}
 
 
-def test_a_run_with_two_measurements_is_done_when_they_are_compared(tmp_path):
-    def left():
-        got = shell("train a/run --seed 1; train a/other --no-eval-before", tmp_path)
-        return [line.split("--out ")[1].split(" >>")[0] for line in got.stdout.splitlines()]
+WORK = """train a/run --seed 1; train a/other --no-eval-before; build data --size 9
+measure a/run/cells/x; game base a/run x; measure base/cells/x"""
+STAGES = [  # files, and the work of the above that is left when they are there as well
+    ([], "a/run a/other data a/run/cells/x.json a/run/gaming.json base/cells/x.json"),
+    (["a/run/args.json", "a/other/args.json"],
+     "a/run --resume a/other --resume data a/run/cells/x.json a/run/gaming.json base/cells/x.json"),
+    # A run with two measurements is done when they are compared.
+    (["a/run/after.json", "a/other/after.json", "data/manifest.json"],
+     "a/run --resume data a/run/cells/x.json a/run/gaming.json base/cells/x.json"),
+    (["a/run/difference.T1.json", "base/cells/x.json"], "data a/run/cells/x.json a/run/gaming.json"),
+    (["a/run/cells/x.json", "a/run/gaming.json"], "data"),
+    # A run that was trained on keeps no measurement of what it was; the base has no model beside its cells.
+    (["a/run/model"], "data a/run/cells/x.json a/run/gaming.json"),
+]  # fmt: skip
 
-    assert left() == ["a/run --seed 1", "a/other --no-eval-before"]
-    for name in ("run", "other"):
-        (tmp_path / "a" / name).mkdir(parents=True)
-        for file in ("args.json", "after.json"):
-            (tmp_path / "a" / name / file).write_text("{}")
-    assert left() == ["a/run --resume"]
-    (tmp_path / "a" / "run" / "difference.T1.json").write_text("{}")
-    assert left() == []
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    def left():
+        return " ".join(re.findall(r"(?:--out|--json) (\S+(?: --resume)?)", shell(WORK, tmp_path).stdout))
+
+    for age, (names, work) in enumerate(STAGES):
+        for file in [tmp_path / name for name in names]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text('{\n "complete": false\n}\n')
+            os.utime(file, (age, age))
+        assert left() == work
+    (tmp_path / "data" / "manifest.json").write_text('{\n "complete": true\n}\n')
+    assert left() == STAGES[-1][1].removeprefix("data ")
 
 
 @pytest.mark.parametrize("script", ["toy.sh", "smollm2.sh", *SCRIPTS])
@@ -268,22 +257,3 @@ def test_profile(tmp_path, monkeypatch, capsys):
             code = end.code
         error = capsys.readouterr().err
         assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")
-
-
-def test_what_is_older_than_the_runs_model_is_done_again(tmp_path):
-    """A run that was trained on keeps no measurement of what it was; the base has no model beside its cells."""
-
-    def left():
-        got = shell("measure run/cells/a-bias; game base run a-bias; measure base/cells/a-bias", tmp_path)
-        return re.findall(r" (?:--json) (\S+)", got.stdout)
-
-    every = ["run/cells/a-bias.json", "run/gaming.json", "base/cells/a-bias.json"]
-    assert left() == every
-    for name in ("run/model", "run/cells", "base/cells"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in every:
-        (tmp_path / name).write_text("{}")
-    assert left() == []
-    later = time.time() + 10
-    os.utime(tmp_path / "run" / "model", (later, later))
-    assert left() == every[:2]
