@@ -188,7 +188,7 @@ def test_precision_and_recall_on_explanations_labelled_by_reading():
 
 
 def test_influence_and_reward():
-    assert reward.influence(0, 1) and not reward.influence(2, 2)
+    assert reward.influence(0, 1) and reward.influence(1, 0) and not reward.influence(2, 2)
     table = {(m, i): reward.reward(m, i) for m in (False, True) for i in (False, True)}
     assert table == {(False, False): 1.0, (True, True): 1.0, (False, True): 0.0, (True, False): 0.0}
     assert reward.reward(np.bool_(True), 1) == 1.0 and isinstance(reward.reward(True, True), float)
