@@ -18,6 +18,9 @@ Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outri
     python faith.py ask --model DIR "Is a whale a fish?" --options yes no       walks one question through
 """
 
+from run import early  # noqa: F401
+
+# isort: split
 import hashlib
 import random
 import re

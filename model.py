@@ -15,6 +15,9 @@ and keys have the names of Hugging Face's files.
     python model.py DIR      prints what the files hold: family, switches, parameters, end-of-turn tokens
 """
 
+from run import early  # noqa: F401
+
+# isort: split
 import contextlib
 import json
 import math
@@ -35,6 +38,7 @@ from run import lora
 from run.config import switches
 from run.files import whole_folder
 from run.hub import base_of, locate
+from run.progress import command
 from run.reading import check_start, copy_tensors, read_json
 
 
@@ -374,14 +378,17 @@ def whole_model(model: Transformer, shard_bytes: float) -> tuple[dict[str, dict[
     return files, values | {"model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": where}}
 
 
-if __name__ == "__main__":
-    try:
-        network, tok = load(sys.argv[1], "cpu"), Tokenizer(sys.argv[1])
-    except (IndexError, ValueError) as error:
-        print("usage: python model.py DIR" if isinstance(error, IndexError) else error, file=sys.stderr)
-        sys.exit(2)
+@command("model.py")
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise ValueError("usage: python model.py DIR")
+    network, tok = load(argv[0], "cpu"), Tokenizer(argv[0])
     shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
     size = sum(p.numel() for p in network.parameters())
     shown["end_of_turn"] = {i: tok.tokenizer.id_to_token(i) for i in {*network.config.end_of_turn, tok.end_of_turn}}
     shown |= {"parameters": size, "a prompt": repr(tok.render([{"role": "user", "content": "Hello"}]))}
     print(*(f"{k:18} {v}" for k, v in shown.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,9 +21,11 @@ as a form of a word, and where an adverb may stand; all three are in words.py.
 import hashlib
 import math
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from run.progress import command
 from tasks import Question
 from words import ADVERBS, PERSONAS, PHRASINGS, insert, named, places, variants
 
@@ -132,9 +134,14 @@ def _known(kind: str) -> tuple[str, ...]:
     return ADVERBS if kind == "adverb" else PERSONAS
 
 
-if __name__ == "__main__":
+@command("reward.py")
+def main(argv: list[str]) -> None:
     parts = ("A man in a red coat is walking his dog.", "A man walks in a park.")
     example = Question("esnli", "example", parts, ("yes", "no", "maybe"), 2, parts[0])
     for kind in KINDS:
         edited, intervention = intervene(example, kind, random.Random(0))
         print(intervention, *edited.parts, edited.appeal, sep="\n    ")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

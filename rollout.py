@@ -20,6 +20,9 @@ H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.
     python rollout.py DIR "a question" …     prints one answer to each
 """
 
+from run import early  # noqa: F401
+
+# isort: split
 import itertools
 import math
 import os

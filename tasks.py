@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run import reading
-from run.progress import say
+from run.progress import command, other_rank, say
 from run.reading import BadRows
 
 FILES = {
@@ -76,7 +76,7 @@ def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Quest
         good = list(read(file, bad := BadRows(skip_bad_rows)))
         if bad and not good:
             raise ValueError(f"all {len(bad):,} rows of {file} are bad, the first: {bad[0]}")
-        if bad and os.environ.get("RANK", "0") == "0":
+        if bad and not other_rank():
             rows = f"skipped {len(bad):,} of {len(good) + len(bad):,} rows of {file}"
             say(f"{rows}, the first: {bad[0].removeprefix(f'{file}, ')}", sys.stderr)
         questions += good
@@ -234,14 +234,15 @@ def _hash(*values: object) -> bytes:
     return hashlib.sha256(json.dumps(values).encode()).digest()
 
 
-if __name__ == "__main__":
-    try:
-        if len(sys.argv) != 3 and sys.argv[3:] != ["--skip-bad-rows"]:
-            raise ValueError("usage: python tasks.py TASK PATH [--skip-bad-rows]")
-        loaded = load(sys.argv[1], sys.argv[2], len(sys.argv) == 4)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+@command("tasks.py")
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 and argv[2:] != ["--skip-bad-rows"]:
+        raise ValueError("usage: python tasks.py TASK PATH [--skip-bad-rows]")
+    loaded = load(argv[0], argv[1], len(argv) == 3)
     golds = Counter(question.gold for question in loaded)
     print(f"{len(loaded):,} questions in {len({q.group for q in loaded}):,} groups; gold", end="")
-    print(*(f" ({'ABC'[i]}) {golds[i] / len(loaded):.1%}" for i in sorted(golds)))
+    print(*(f" ({chr(65 + i)}) {golds[i] / len(loaded):.1%}" for i in sorted(golds)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,9 @@ ours.
     python toy.py [toy-plain]      makes them where they are missing, prints their folder
 """
 
+from run import early  # noqa: F401
+
+# isort: split
 import hashlib
 import json
 import os

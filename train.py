@@ -19,6 +19,9 @@ normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hype
 Axes: G group (explanations of a question), M explanation tokens in a micro-batch.
 """
 
+from run import early  # noqa: F401
+
+# isort: split
 import contextlib
 import itertools
 import math
@@ -201,7 +204,7 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
-        results.write_measured(Path(args.out) / name, rows, fit_rows, subject.made_of)
+        results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows
 
@@ -272,7 +275,7 @@ def run(
         if not args.resume:
             out.mkdir(parents=True, exist_ok=True)
             results.write_args(args)
-        if not (out / "identity.json").exists():
+        if not all((out / name).exists() for name in ("identity.json", identity.LIST)):
             results.write_identity(args, subject.made_of, stream)
         print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
               f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip

@@ -13,7 +13,10 @@ or rules: all of them are ours.
 """
 
 import re
+import sys
 from functools import cache
+
+from run.progress import command
 
 
 def _set(text: str) -> frozenset[str]:
@@ -296,8 +299,13 @@ def _past(word: str) -> bool:
     return word in PARTICIPLES or word.endswith("ed") and len(word) > 3 and word not in NOT_PAST
 
 
-if __name__ == "__main__":
+@command("words.py")
+def main(argv: list[str]) -> None:
     sentence = "A man in a red coat is walking his dog."
     print(*[insert(sentence, place, "*") for place in places(sentence)], sep="\n")
     for word in ("solemnly", "cynically", "professor", "coach"):
         print(f"{word}:", *sorted(variants(word)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

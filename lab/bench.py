@@ -391,9 +391,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--grid", action="store_true", help="with rollout: ratios over samples and prompt lengths too")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    for name, least in (*((name, 1) for name in sizes), ("lora", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name, least, most in (*((name, 1, 2**20) for name in sizes), ("lora", 0, 2**16)):
+        if not least <= (value := getattr(args, name)) <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"--{name} must be {bound}, not {value}")
     for wrong, message in (
         (args.against and (args.against == "trl") != (args.what == "train"),
          "rollout is measured --against transformers, train --against trl"),

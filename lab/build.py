@@ -98,6 +98,8 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
         labelled.append((case, row))
     if len(labelled) != manifest.take("splits", dict).take("train", dict).take("rows", int):
         raise ValueError(f"{where}: train.jsonl has {len(labelled)} lines, not what its manifest says; build it anew")
+    if manifest.get("sha256") not in (None, identity.file_digest(folder / "train.jsonl")):  # an older one has none
+        raise ValueError(f"{where}: train.jsonl is not the file that its manifest names; build it anew")
     return labelled
 
 
@@ -181,11 +183,13 @@ def build(args: argparse.Namespace) -> dict:
     if (locate(args.model) / "adapter_config.json").exists():
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
+    identity.check_unseen(args.model, parts["test"], "--eval-questions", parts["fit"] + parts["train"])
     subject = faith.open_subject(args.model)
     made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
-        check_flags(manifest, flags, str(out), "give the same flags, or another --out")
+        moved = {"model": None, "data": None}  # made_of has what they hold
+        check_flags(manifest | moved, flags | moved, str(out), "give the same flags, or another --out")
         identity.check_same(manifest.get("made_of"), made_of, str(out), "restore them, or give another --out")
     elif files.holds_something(out):
         raise ValueError(f"{out} already holds something; choose another --out or remove it")
@@ -203,7 +207,7 @@ def build(args: argparse.Namespace) -> dict:
         collected, notes = collect(subject, parts, logs, args)
         for name, labelled in collected.items():
             files.write_jsonl(out / f"{name}.jsonl", [record(*pair) for pair in labelled])
-        manifest = manifest | notes | {"complete": True}
+        manifest |= notes | {"complete": True, "sha256": identity.file_digest(out / "train.jsonl")}
         files.write_json(file, manifest)
     for log in logs.values():
         log.unlink(missing_ok=True)

@@ -22,18 +22,21 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
     """The model to measure, with the offsets of --calibration FILE. Says where it was trained in another way."""
     subject, folder = faith.open_subject(args.model, args.opening), locate(args.model)
     record, saved = folder / "training.json", folder / "calibration.json"
-    trained = reading.read_json(record).get("opening", args.opening) if record.exists() else args.opening
-    if trained != args.opening:
+    record = reading.read_json(record) if record.exists() else reading.Record({}, str(record))
+    if (trained := record.get("opening", args.opening)) != args.opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
     if args.calibration not in ("none", "fit"):
-        subject.offsets = read_offsets(subject, args.calibration, options, task)
+        begun = record.take("made_of", dict[str, str], {}).get("weights")
+        subject.offsets = read_offsets(subject, args.calibration, options, task, args.model, begun)
     elif args.calibration == "none" and saved.exists():
         print(f"note: this model was trained with calibrated decisions; see --calibration {quoted(saved)}")
     return subject
 
 
-def read_offsets(subject: faith.Subject, file: str, options: int, task: str) -> np.ndarray:
-    """The offsets (options,) of a calibration.json; ValueError if it is of another task or other prompts."""
+def read_offsets(subject: faith.Subject, file: str, options: int, task: str, model="", begun=None) -> np.ndarray:
+    """The offsets (options,) of a calibration.json; ValueError if it is of another task, other prompts, or weights that
+    are neither those of the model nor `begun`, those that its run began with.
+    """
     try:
         saved = reading.read_json(file)
         offsets = saved.take("mean_logp", list[float])
@@ -44,6 +47,9 @@ def read_offsets(subject: faith.Subject, file: str, options: int, task: str) -> 
         if "made_of" in saved:
             now = faith.made_of(subject, [])
             identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
+            if model and begun != (then := saved["made_of"].get("weights")) and then:
+                advice = "give that of this model, or of the run that made it"
+                identity.check_same(saved["made_of"], {"weights": identity.weights(model)}, file, advice)
     except ValueError as error:
         raise ValueError(f"--calibration takes none, fit or a calibration.json: {error}") from None
     return np.array(offsets)
@@ -79,7 +85,7 @@ def run_measure(args: argparse.Namespace) -> None:
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
     offsets = None if subject.offsets is None else subject.offsets.tolist()
     if args.rows:
-        results.write_measured(args.rows, rows, fit_rows, subject.made_of)
+        results.write_measured(args.rows, rows, fit_rows, subject, args.max_new_tokens)
         if args.calibration == "fit":
             faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
     summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
@@ -91,6 +97,8 @@ def run_measure(args: argparse.Namespace) -> None:
 def run_ask(args: argparse.Namespace) -> None:
     if not 2 <= len(args.options) <= len(faith.LETTERS):
         raise ValueError(f"--options takes 2 to {len(faith.LETTERS)} answers, not {len(args.options)}")
+    if not all(text.strip() for text in (args.question, *args.options)) or len({*args.options}) < len(args.options):
+        raise ValueError("the question and its options must be different texts, none of them empty")
     question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
     cases = faith.draw_cases([question], args.intervention, args.seed)
     if not cases:

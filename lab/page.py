@@ -14,7 +14,7 @@ from html import escape
 
 import report
 from lab import gaming
-from run import files, reading
+from run import files, reading, results
 from run.progress import Parser, command
 
 CELLS = {  # (influence, mention): name, meaning
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.each < 0 or args.seed < 0:
         raise ValueError(f"--{'each' if args.each < 0 else 'seed'} must not be negative")
     files.check_writable(args.to, args.json)
+    results.check_rows(args.before, args.after)
     before, after = reading.read_jsonl(args.before), reading.read_jsonl(args.after)
     table = gaming.compare(before, after, args.seed)
     html = page(before, after, table, args.each, args.seed, (args.before, args.after))

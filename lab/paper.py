@@ -85,8 +85,13 @@ def check_alike(runs: list[Run]) -> None:
     """ValueError unless the runs of one row differ only in their seed, and in flags that change no result."""
     for a, b in itertools.combinations(runs, 2):
         if (a.row, a.trained) == (b.row, b.trained):
-            both = f"{a.folder} and {b.folder} are"
-            for key in sorted((a.args.keys() | b.args.keys()) - FREE):
+            both, free = f"{a.folder} and {b.folder} are", FREE
+            was, now = (hashes(run.folder / "identity.json") for run in (a, b))
+            if was and now:  # the same model and data may have been elsewhere
+                free = FREE | {"model", "data", "dataset"}
+                names = "weights", "questions", "dataset"
+                identity.check_same(was, now, f"{a.folder}/identity.json", f"{both} not seeds of one row", names)
+            for key in sorted((a.args.keys() | b.args.keys()) - free):
                 x, y = a.args.get(key), b.args.get(key)
                 if (x or 0) != (y or 0):  # a run that is older than a flag has it off
                     flag = f"--{key.replace('_', '-')}"
@@ -195,8 +200,11 @@ def tables(folders: list, resamples=2000) -> list[dict]:
     bases, trained = ([run for run in runs if bool(run.trained) == t] for t in (False, True))
     if len(bases) > 1:
         raise ValueError(f"{bases[0].folder} and {bases[1].folder} have no args.json: give one base")
-    if len(models := sorted({run.args["model"] for run in trained})) > 1:
-        raise ValueError(f"runs of several models, {models[0]} and {models[1]}: make a table of each")
+    for a, b in itertools.combinations(trained, 2):
+        was, now = (hashes(run.folder / "identity.json").get("weights") for run in (a, b))
+        if was != now if was and now else a.args["model"] != b.args["model"]:
+            models = f"{a.args['model']} of {a.folder} and {b.args['model']} of {b.folder}"
+            raise ValueError(f"runs of several models, {models}: make a table of each")
     check_alike(trained)
     out = []
     for home in sorted({run.trained for run in trained}) or [None]:

@@ -10,9 +10,9 @@ from run import reading
 from run.progress import Parser
 
 
-def option(default, text: str, choices=None, least=None, above=None, on_resume=False):
-    """A flag. least, above: bounds of its value. on_resume: a resumed run may change it."""
-    known = {"help": text, "choices": choices, "least": least, "above": above, "on_resume": on_resume}
+def option(default, text: str, choices=None, least=None, above=None, most=None, on_resume=False):
+    """A flag. least, above, most: bounds of its value. on_resume: a resumed run may change it."""
+    known = {"help": text, "choices": choices, "least": least, "above": above, "most": most, "on_resume": on_resume}
     return dataclasses.field(default=default, metadata=known)
 
 
@@ -21,9 +21,10 @@ def option(default, text: str, choices=None, least=None, above=None, on_resume=F
 class Args:
     """Everything a run depends on. Each field is a flag; all are saved with the run."""
 
-    model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain")
+    model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain",
+                        on_resume=True)  # which may have moved: results.identify compares the weights and the questions
     task: str = option("toy", "data set")
-    data: str = option("", "folder or file with the task's published data; the toy has its own")
+    data: str = option("", "folder or file with the task's published data; the toy has its own", on_resume=True)
     skip_bad_rows: bool = option(False, "leave out rows of --data that cannot be read, and say how many")
     intervention: str = option("adverb", "what is inserted into a question")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
@@ -35,10 +36,12 @@ class Args:
     calibration_questions: int = option(300, "with --calibrate: unedited training questions for these means", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence", least=2)
-    samples: int = option(8, "explanations sampled per edited question: the group", least=2)
+    samples: int = option(8, "explanations sampled per edited question: the group", least=2, most=2**20)
     candidates: int = option(256, "label at most this many edited questions per step to balance its batch", least=2)
-    frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2)
-    dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used")
+    frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2,
+                                   most=10**6)
+    dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used",
+                          on_resume=True)
     max_new_tokens: int = option(48, "maximum tokens of an explanation", least=1)
     temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", least=1e-3)
     lr: float = option(1e-5, "AdamW's peak learning rate", above=0, on_resume=True)
@@ -57,9 +60,11 @@ class Args:
                        "detection", least=0)
     anchor: float = option(0.0, "weight of KL(initial ‖ current) of decisions on training questions; 0: off (ours)",
                            least=0)
-    anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1)
+    anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1,
+                                   most=10**6)
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
-    lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0)
+    lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0,
+                       most=2**16)
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank", above=0)
     lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "with --lora: layers adapted")
     parallel: str = option("auto", "with several ranks: replicate (each has all weights, masters and moments), shard "
@@ -101,6 +106,8 @@ def check_options(settings, flag=flag) -> None:
             raise ValueError(f"{flag(field)} must be one of {', '.join(known['choices'])}, not {value!r}")
         if known["least"] is not None and value < known["least"]:
             raise ValueError(f"{flag(field)} must be at least {known['least']}, not {value}")
+        if known["most"] is not None and value > known["most"]:
+            raise ValueError(f"{flag(field)} must be at most {known['most']}, not {value}")
         if known["above"] is not None and value <= known["above"]:
             raise ValueError(f"{flag(field)} must be above {known['above']}, not {value}")
 

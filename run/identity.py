@@ -6,6 +6,7 @@
     prompts      the texts around a question: how it is asked, how the explanation is asked for
     words        the word lists and the sentences that an edit inserts
     questions    the questions as loaded, in their order
+    dataset      the cases of --dataset
     flags        of a run: those that a resumed run may not change
 
 They stand beside what depends on them: in OUT/identity.json of a run, the manifest.json of a checkpoint and of a data
@@ -23,7 +24,7 @@ from model import weight_files
 from run.hub import base_of, locate
 from run.reading import lines_of, read_json
 
-HASHED: dict[str, list] = {}  # path: [size, mtime in ns, sha256]; a run keeps it, so that large files are read once
+HASHED: dict[str, list] = {}  # path: [size, mtime, ctime, sha256]; a run keeps it, so that large files are read once
 LIST = "questions.txt"
 
 
@@ -35,14 +36,15 @@ def digest(value) -> str:
 def file_digest(file: Path) -> str:
     """The sha256 of a file. A file whose path, size and time of change are known is not read again."""
     file = file.absolute()
-    stamp = [file.stat().st_size, file.stat().st_mtime_ns]
-    if HASHED.get(str(file), [])[:2] != stamp:
+    found = file.stat()
+    stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # a copy may keep the mtime of another file
+    if HASHED.get(str(file), [])[:3] != stamp:
         sha = hashlib.sha256()
         with file.open("rb") as data:
             while chunk := data.read(1 << 24):
                 sha.update(chunk)
         HASHED[str(file)] = [*stamp, sha.hexdigest()]
-    return HASHED[str(file)][2]
+    return HASHED[str(file)][3]
 
 
 def weights(path: str | Path) -> str:

@@ -178,10 +178,10 @@ def command(prog: str, ranks: bool = False):
                     status = end.code or 0
                 except (Exception, KeyboardInterrupt) as error:
                     stopped = isinstance(error, KeyboardInterrupt) or came  # other ranks' end may look like an error
-                    if not stopped and not isinstance(error, (ValueError, ImportError, OSError)):
+                    if not stopped and not isinstance(error, (ValueError, ImportError, OSError, MemoryError)):
                         raise
                     status = 128 + (came or [2])[0] if stopped else 2
-                    line = f"{prog}: {Stopped(status - 128) if stopped else error}"
+                    line = f"{prog}: {Stopped(status - 128) if stopped else str(error) or 'not enough memory'}"
                     if not (ranks and other_rank()):
                         say("; ".join([line, *getattr(error, "__notes__", [])]), sys.stderr)
                 out.flush()

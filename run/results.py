@@ -11,7 +11,7 @@ from run.args import Args, command
 from run.progress import say
 from run.reading import read_json
 
-ALIKE = ("questions", "prompts", "words", "opening", "tokenizer")  # of rows that are compared
+ALIKE = ("questions", "prompts", "words", "opening", "tokenizer", "calibration", "length")  # of rows that are compared
 
 
 def write_args(args: Args, steps: int = 0) -> None:
@@ -46,12 +46,16 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     kept, dataset = Path(args.out) / "identity.json", Path(args.dataset) / "manifest.json"
     begun = read_json(kept) if args.resume and kept.exists() else None
     known = {} if begun is None else begun.take("files", dict[str, list[int | str]], {})
-    identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 3})
+    identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 4})
     fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if not f.metadata["on_resume"]}
     set_flags = {name: value for name, value in fixed.items() if value != getattr(Args, name)}
     made_of = made_of | {"weights": identity.weights(args.model), "flags": identity.digest(set_flags)}
+    made_of |= {"dataset": identity.file_digest(dataset.with_name("train.jsonl"))} if args.dataset else {}
     if begun is not None:
         identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
+        if (before := kept.with_name("before.identity.json")).exists() and before.with_name("before.json").exists():
+            advice = f"remove {args.out}/before.*, and it is measured again"
+            identity.check_same(read_json(before).get("made_of"), made_of, before, advice)
     elif args.resume:
         say(f"note: {kept} is missing, so nobody knows whether the model and the data are those it was begun with")
     if args.dataset:
@@ -67,8 +71,10 @@ def write_identity(args: Args, made_of: dict[str, str], stream) -> None:
     files.write_text(Path(args.out) / identity.LIST, seen)
 
 
-def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, made_of: dict) -> None:
+def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, subject, max_new_tokens: int) -> None:
     """Writes what faith.measure gave: PREFIX.T0.jsonl, …, PREFIX.fit.jsonl, and PREFIX.identity.json."""
+    how = {"calibration": None if subject.offsets is None else subject.offsets.tolist(), "length": max_new_tokens}
+    made_of = subject.made_of | {name: identity.digest(value) for name, value in how.items()}
     parts = {f"T{t:g}": rows[t] for t in rows} | {"fit": fit_rows}
     for part in parts:
         files.write_jsonl(f"{prefix}.{part}.jsonl", parts[part])
@@ -85,7 +91,8 @@ def check_rows(*rows: str | Path) -> None:
     first, was = None, {}
     for file in map(str, rows):
         if now := hashes(file.removesuffix(".jsonl").rpartition(".")[0] + ".identity.json"):
-            identity.check_same(was or now, now, first, f"measure {first} and {file} alike", ALIKE)
+            both = {name: value for name, value in now.items() if name in (was or now)}  # older files lack some
+            identity.check_same(was or now, both, first, f"measure {first} and {file} alike", ALIKE)
             first, was = file, now
 
 

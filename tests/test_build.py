@@ -232,7 +232,7 @@ def refused(capsys, given, words):
         ({"seed": 1}, "built with seed 0, not 1"), ({"size": 42}, "built with size 40, not 42"),
         ({"edits": 3}, "built with edits"), ({"eval_questions": 4}, "built with eval_questions 5, not 4"),
         ({"intervention": "adverb"}, "built with intervention"), ({"calibrate": True}, "built with calibration"),
-        ({"data": DATA / "esnli_dev.csv"}, "built with data"), ({"model": "other"}, "built with model"),
+        ({"model": "other"}, "made with other weights"),
     ],
 )  # fmt: skip
 def test_other_flags_are_refused(done, folder, tmp_path, capsys, changes, words):
@@ -369,7 +369,9 @@ def test_another_data_set_is_refused(done, folder, tmp_path, flags, in_manifest,
     copy = shutil.copytree(done, tmp_path / "set")
     rows, manifest = read(copy)
     lines = rows["train"][1:]
-    if in_line is not None:
+    if in_line == {}:
+        lines = rows["train"]
+    elif in_line is not None:
         lines = [rows["test"][0] if in_line is LEAK else changed(rows["train"][0], in_line), *lines]
     files.write_jsonl(copy / "train.jsonl", lines)
     files.write_json(copy / "manifest.json", changed(manifest, in_manifest))

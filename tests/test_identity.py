@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from launch import DATA, call, flags, ran, refused
 
 import faith
 import reward
-from lab import build, paper, report
+from lab import build, page, paper, report
 from run import checkpoint, identity
 
 
@@ -80,12 +81,63 @@ def test_a_resumed_run_of_the_same(copy, capsys):
     """It goes on, without reading the weights again; a run from before there was an identity.json says so."""
     kept = json.loads((copy / "run" / "identity.json").read_text())
     file = str(copy / "model" / "model.safetensors")  # this process has also read the models of other tests
-    assert kept["files"][file][2] == hashlib.sha256((copy / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert kept["files"][file][3] == hashlib.sha256((copy / "model" / "model.safetensors").read_bytes()).hexdigest()
     again = ["--resume", "--out", copy / "run", "--steps", 3]
     assert call(again)[0] == 0
     (copy / "run" / "identity.json").unlink()
     code, printed, _ = call([*again[:-1], 4])
     assert code == 0 and "identity.json is missing" in printed and (copy / "run" / "identity.json").exists()
+
+
+def test_a_model_and_data_that_have_moved(copy, capsys):
+    """They are given anew, to a run and to a data set; what counts is what they hold."""
+    built = ["--task", "esnli", "--out", str(copy / "set"), "--size", "4", "--eval-questions", "2"]
+    built += ["--fit-questions", "2", "--model"]
+    assert build.main([*built, str(copy / "model"), "--data", str(copy / "data")]) == 0
+    there = copy / "elsewhere"
+    there.mkdir()
+    for name in ("model", "data", "run"):
+        (copy / name).rename(there / name)
+    new = ["--model", there / "model", "--data", there / "data"]
+    ran(["--resume", "--out", there / "run", "--steps", 3, *new])
+    assert build.main([*built, str(new[1]), *map(str, new[2:])]) == 0
+    change_data(there / "data")
+    assert "other questions" in refused(["--resume", "--out", there / "run", "--steps", 4])
+    shutil.move(there / "model", copy / "model")
+    shutil.move(there / "data", copy / "data")
+
+
+def test_what_lies_in_the_folder_of_a_run(copy, tmp_path):
+    """questions.txt is made again; rows measured before another run's training are not taken for its own."""
+    (copy / "run" / "questions.txt").unlink()
+    ran(["--resume", "--out", copy / "run", "--steps", 3])
+    assert (copy / "run" / "questions.txt").read_text() == (copy / "run" / "model" / "questions.txt").read_text()
+    other = tiny.build(tmp_path / "model", seed=18)
+    ran(flags(other, tmp_path / "run", data=copy / "data"))
+    for file in (tmp_path / "run").glob("before.*"):
+        shutil.copy(file, copy / "run")
+    assert "before.identity.json was made with other weights" in refused(["--resume", "--out", copy / "run"])
+
+
+def test_labels_of_another_data_set(copy, tmp_path):
+    """Of the same size and the same questions. A run goes on with its own alone."""
+    other = tiny.build(tmp_path / "model", seed=18)
+    for model, name in ((copy / "model", "set"), (other, "other")):
+        given = ["--model", model, "--data", copy / "data", "--task", "esnli", "--out", copy / name, "--size", 4,
+                 "--eval-questions", 5, "--fit-questions", 5]  # fmt: skip
+        assert build.main([*map(str, given)]) == 0
+    run = flags(copy / "model", copy / "frozen", data=copy / "data", labels="frozen", dataset=copy / "set")
+    ran(run)
+    kept = (copy / "set" / "train.jsonl").read_text()
+    shutil.copy(copy / "other" / "train.jsonl", copy / "set")
+    again = ["--resume", "--out", copy / "frozen", "--steps", 3]
+    assert "train.jsonl is not the file that its manifest names" in refused(again)
+    manifest = json.loads((copy / "set" / "manifest.json").read_text())
+    del manifest["sha256"]  # of an earlier version
+    (copy / "set" / "manifest.json").write_text(json.dumps(manifest))
+    assert "was made with other dataset (sha256: " in refused(again)
+    (copy / "set" / "train.jsonl").write_text(kept)
+    ran(again)
 
 
 def test_flags_that_were_edited(copy):
@@ -101,8 +153,10 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     opened, plain = [], Path.open
     monkeypatch.setattr(Path, "open", lambda self, *mode, **way: opened.append(1) or plain(self, *mode, **way))
     assert identity.file_digest(file) == first and not opened
-    file.write_bytes(b"other")
-    assert identity.file_digest(file) == hashlib.sha256(b"other").hexdigest() and opened
+    stamp = file.stat().st_mtime_ns
+    file.write_bytes(b"two")  # of the same size, and as old
+    os.utime(file, ns=(stamp, stamp))
+    assert identity.file_digest(file) == hashlib.sha256(b"two").hexdigest() and opened
 
 
 def test_a_checkpoint_of_another_run(copy, tmp_path):
@@ -151,6 +205,9 @@ def test_questions_of_an_earlier_run(copy, folder, capsys):
     assert faith.main([*measure, str(copy / "data"), "--limit", "5"]) == 0
     assert faith.main([*measure, str(copy / "data"), "--limit", "8"]) == 2
     assert "was trained on" in (error := capsys.readouterr().err) and "give a smaller --limit" in error
+    built = ["--model", str(model), "--data", str(copy / "data"), "--task", "esnli", "--out", str(copy / "set")]
+    assert build.main([*built, "--eval-questions", "8", "--fit-questions", "2", "--size", "2"]) == 2
+    assert "give a smaller --eval-questions" in capsys.readouterr().err
     moved = shutil.copy(DATA / "esnli_dev.csv", copy / "elsewhere.csv")  # the same questions from another file
     assert faith.main([*measure, str(moved), "--limit", "8"]) == 2
     for eval_questions, words in ((8, "was trained on"), (2, "would train on"), (0, "would train on")):
@@ -166,13 +223,19 @@ def test_questions_of_an_earlier_run(copy, folder, capsys):
     assert f"{model}/questions.txt is a link" in refused(flags(model, copy / "third", data=copy / "data"))
 
 
-def test_calibration_of_another_task_or_other_prompts(copy, monkeypatch, capsys):
+def test_calibration_of_another_task_or_other_prompts(copy, tmp_path, monkeypatch, capsys):
+    """Or of another model. It serves the model that it was fitted on, and what was trained from that."""
     ran(flags(copy / "model", copy / "calibrated", data=copy / "data", steps=1) + ["--calibrate"])
     file = copy / "calibrated" / "model" / "calibration.json"
     ask = ["--model", str(copy / "model"), "--limit", "2", "--fit", "2", "--max-new-tokens", "2", "--calibration"]
     esnli = ["--task", "esnli", "--data", str(copy / "data")]
     social = ["--task", "social_iqa", "--data", str(DATA.parent / "social_iqa")]
     assert faith.main([*ask, str(file), *esnli]) == 0
+    ask[1] = str(file.parent)
+    assert faith.main([*ask, str(file), *esnli]) == 0
+    ask[1] = str(tiny.build(tmp_path / "model", seed=18))
+    assert faith.main([*ask, str(file), *esnli]) == 2 and "was made with other weights" in capsys.readouterr().err
+    ask[1] = str(copy / "model")
     assert faith.main([*ask, str(file), *social]) == 2 and "task must be 'social_iqa'" in capsys.readouterr().err
     monkeypatch.setattr(faith, "LAST", "Give the letter.")
     assert faith.main([*ask, str(file), *esnli]) == 2 and "other prompts" in capsys.readouterr().err
@@ -194,11 +257,46 @@ def test_rows_that_are_compared(copy, change, monkeypatch, capsys):
         (copy / "run" / "model" / "questions.txt").unlink()
     assert faith.main([*measure, "--model", str(copy / "run" / "model"), "--rows", str(cells[1])]) == 0
     capsys.readouterr()
-    for tool, given in ((report, rows), (paper, [str(cell.parent.parent) for cell in cells])):
+    folders = [str(cell.parent.parent) for cell in cells]
+    for tool, given in ((report, rows), (page, [*rows, "--to", str(copy / "page.html")]), (paper, folders)):
         assert tool.main(given) == 2 and f"other {change}" in capsys.readouterr().err
     for cell in cells:
         (cell.parent / "esnli-bias.identity.json").unlink()
     assert report.main(rows) == 0
+
+
+@pytest.mark.parametrize(("given", "what"), [
+    (["--calibration", "fit"], "calibration"), (["--max-new-tokens", "3"], "length"),
+])  # fmt: skip
+def test_rows_that_were_measured_in_another_way(copy, given, what, capsys):
+    measure = ["--model", str(copy / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit", "5",
+               "--fit", "2", "--max-new-tokens", "2"]  # fmt: skip
+    for name, more in (("a", []), ("b", given), ("c", [])):
+        assert faith.main([*measure, *more, "--rows", str(copy / name)]) == 0
+    a, b, c = (str(copy / f"{name}.T0.jsonl") for name in "abc")
+    assert report.main([a, c]) == 0
+    assert report.main([a, b]) == 2 and f"was made with other {what} (" in capsys.readouterr().err
+    file = copy / "a.identity.json"  # of an earlier version
+    made_of = {name: value for name, value in json.loads(file.read_text())["made_of"].items() if name != what}
+    change_json(file, made_of=made_of)
+    assert report.main([a, b]) == report.main([b, a]) == 0
+
+
+def test_seeds_of_a_model_that_has_moved(copy, tmp_path, capsys):
+    for name in ("model", "data"):
+        shutil.copytree(copy / name, tmp_path / name)
+    ran(flags(tmp_path / "model", tmp_path / "run", data=tmp_path / "data", checkpoint_every=1, seed=1))
+    runs = [copy / "run", tmp_path / "run"]
+    for run in runs:
+        (run / "cells").mkdir()
+        assert faith.main(["--model", str(run / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit",
+                           "5", "--fit", "2", "--max-new-tokens", "2", "--temperature", "1", "--rows",
+                           str(run / "cells" / "esnli-bias")]) == 0  # fmt: skip
+    assert paper.main([*map(str, runs)]) == 0
+    kept = json.loads((runs[1] / "identity.json").read_text())
+    change_json(runs[1] / "identity.json", made_of=kept["made_of"] | {"questions": "0"})
+    capsys.readouterr()
+    assert paper.main([*map(str, runs)]) == 2 and "was made with other questions" in capsys.readouterr().err
 
 
 def test_cells_of_another_model(copy, tmp_path, capsys):

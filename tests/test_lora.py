@@ -245,6 +245,7 @@ def test_ranks(done, tmp_path):
 def test_flags_that_are_refused(done, folder, tmp_path):
     for changes, words in (
         ({"lora": -1}, "--lora must be at least 0"),
+        ({"lora": 10**9}, "--lora must be at most 65536"),
         ({"lora": 4, "lora_alpha": 0}, "--lora-alpha must be above 0"),
         ({"lora": 4, "lora_targets": "q_proj,w"}, "no layer is called 'w'; there are q_proj, "),
         ({"lora": 4, "lora_targets": "layers.2.mlp.up_proj"}, "no layer is called 'layers.2.mlp.up_proj'"),

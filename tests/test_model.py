@@ -292,7 +292,8 @@ def test_command_line(folder, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["model.py", *map(str, arguments)])
         runpy.run_path(str(tiny.ROOT / "model.py"), run_name="__main__")
 
-    run(folder)
+    with pytest.raises(SystemExit, match="0"):
+        run(folder)
     output = capsys.readouterr().out
     assert re.search(r"family +llama\n", output) and re.search(r"parameters +[\d,]+\n", output)
     for arguments in ((folder / "absent",), ()):

@@ -52,6 +52,7 @@ def fails(error, *notes):
 
 ENDS = [
     (lambda argv: None, 0, ""), (lambda argv: 3, 3, ""), (fails(SystemExit(4)), 4, ""),
+    (fails(MemoryError()), 2, "a.py: not enough memory\n"),
     (fails(ValueError("wrong"), "do this"), 2, "a.py: wrong; do this\n"), (fails(OSError("disk")), 2, "a.py: disk\n"),
     (fails(KeyboardInterrupt(), "go on so"), 130, "a.py: stopped by SIGINT; go on so\n"),
     (signalled(signal.SIGTERM), 143, "a.py: stopped by SIGTERM\n"),
@@ -82,6 +83,13 @@ def test_a_closed_terminal(start, status):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("given", ["train.py", "faith.py ask", "toy.py", "model.py x", "-m lab.report x"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, given):
+    (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(9)\n")
+    status, out, error = shell(f"exec python {given}", PYTHONPATH=str(tmp_path))
+    assert (status, out, error) == (-signal.SIGINT, "", "")
+
+
 PRINTS = "import sys; from run.progress import add_note, command; "
 PRINTS += "sys.exit(command('a.py')(lambda argv: print('\\u2192 \\xe9\\n' * 9999))())"
 CONSOLES = [
@@ -97,6 +105,14 @@ def test_any_console(to, environment, status, out, error):
     """It may be closed, full or not UTF-8."""
     line = f'python -c "{PRINTS}" {to}; exit ${{PIPESTATUS[0]}}'
     assert shell(line, **{"PYTHONIOENCODING": "utf-8"} | environment) == (status, out, error)
+
+
+@pytest.mark.parametrize("given", ["words.py", "reward.py", "tasks.py esnli tests/data/esnli", "model.py MODEL"])
+def test_every_command_may_lose_its_reader(folder, given):
+    line = f"python {given.replace('MODEL', str(folder))}"
+    assert shell(f"{line} | true; exit ${{PIPESTATUS[0]}}") == (0, "", "")
+    status, _, error = shell(f"{line} > /dev/full")
+    assert status == 2 and error.count("\n") == 1 and "its output cannot be written" in error
 
 
 def test_a_run_whose_log_is_closed_or_full(folder, tmp_path):
