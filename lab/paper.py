@@ -70,9 +70,10 @@ def read(folder: str | Path) -> Run:
         cells[where, kind] = file.with_name(f"{where}-{kind}")
     if not cells:
         raise ValueError(f"{folder}: no measured cells; see faith.py --rows {folder}/cells/TASK-INTERVENTION")
-    if not (folder / "args.json").exists():
+    saved = next((file for name in ("args.json", "training.json") if (file := folder / name).exists()), None)
+    if not saved:
         return Run(folder, folder.resolve().name, cells, {})
-    args = reading.read_json(folder / "args.json")
+    args = reading.read_json(saved)
     row = "RQ1" if args.take("objective", str) == "detection" else f"RQ2-{args.take('labels', str)}"
     if row not in ROWS:
         args.refuse("labels", "on-policy or frozen")
@@ -121,7 +122,7 @@ def check_made_of(key: Key, runs: list[Run]) -> None:
     for run in (run for run in runs if run.trained):
         where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
         if begun and base:
-            identity.check_same(begun, base, where, "give the base that the run began with", ["weights"])
+            identity.check_same(begun, base, where, "give the base that the run began with", ["weights", "tokenizer"])
         cell = hashes(f"{run.cells[key]}.identity.json")
         if cell and (run.folder / "model").exists():
             now = {"weights": identity.weights(run.folder / "model")}

@@ -25,7 +25,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     if os.path.isfile(folder):
         raise ValueError(f"{folder} is a file; give the directory of the model")
     if os.path.isdir(folder):
-        if revision not in (None, folder.resolve().name):
+        if revision not in (None, "main", folder.resolve().name):
             raise ValueError(
                 f"{folder} is not known to be revision {revision}; give the hub id, or set revision to null"
             )

@@ -11,7 +11,7 @@ from run.args import Args, command
 from run.progress import say
 from run.reading import read_json
 
-ALIKE = ("questions", "prompts", "words", "opening", "tokenizer", "calibration", "length")  # of rows that are compared
+ALIKE = ("questions", "prompts", "words", "opening", "calibration", "length")  # of rows that are compared
 
 
 def write_args(args: Args, steps: int = 0) -> None:
