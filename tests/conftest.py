@@ -47,6 +47,11 @@ def write_tokenizer(folder: Path, template: str | None, merges=(), special=SPECI
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that pytest -n does not wait for it alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_toy.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu(request):
     """Tests use the CPU, even if there is a GPU; only test_cuda uses the GPU."""

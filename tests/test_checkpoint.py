@@ -349,7 +349,7 @@ def test_resume_mistakes(copy, tmp_path):
     (copy / "args.json").write_text(json.dumps(known))
     contents = lambda: {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}  # noqa: E731
     before = contents()
-    for changes in (["--seed", "5"], ["--eval-questions", "4"], ["--lora", "4"], ["--data", "elsewhere"]):
+    for changes in (["--seed", "5"], ["--eval-questions", "4"], ["--lora", "4"], ["--intervention", "adverb"]):
         assert f"{changes[0]} was " in refused(["--resume", "--out", copy, *changes])
         assert contents() == before
     for path in (copy / "checkpoints").iterdir():

@@ -151,9 +151,9 @@ def test_figures_are_scipys_and_scikit_learns(subject, labelled):
     plain = [{k: v for k, v in row.items() if k != "detection"} for row in rows]
     for found in (report.summary(plain, resamples=5), report.compare(rows, plain, resamples=5)):
         assert "detection" not in found
-    for wrong, says in ((rows[1] | {"detection": "much"}, "row 2: 'detection' cannot be"),
-                        (rows[1] | {"detection": None}, "row 2: 'detection' cannot be"),
-                        (plain[1], "row 2: the key 'detection' is missing")):  # fmt: skip
+    for wrong, says in ((rows[1] | {"detection": "much"}, "row 2: detection must be a number, not"),
+                        (rows[1] | {"detection": None}, "row 2: detection must be a number, not null"),
+                        (plain[1], "row 2: detection must be a number; it is absent")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             report.summary([rows[0], wrong, *rows[2:]], resamples=5)
 
