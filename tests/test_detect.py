@@ -153,7 +153,7 @@ def test_figures_are_scipys_and_scikit_learns(subject, labelled):
         assert "detection" not in found
     for wrong, says in ((rows[1] | {"detection": "much"}, "row 2: detection must be a number, not"),
                         (rows[1] | {"detection": None}, "row 2: detection must be a number, not null"),
-                        (plain[1], "row 2: detection must be a number; it is absent")):  # fmt: skip
+                        (plain[1], "row 2: the key 'detection' is missing")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             report.summary([rows[0], wrong, *rows[2:]], resamples=5)
 
