@@ -1,9 +1,12 @@
-"""Attention for many texts in one pass, laid end to end: prompts, prompts that share a beginning, a prompt's samples.
+"""What runs for every token: attention for many texts in one pass, and the drawing of a token.
+
+The texts lie end to end: prompts, prompts that share a beginning, a prompt's samples.
 
 On a CPU each part is a call of torch's scaled_dot_product_attention. On a GPU, in bf16, all parts are one kernel. The
 decode step reads caches and has its own attention in rollout.py. The plain form is `model.plain_attention`.
 
-Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token counts once for each run that sees it).
+Axes: R rows, V vocabulary, T tokens in all, H heads, K kv heads, D head dim, S keys (a token counts once for each run
+that sees it).
 """
 
 import contextlib
@@ -144,3 +147,40 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
         return Flash.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), runs()).transpose(0, 1)[None]
 
     return attend
+
+
+# ---- drawing a token -----------------------------------------------------------------------------------------
+
+
+def mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser (Steele, Lea & Flood 2014) on int64, which wraps; masks make the shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def uniforms(seed, step, question: Tensor, sample: Tensor, position) -> Tensor:
+    """Uniforms in [0, 1), (R,) fp32, hashed from five integers. Each may be a number or an int64 tensor."""
+    h = torch.zeros_like(question)
+    for part in (seed, step, question, sample, position):
+        h = mix((h ^ part) - 0x61C8864680B583EB)
+    return ((h >> 40) & 0xFFFFFF).float() * 2.0**-24  # 24 bits: exact in fp32
+
+
+def sample_tokens(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) drawn from softmax(logits (R, V) / T) at uniforms u (R,), and their logprobs (R,) fp32.
+
+    temperature (R,) fp32. Rows at 0 take the argmax, and their logprobs are those at T = 1. Overwrites fp32 logits,
+    because a second (R, V) tensor would cost as much time as the arithmetic.
+    """
+    greedy = temperature == 0
+    logits = logits.float().div_(torch.where(greedy, 1.0, temperature)[:, None])
+    highest, argmax = logits.max(-1)
+    weights = logits.sub_(highest[:, None]).exp()
+    total = weights.sum(-1).log()  # more exact than the end of the CDF
+    cdf = weights.cumsum_(-1)
+    # The first index whose CDF exceeds u · total, so never a token of probability 0. Only NaN gives an index past the
+    # end, hence the clamp.
+    drawn = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    tokens = torch.where(greedy, argmax, drawn)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
