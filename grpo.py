@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import model as models
-from kernels import over_parts
+from run.attention import over_parts
 
 
 def advantages(rewards: Tensor, form: str) -> Tensor:
@@ -60,7 +60,7 @@ class Packed:
 
     tokens: Tensor  # (1, T)
     positions: Tensor  # (1, T); a completion's positions continue its prompt's
-    parts: list  # who sees whom: see kernels.over_parts
+    parts: list  # who sees whom: see run/attention.py
     sources: Tensor  # (M,): place of the state that predicts each completion token
     targets: Tensor  # (M,): the completion tokens
 

@@ -105,7 +105,7 @@ def plain_attention(mask: Tensor | None = None):
     """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
 
     Every layer calls attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D). The other forms of `attend` are
-    in kernels.py, for texts laid end to end, and in rollout.py, for the KV cache.
+    in run/attention.py, for texts laid end to end, and in rollout.py, for the KV cache.
     """
     options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
     return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)

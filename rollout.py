@@ -33,9 +33,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import over_parts, sample_tokens, uniforms
+from kernels import sample_tokens, uniforms
 from model import Config, Tokenizer, Transformer, load
 from run import memory
+from run.attention import over_parts
 from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
@@ -68,7 +69,7 @@ def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
 def end_to_end(runs: list[list[list[int]]], device) -> tuple[Tensor, Tensor, list, Tensor]:
     """All prompts in one row. runs: lists of prompts; what all prompts of a list begin with is stored once.
 
-    Returns tokens and positions (1, T), parts for kernels.over_parts, and the place of each prompt's last token (P,).
+    Returns tokens and positions (1, T), parts for attention.over_parts, and the place of each prompt's last token (P,).
     """
     tokens, positions, parts, last = [], [], [], []
     for run in runs:

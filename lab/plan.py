@@ -38,10 +38,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import grpo
 import model as models
-from kernels import over_parts
 from rollout import Sampler, Slots, cache_length
 from run import files, lora, reading
 from run.args import check_options, option
+from run.attention import over_parts
 from run.hub import locate
 from run.progress import Parser, command
 

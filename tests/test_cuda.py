@@ -12,11 +12,10 @@ from test_graph import adapt
 from test_rollout import FAMILIES, eager, flat, random_network, random_texts, same
 
 import grpo
-import kernels
 import model as models
 import rollout
 from rollout import Completion, Sampler
-from run import lora, shard
+from run import attention, lora, shard
 from run.args import Args
 from run.policy import Policy
 from run.ranks import Ranks
@@ -141,8 +140,8 @@ def test_one_kernel_for_all_parts(H, K, D):
     weight, results = torch.randn(1, H, 980, D, device="cuda") + 0.5, []
     for dtype, flash in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, True)):
         given = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
-        assert kernels.flashes(given[0]) == flash
-        out = kernels.over_parts(parts, "cuda")(0, *given)
+        assert attention.flashes(given[0]) == flash
+        out = attention.over_parts(parts, "cuda")(0, *given)
         (out.float() * weight).sum().backward()
         results.append([out.detach().float(), *(x.grad.float() for x in given)])
     for exact, once, again in zip(*results, strict=True):

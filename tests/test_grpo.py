@@ -13,10 +13,10 @@ import torch
 from launch import step_on
 
 import grpo
-import kernels
 import model as models
 import train
 from rollout import Completion, Sampler
+from run import attention
 from run.args import Args
 from run.policy import Policy
 from run.ranks import Ranks
@@ -266,7 +266,7 @@ def test_loss_and_gradient_are_trls(network, other, trl_trainer, form, scale, be
 
 
 def one_by_one(q, k, v, runs):
-    """What kernels.kernel gives, one run at a time; no log-sums."""
+    """What attention.kernel gives, one run at a time; no log-sums."""
     outs = []
     for (a, b), (x, y) in zip(*(itertools.pairwise(ends.tolist()) for ends in runs[:2]), strict=True):
         assert 0 < b - a <= runs.q_most and b - a <= y - x <= runs.k_most
@@ -310,7 +310,7 @@ def test_all_parts_at_once(each, monkeypatch):
 
     (a, c), b, d = computed({}, {}, {})
     for name, new in {"flashes": lambda q: True, "kernel": forward, "kernel_backward": backward}.items():
-        monkeypatch.setattr(kernels, name, new)
+        monkeypatch.setattr(attention, name, new)
     (w, y), x, z = computed({"gathered": 2, "backward": 2}, {"gathered": 2}, {"plain": 2})  # there are two layers
     assert torch.allclose(a, w, atol=1e-4) and torch.allclose(b, x, atol=1e-4)
     assert all((c[name] - y[name]).abs().max() < 1e-4 * c[name].abs().max() + 1e-5 for name in c)
@@ -323,9 +323,9 @@ def test_what_samples_share_is_summed_in_fp32(monkeypatch):
     fakes = {"flashes": lambda q: True, "kernel": lambda q, k, v, runs: (q.clone(), None),
              "kernel_backward": lambda grad, q, k, v, *_: (grad, torch.ones_like(k), torch.ones_like(v))}  # fmt: skip
     for name, fake in fakes.items():
-        monkeypatch.setattr(kernels, name, fake)
+        monkeypatch.setattr(attention, name, fake)
     q, k, v = (torch.zeros(1, 1, 2 + 900, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    attend = kernels.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
+    attend = attention.over_parts([(0, 2, 0, 0, [2]), (2, 902, 0, 2, [3] * 300)])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         out = attend(0, q, k, v)

@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import grpo
 import model as models
 import rollout
-from kernels import over_parts
 from lab import plan
 from run import lora
 from run.args import Args
+from run.attention import over_parts
 from run.policy import Policy
 from run.ranks import Ranks
 
