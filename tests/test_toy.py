@@ -151,7 +151,8 @@ def run(tmp_path_factory):
     """The default run, from nothing, as a user starts it: (its folder, what it printed, the toy's cache)."""
     folder = tmp_path_factory.mktemp("toy")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    # One thread: beside other tests, two would wait for each other most of the time.
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = "-m torch.distributed.run --standalone --nproc-per-node 1".split()
     command = [sys.executable, *launch, ROOT / "train.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
