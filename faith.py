@@ -21,6 +21,7 @@ Paper (arXiv 2607.21090): I, M, Phi-CCT, the two interventions, and asking outri
 from run import early  # noqa: F401
 
 # isort: split
+import contextlib
 import hashlib
 import random
 import re
@@ -35,7 +36,7 @@ import reward
 from model import Tokenizer, load
 from reward import Intervention
 from rollout import Completion, Sampler
-from run import files, identity
+from run import files, identity, lora, results
 from tasks import Question
 
 # ---- prompts: what a fork may change ---------------------------------------------------------------------------
@@ -88,6 +89,7 @@ class Subject:
     sampler: Sampler
     tokenizer: Tokenizer
     offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
+    only_explains: bool = False  # the model's LoRA adapters are off while it decides (--train-only explanation)
     opening: str = ""  # every explanation is forced to begin with these words; the recorded text leaves them out
     made_of: dict[str, str] = field(default_factory=dict)  # hashes of what its results depend on (run/identity.py)
 
@@ -96,7 +98,8 @@ def open_subject(path: str, opening: str = "") -> Subject:
     """The model in `path`. ValueError for an adapter whose base has changed since it was trained."""
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    subject = Subject(Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}), tokenizer, opening=opening)
+    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
+    subject = Subject(sampler, tokenizer, only_explains=results.only_explains(path), opening=opening)
     identity.check_base(path, made_of(subject, [])["config"])
     return subject
 
@@ -144,7 +147,8 @@ def decide(subject: Subject, questions: list[Question], together: int = 1) -> np
         raise ValueError(f"questions of one task must have equally many options, these have {sorted(counts)}")
     letters = letter_tokens(subject.tokenizer, counts.pop())
     prompts = [decision_prompt(subject.tokenizer, q) for q in questions]
-    logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64)
+    with lora.without(subject.sampler.model) if subject.only_explains else contextlib.nullcontext():
+        logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64)
     if subject.offsets is not None:
         logp = logp - subject.offsets
     return logp - np.log(np.exp(logp).sum(-1, keepdims=True))

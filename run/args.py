@@ -67,6 +67,8 @@ class Args:
                        most=2**16)
     lora_alpha: float = option(32.0, "with --lora: adapters are scaled by alpha / rank", above=0)
     lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "with --lora: layers adapted")
+    train_only: str = option("all", "explanation: the adapters of --lora are off while the model decides, so that no "
+                             "decision changes", ("all", "explanation"))
     parallel: str = option("auto", "with several ranks: replicate (each has all weights, masters and moments), shard "
                            "(a part of them and a copy to sample from; FSDP2) or auto (replicate if it fits)",
                            ("auto", "replicate", "shard"), on_resume=True)
@@ -121,6 +123,11 @@ def check(args: Args) -> None:
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
+    if args.train_only != "all" and not args.lora:
+        raise ValueError("--train-only explanation switches adapters off for decisions; add --lora 16, say")
+    if args.train_only != "all" and args.anchor:
+        raise ValueError("--anchor keeps decisions from changing, and with --train-only explanation none can; "
+                         "leave one of them out")  # fmt: skip
     if args.seed >= 2**31:
         raise ValueError(f"--seed must be below 2^31, not {args.seed}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import model as models
 from run import files, identity
 from run.args import Args, command
+from run.hub import locate
 from run.progress import say
 from run.reading import read_json
 
@@ -109,6 +110,12 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     also += [(name, (folder.parent / name).read_text(encoding="utf-8")) for name in copied]
     with files.errors_named(folder):
         models.save(model, folder, model_card(args), also=also)
+
+
+def only_explains(path: str | Path) -> bool:
+    """True for an adapter that was trained with --train-only explanation, which is off while the model decides."""
+    record = locate(path) / "training.json"
+    return record.exists() and read_json(record).take("train_only", str, "") == "explanation"
 
 
 def model_card(args: Args, figures: str = "") -> str:

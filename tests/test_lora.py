@@ -214,6 +214,24 @@ def test_resume(done, folder, tmp_path):
     assert (out / name).read_bytes() == (copy / name).read_bytes()
 
 
+def test_only_explanations(done, folder, tmp_path):
+    """--train-only explanation: no decision changes by a bit, in training, after it, or when the model is measured
+    again. With the same flags but for this one, decisions do change."""
+    assert call([*done[1], "--train-only", "explanation", "--out", tmp_path / "o"])[0] == 0
+    decided, said = [], []
+    for out in (done[0], tmp_path / "o"):
+        before, after = (lines(out / f"{name}.T1.jsonl") for name in ("before", "after"))
+        decided.append([[(r["p"], r["p_edit"]) for r in rows] for rows in (before, after)])
+        said.append([[r["text"] for r in rows] for rows in (before, after)])
+    assert decided[0][0] == decided[1][0] == decided[1][1] != decided[0][1]
+    assert said[0][0] == said[1][0] != said[1][1]
+    measured = ["--model", tmp_path / "o" / "model", "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5,
+                "--max-new-tokens", 10, "--temperature", 0, 1, "--rows", tmp_path / "rows"]  # fmt: skip
+    assert faith.main([str(x) for x in measured]) == 0
+    again = lines(tmp_path / "rows.T1.jsonl")
+    assert [r["text"] for r in again] == said[1][1] and [(r["p"], r["p_edit"]) for r in again] == decided[1][0]
+
+
 def test_faith_notes(done, tmp_path, capsys):
     """What a run's folder tells of calibration and opening is printed for an adapter too."""
     copy = tmp_path / "m"
@@ -244,6 +262,8 @@ def test_ranks(done, tmp_path):
 
 def test_flags_that_are_refused(done, folder, tmp_path):
     for changes, words in (
+        ({"train_only": "explanation"}, "switches adapters off for decisions; add --lora 16"),
+        ({"train_only": "explanation", "lora": 4, "anchor": 1}, "--anchor keeps decisions from changing"),
         ({"lora": -1}, "--lora must be at least 0"),
         ({"lora": 10**9}, "--lora must be at most 65536"),
         ({"lora": 4, "lora_alpha": 0}, "--lora-alpha must be above 0"),
