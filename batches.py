@@ -18,6 +18,7 @@ import tasks
 from faith import Case, Labelled, Subject
 from rollout import option_scores
 from run.args import Args
+from run.device import send
 from run.policy import Policy
 from run.ranks import Ranks
 
@@ -126,22 +127,27 @@ class DecisionAnchor:
         """labelled: cases with the rows that the initial model gave them; none: no anchor."""
         self.subject, self.policy, self.labelled, self.args, self.ranks = subject, policy, labelled, args, ranks
 
-    def backward(self, step: int) -> float:
-        """Backpropagates --anchor · mean KL(initial ‖ current) on the step's cases; returns this rank's part of it."""
+    def backward(self, step: int) -> torch.Tensor:
+        """Backpropagates --anchor · mean KL(initial ‖ current) on the step's cases, in passes of --micro questions.
+
+        Returns this rank's part of the mean, a scalar on its device.
+        """
         size = min(len(self.labelled), self.args.prompts // 2)
         cases = random.Random(f"{self.args.seed}/{step}/anchor").sample(self.labelled, size)
-        mine, tokenizer = self.ranks.share(cases), self.subject.tokenizer
-        if not mine:
-            if cases:
-                self.policy.empty_pass()
-            return 0.0
-        device = self.ranks.device
-        initial = torch.tensor([p for _, row in mine for p in (row["p"], row["p_edit"])], device=device)
-        pairs = [[faith.decision_prompt(tokenizer, q) for q in (case.question, case.edited)] for case, _ in mine]
+        mine, mean = self.ranks.share(cases), torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for part in self.policy.passes(len(mine), self.args.micro, with_reference=False):
+            kl = self.divergence(mine[part]) / (2 * len(cases))
+            self.policy.backward(self.args.anchor * kl)
+            mean += kl.detach()
+        return mean
+
+    def divergence(self, labelled: Labelled) -> torch.Tensor:
+        """KL(initial ‖ current) over the letters, summed over X and X' of all cases, which are scored in one pass."""
+        device, tokenizer = self.ranks.device, self.subject.tokenizer
+        initial = send([p for _, row in labelled for p in (row["p"], row["p_edit"])], device)
+        pairs = [[faith.decision_prompt(tokenizer, q) for q in (case.question, case.edited)] for case, _ in labelled]
         letters = faith.letter_tokens(tokenizer, initial.shape[1])
         logp = self.policy.run(lambda model: option_scores(model, pairs, letters))  # (2 · cases, options)
         if self.subject.offsets is not None:
-            logp = (logp - torch.tensor(self.subject.offsets, device=device).float()).log_softmax(-1)
-        kl = torch.nn.functional.kl_div(logp, initial, reduction="sum") / (2 * len(cases))
-        self.policy.backward(self.args.anchor * kl)
-        return float(kl.detach())
+            logp = (logp - send(self.subject.offsets, device).float()).log_softmax(-1)
+        return torch.nn.functional.kl_div(logp, initial, reduction="sum")

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import model as models
 from run.attention import over_parts
+from run.device import send
+
+CHUNK, CHUNK_CUDA = 256, 1024  # tokens whose logits exist at the same time
 
 
 def advantages(rewards: Tensor, form: str) -> Tensor:
@@ -85,17 +88,15 @@ def pack(groups: list[tuple[list[int], list[list[int]]]], device="cpu") -> Packe
             tokens += completion[:-1]
         if lengths := [len(completion) - 1 for completion in completions if len(completion) > 1]:
             parts.append((after, len(tokens), first, after, lengths))
-    tokens, positions, sources, targets = (
-        torch.tensor(x, device=device) for x in ([tokens], [positions], sources, targets)
-    )
+    tokens, positions, sources, targets = (send(x, device) for x in ([tokens], [positions], sources, targets))
     return Packed(tokens, positions, parts, sources, targets)
 
 
-def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 256) -> Tensor:
+def token_logprobs(model: models.Transformer, packed: Packed, temperature: float, chunk: int = 0) -> Tensor:
     """Logprobs (M,) fp32 of the packed completion tokens under softmax(logits / T), as the sampler scored them.
 
     The head runs on completion positions only, in chunks recomputed in the backward pass: fp32 logits over the
-    vocabulary, the peak of memory, never exist for more than `chunk` tokens.
+    vocabulary, the peak of memory, never exist for more than `chunk` tokens (0: what suits the device).
     """
     attend = over_parts(packed.parts, packed.tokens.device)
     states = model.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
@@ -104,8 +105,9 @@ def token_logprobs(model: models.Transformer, packed: Packed, temperature: float
         logits = model.head(states).float() / temperature
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
+    chunk = chunk or (CHUNK_CUDA if states.is_cuda else CHUNK)
     pieces = zip(states.split(chunk), packed.targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(score, s, t, use_reentrant=False) for s, t in pieces])
+    return torch.cat([checkpoint(score, s, t, use_reentrant=False, preserve_rng_state=False) for s, t in pieces])
 
 
 def informative(rewards: list[list[float]]) -> list[int]:
@@ -114,10 +116,13 @@ def informative(rewards: list[list[float]]) -> list[int]:
 
 
 class LossStats:
-    """Figures of one optimizer update, over its micro-batches and all ranks; means are over the tokens scored."""
+    """Figures of one optimizer update, over its micro-batches and all ranks; means are over the tokens scored.
 
-    def __init__(self):
-        self.sums, self.gap_max = torch.zeros(6, dtype=torch.float64), 0.0
+    Until `summary` they stay on the device, so that the host can prepare the next micro-batch.
+    """
+
+    def __init__(self, device):
+        self.sums, self.gap_max = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros((), device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, kl: Tensor, logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float):
@@ -125,14 +130,13 @@ class LossStats:
         ratio = (logprobs - old).exp()
         clipped = ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
         gap = (logprobs - old).abs()
-        self.gap_max = max(self.gap_max, float(gap.max()))
-        sums = (loss, kl.sum(), clipped.sum(), gap.sum(), -logprobs.sum(), torch.tensor(len(old), device=old.device))
-        self.sums = self.sums.to(old.device) + torch.stack([x.double() for x in sums])
+        self.gap_max = torch.maximum(self.gap_max, gap.max())
+        sums = (loss, kl.sum(), clipped.sum(), gap.sum(), -logprobs.sum(), torch.full_like(loss, len(old)))
+        self.sums += torch.stack([x.double() for x in sums])
 
     def summary(self, ranks) -> dict[str, float]:
         """loss, kl, clipped, sampler_gap and nll, and the largest sampler_gap; NaN where no token was scored."""
-        sums = self.sums.to(ranks.device)
-        ranks.sum_([sums])
-        sums[1:] /= sums[-1].clone()
-        names = ("loss", "kl", "clipped", "sampler_gap", "nll")
-        return dict(zip(names, sums.tolist(), strict=False)) | {"sampler_gap_max": max(ranks.gather([self.gap_max]))}
+        ranks.sum_([self.sums])
+        self.sums[1:] /= self.sums[-1].clone()
+        names, most = ("loss", "kl", "clipped", "sampler_gap", "nll"), max(ranks.gather([float(self.gap_max)]))
+        return dict(zip(names, self.sums.tolist(), strict=False)) | {"sampler_gap_max": most}

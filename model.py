@@ -212,9 +212,10 @@ class Transformer(nn.Module):
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
         args = angles.cos(), angles.sin(), attend or plain_attention(mask)
         x = self.embed_tokens(tokens)
+        again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
         for block in self.layers:
             recompute = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
+            x = checkpoint(block, x, *args, **again) if recompute else block(x, *args)
         return self.norm(x)
 
     def head(self, states: Tensor) -> Tensor:

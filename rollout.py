@@ -37,6 +37,7 @@ from kernels import sample_tokens, uniforms
 from model import Config, Tokenizer, Transformer, load
 from run import memory
 from run.attention import over_parts
+from run.device import send
 from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
@@ -85,7 +86,7 @@ def end_to_end(runs: list[list[list[int]]], device) -> tuple[Tensor, Tensor, lis
             tokens += prompt[shared:]
             positions += range(shared, len(prompt))
             last.append(len(tokens) - 1)
-    tokens, positions, last = (torch.tensor(x, device=device) for x in (tokens, positions, last))
+    tokens, positions, last = (send(x, device) for x in (tokens, positions, last))
     return tokens[None], positions[None], parts, last
 
 
@@ -94,7 +95,7 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
     tokens, positions, parts, last = end_to_end(runs, model.device)
     states = model.hidden(tokens, positions, attend=over_parts(parts, model.device))[0, last]  # (P, E)
     weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
-    weight = weight[torch.tensor(options, device=model.device)]  # (options, E): the rest is not needed
+    weight = weight[send(options, model.device)]  # (options, E): the rest is not needed
     # In fp32: two letters' logits may differ by less than bf16 resolves, and a rounded pick is a wrong label.
     return (states.float() @ weight.float().T).log_softmax(-1)
 

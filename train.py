@@ -44,6 +44,7 @@ from rollout import Completion, Sampler
 from run import checkpoint, files, identity, lora, reading, results
 from run.args import Args, check, parse
 from run.checkpoint import RunState
+from run.device import send
 from run.hub import locate
 from run.policy import Policy, learning_rate, make_policy
 from run.progress import Laps, Progress, command, say
@@ -75,7 +76,7 @@ def step(
     lr, skipped = learning_rate(n, args), 0
     for update in range(args.updates):
         # At the initial weights the anchor's gradient is only rounding noise, which AdamW would scale up to full steps.
-        anchor_kl, stats = anchor.backward(n) if n + update else 0.0, LossStats()
+        anchor_kl, stats = anchor.backward(n) if n + update else 0.0, LossStats(ranks.device)
         for part in policy.passes(len(groups), args.micro):
             packed, old, A, weights = micro_batch(groups[part], rewards[part], totals, args, ranks.device)
 
@@ -94,7 +95,8 @@ def step(
     lap("update_s")
 
     log = [entry for group in ranks.gather(log) for entry in group]  # in the batch's order
-    figures |= {"anchor_kl": sum(ranks.gather([anchor_kl])), "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
+    anchor_kl = sum(ranks.gather([float(anchor_kl)]))
+    figures |= {"anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
     return {
         "step": n,
         **batch_metrics(log, labelled, args.samples),
@@ -131,10 +133,10 @@ def micro_batch(groups: list, rewards: list[list[float]], totals: list[int], arg
     """
     packed = pack([(prompt, [c.tokens for c in group]) for prompt, group in groups], device)
     lengths = torch.tensor([len(c.tokens) for _, group in groups for c in group])
-    old = torch.tensor([lp for _, group in groups for c in group for lp in c.logprobs], device=device)
-    A = advantages(torch.tensor(rewards), args.advantage).flatten().repeat_interleave(lengths).to(device)
-    weights = token_weights(lengths, args.loss, args.max_new_tokens, *totals).to(device)
-    return packed, old, A, weights
+    old = [lp for _, group in groups for c in group for lp in c.logprobs]
+    A = advantages(torch.tensor(rewards), args.advantage).flatten().repeat_interleave(lengths)
+    weights = token_weights(lengths, args.loss, args.max_new_tokens, *totals)
+    return packed, *(send(x, device) for x in (old, A, weights))
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------

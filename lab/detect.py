@@ -24,6 +24,7 @@ from batches import DecisionAnchor, Stream, balanced_batch, batch_metrics
 from faith import YES_NO, Labelled, Subject, detection_odds, detection_prompt, yes_no_tokens
 from rollout import option_scores
 from run.args import Args
+from run.device import send
 from run.policy import Policy, learning_rate
 from run.progress import Laps
 from run.ranks import Ranks
@@ -43,7 +44,7 @@ def answers(subject: Subject, batch: Labelled, n: int) -> list[dict]:
 def detection_loss(model, prompts: list[list[int]], tokens: list[int], influences: list[int]) -> Tensor:
     """Sum over prompts of −log p(the right answer), p over the two answer tokens; fp32, scalar."""
     logp = option_scores(model, [[prompt] for prompt in prompts], tokens)  # (n, 2)
-    return torch.nn.functional.nll_loss(logp, torch.tensor(influences, device=logp.device), reduction="sum")
+    return torch.nn.functional.nll_loss(logp, send(influences, logp.device), reduction="sum")
 
 
 def step(
@@ -60,15 +61,16 @@ def step(
     lap("rollout_s")
     (total,), lr, skipped = ranks.total(len(mine)), learning_rate(n, args), 0
     for update in range(args.updates):
-        anchor_kl, loss = anchor.backward(n) if n + update else 0.0, 0.0
+        anchor_kl = anchor.backward(n) if n + update else 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for part in policy.passes(len(mine), args.micro):
             some = detection_loss(policy.model, prompts[part], tokens, influences[part]) / total
             policy.backward(some)
-            loss += float(some.detach())
-        loss = sum(ranks.gather([loss]))
+            loss += some.detach()
+        loss = sum(ranks.gather([float(loss)]))
         grad_norm, updated = policy.step(lr, math.isfinite(loss))
         skipped += not updated
     lap("update_s")
-    log, anchor_kl = ranks.gather(log), sum(ranks.gather([anchor_kl]))
+    log, anchor_kl = ranks.gather(log), sum(ranks.gather([float(anchor_kl)]))
     figures = {"loss": loss, "anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
     return {"step": n, **batch_metrics(log, labelled, 1), **figures, **lap.seconds, "prompts": len(batch)}, log

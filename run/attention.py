@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import deterministic
 
+from run.device import send
+
 
 class Runs(NamedTuple):
     """Run i has queries q_ends[i] to q_ends[i + 1] and keys k_ends[i] to k_ends[i + 1].
@@ -112,7 +114,7 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
         a, b, x, y, lengths = parts[part]
         if len(lengths) == 1 and x == y:
             return None  # simply causal
-        counts = torch.tensor(lengths, device=device)
+        counts = send(lengths, device)
         run = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=b - a)
         own = (run[:, None] == run).tril()
         return torch.cat((own.new_ones(b - a, y - x), own), 1)
@@ -134,9 +136,9 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
                 k_lengths.append(y - x + n)
                 keys += [torch.arange(x, y), torch.arange(a, a + n)]
                 a += n
-        ends = (torch.tensor([0, *some]).cumsum(0).to(device, torch.int32) for some in (q_lengths, k_lengths))
-        which = None if q_lengths == k_lengths else torch.cat(keys).to(device)
-        return Runs(*ends, max(q_lengths), max(k_lengths), which)
+        ends = (torch.tensor([0, *some]).cumsum(0, dtype=torch.int32) for some in (q_lengths, k_lengths))
+        which = None if q_lengths == k_lengths else send(torch.cat(keys), device)
+        return Runs(*(send(x, device) for x in ends), max(q_lengths), max(k_lengths), which)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not (flash and flashes(q)):

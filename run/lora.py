@@ -35,15 +35,15 @@ class LoRA(nn.Module):
         self.B = nn.ParameterDict({part: torch.zeros(rows[part], rank, **kind) for part in targets})
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
-        y = self.base(x)
         if not self.on:
-            return y
-        # The A of all parts in one product (…, parts · r); then each B adds to the rows of its part.
-        A = torch.cat(list(self.A.values())).to(x.dtype)
-        low = (x @ A.T * self.scale).split([a.shape[0] for a in self.A.values()], -1)
-        updates = {part: z @ b.to(x.dtype).T for z, (part, b) in zip(low, self.B.items(), strict=True)}
-        pieces = zip(self.rows, y.split(list(self.rows.values()), -1), strict=True)
-        return torch.cat([piece + updates[part] if part in updates else piece for part, piece in pieces], -1)
+            return self.base(x)
+        # One product with the A of all parts, and one with their B, each in its own rows and columns. The second adds
+        # to the output in place.
+        A = torch.cat([self.A[p] for p in self.rows if p in self.A])  # (parts · r, in)
+        B = torch.block_diag(*(self.B[p] if p in self.B else x.new_zeros(n, 0) for p, n in self.rows.items()))
+        flat = x.flatten(0, -2)
+        y = self.base(flat).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:

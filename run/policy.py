@@ -46,8 +46,8 @@ class Policy:
         if not sharded:
             self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
                             for w in self.masters]  # fmt: skip
-        betas = (0.9, args.beta2)
-        self.adam = torch.optim.AdamW(self.masters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+        how = {"betas": (0.9, args.beta2), "weight_decay": args.weight_decay, "fused": model.device.type == "cuda"}
+        self.adam = torch.optim.AdamW(self.masters, lr=args.lr, **how)
 
     def run(self, work: Callable[[models.Transformer], Tensor]) -> Tensor:
         """work(model) with gradients."""
@@ -59,10 +59,11 @@ class Policy:
         with lora.without(self.initial):
             return shard.run(self.initial, work)
 
-    def passes(self, count: int, size: int) -> Iterator[slice]:
+    def passes(self, count: int, size: int, with_reference: bool = True) -> Iterator[slice]:
         """Slices that cut `count` groups into passes of `size`.
 
-        With shards each pass is a collective, so a rank with fewer groups adds empty passes.
+        With shards each pass is a collective, so a rank with fewer groups adds empty passes. with_reference: in a pass
+        the KL's reference, if there is one, runs too.
         """
         for start in range(0, max(self.ranks.gather([count])) if self.sharded else count, size):
             if self.sharded:
@@ -70,20 +71,14 @@ class Policy:
             if start < count:
                 yield slice(start, start + size)
             else:
-                self.empty_pass(with_reference=self.initial is self.trained)
-
-    def empty_pass(self, with_reference: bool = False) -> None:
-        """Takes part in the collectives of a pass without work of its own; changes nothing."""
-        if self.sharded:
-            shard.empty_pass(self.sharded, with_reference)
+                shard.empty_pass(self.sharded, with_reference and self.initial is self.sharded)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradient to the fp32 sum. Ranks are summed in `step`, or here by FSDP."""
         (loss * self.ranks.world if self.sharded else loss).backward()  # FSDP takes the mean over ranks
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is not master and weight.grad is not None:
-                grad = weight.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
 
     def step(self, lr: float, finite: bool = True) -> tuple[float, bool]:
@@ -120,7 +115,7 @@ class Policy:
         for name, master in zip(self.names, self.masters, strict=True):
             state = self.adam.state[master]
             if not state:  # AdamW's initial state
-                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master)}
+                state |= {"step": torch.zeros((), device=master.device), "exp_avg": torch.zeros_like(master)}
                 state["exp_avg_sq"] = torch.zeros_like(master)
             tensors |= {f"{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
             tensors[f"weight.{name}"] = master.data
