@@ -63,7 +63,7 @@ class Setup:
     micro: int = option(4, "groups per forward and backward pass", least=1)
     lora: int = option(0, "rank of the adapters; 0: all weights are trained", least=0, most=2**16)
     kl: bool = option(False, "with a KL to the initial model")
-    anchor: bool = option(False, "with train.py's --anchor (X and X' of half as many questions, in one pass)")
+    anchor: bool = option(False, "with train.py's --anchor (X and X' of --micro questions in a pass)")
     recompute: bool = option(False, "activation checkpointing")
     parallel: str = option("auto", "replicate, shard, or whichever fits", ("auto", "replicate", "shard"))
     dtype: str = option("bf16", "type of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
@@ -175,14 +175,14 @@ def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
     sizes = [(micro, setup.prompt_tokens, setup.samples, setup.new)]
     if setup.anchor:  # the two texts of a question are equal up to the edit; we assume it is half way
         half = setup.prompt_tokens // 2 + 1
-        sizes.append((-(-(setup.prompts // 2) // setup.gpus), half, 2, half))
+        sizes.append((min(setup.micro, -(-(setup.prompts // 2) // setup.gpus)), half, 2, half))
     kept, working = max((hidden_bytes(config, setup, some) for some in sizes), key=sum)
-    scored, score = micro * setup.samples * setup.new, grpo.token_logprobs
-    chunk = inspect.signature(score).parameters["chunk"].default
+    scored, chunk = micro * setup.samples * setup.new, grpo.CHUNK if item == 4 else grpo.CHUNK_CUDA
     network = meta_network(config, setup, layers=0, tied=False)
     weights = [network.norm.weight.requires_grad_()] + [w for w in [network.lm_head.weight] if w.requires_grad]
     with Live() as live:
-        torch.autograd.grad(score(network, live.pack(1, 1, 1, min(scored, chunk)), 1.0).sum(), weights)
+        packed = live.pack(1, 1, 1, min(scored, chunk))
+        torch.autograd.grad(grpo.token_logprobs(network, packed, 1.0, chunk).sum(), weights)
     # The head's gradient is summed over chunks. In bf16 the sum is already among the gradients of one pass.
     head_sums = 0 if setup.lora else (scored > chunk) - (item < 4)
     logits = live.peak + head_sums * config.vocab_size * config.hidden_size * item
@@ -215,11 +215,10 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
     }  # fmt: skip
     # The root stays gathered. Of the blocks, the next one is gathered too, and the gradient of one is summed.
     gather = sharded * (item * (root + root_trained + 2 * block) + (item + 4) * block_trained)
-    # After the micro-batch: the embedding's gradient comes last. Then AdamW on a GPU takes all tensors at once. Where
-    # the head is tied, the head's gradient and the sum are there too. In bf16 one of them is among "gradients".
+    # After the micro-batch the embedding's gradient comes last. Where the head is tied, the head's gradient and the sum
+    # are there too. In bf16 one of them is among "gradients". AdamW, fused on a GPU, needs nothing of its own.
     embedding = item * config.vocab_size * config.hidden_size * (root_trained > 0)
-    last = embedding * ((3 if config.tied else 1) - (item < 4)) + sharded * (2 * item + 4) * root_trained
-    end = max(last, 4 * trained // N * (item < 4))
+    end = embedding * ((3 if config.tied else 1) - (item < 4)) + sharded * (2 * item + 4) * root_trained
     kept, working, logits = micro_batch.values()
     total = sum(stay.values()) + max(kept + max(working, logits) + gather, end)
     rows = stay | micro_batch | {"gather buffers": gather, "end of the update": end}
