@@ -94,11 +94,11 @@ class Subject:
     made_of: dict[str, str] = field(default_factory=dict)  # hashes of what its results depend on (run/identity.py)
 
 
-def open_subject(path: str, opening: str = "") -> Subject:
-    """The model in `path`. ValueError for an adapter whose base has changed since it was trained."""
+def open_subject(path: str, opening: str = "", kernels: str = "auto") -> Subject:
+    """The model in `path`; kernels: as in Sampler. ValueError for an adapter whose base has changed since its training."""
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
+    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}, kernels=kernels)
     subject = Subject(sampler, tokenizer, only_explains=results.only_explains(path), opening=opening)
     identity.check_base(path, made_of(subject, [])["config"])
     return subject

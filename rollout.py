@@ -23,6 +23,7 @@ H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.
 from run import early  # noqa: F401
 
 # isort: split
+import functools
 import itertools
 import math
 import os
@@ -33,9 +34,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import sample_tokens, uniforms
-from model import Config, Tokenizer, Transformer, load
-from run import memory
+from kernels import fused_step, may_fuse, sample_tokens, uniforms
+from model import Config, Tokenizer, Transformer, load, rope_frequencies
+from run import lora, memory
 from run.attention import over_parts
 from run.device import send
 from run.progress import command
@@ -125,6 +126,8 @@ class Slots:
         self.question, self.sample = zeros(P * G), zeros(P * G)
         self.temperature = zeros(P * G, dtype=torch.float32)
         self.lanes = torch.arange(P * G, device=device)  # its first R are the rows of the step
+        angles = torch.arange(T + N, device=device)[:, None].float() * rope_frequencies(config).to(self.length.device)
+        self.cos, self.sin = angles.cos(), angles.sin()  # (T + N, D/2) fp32, which `fused_step` reads
         self.seed, self.step = zeros(), zeros()
         self.limit = zeros() + N  # tokens per sample
         self.bad = zeros() + NEVER  # the first position whose logits were not finite
@@ -206,31 +209,33 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
 
 
 class Graphs:
-    """`decode_step` as CUDA graphs, one per bucket. Where a capture fails, the same step runs eagerly.
+    """A decode step as CUDA graphs, one per bucket. Where a capture fails, the same step runs eagerly.
 
     A graph replays kernels at the addresses of its capture. Therefore change `Slots` and weights only in place, and
     make a new Graphs for other sizes.
     """
 
-    def __init__(self, model: Transformer, slots: Slots, end: Tensor, buckets: list[tuple[int, int, int, int]]):
-        self.run, self.graphs = lambda bucket: decode_step(model, slots, end, *bucket), {}
+    def __init__(self, run: functools.partial, buckets: list[tuple[int, int, int, int]]):
+        """run: the step, with its model, slots and end tokens."""
+        self.run, self.graphs = run, {}
         try:
             pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             for bucket in sorted(buckets, reverse=True):  # the largest first: the others fit into its memory
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):  # warm-up; all lanes are finished, so nothing that counts is written
-                    self.run(bucket)
+                    self.run(*bucket)
                 torch.cuda.current_stream().wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self.run(bucket)
+                    self.run(*bucket)
                 self.graphs[bucket] = graph
         except RuntimeError as error:
             print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
 
     def __call__(self, bucket: tuple[int, int, int, int]) -> None:
-        self.graphs[bucket].replay() if bucket in self.graphs else self.run(bucket)
+        self.graphs[bucket].replay() if bucket in self.graphs else self.run(*bucket)
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------
@@ -254,14 +259,16 @@ class Sampler:
     """Generates from `model`, whose weights may change between calls, in place.
 
     end_of_turn: token ids that end an answer, by default the model's own. rows: how many samples are decoded together.
-    lanes: how many of them may come from one prompt.
+    lanes: how many of them may come from one prompt. kernels: which decode step, see `kernels.may_fuse`.
     """
 
-    def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int = 128, lanes: int = 8):
+    def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int = 128, lanes: int = 8,
+                 kernels: str = "auto"):  # fmt: skip
         self.model, self.rows, self.lanes = model, rows, lanes
         self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
         # On CUDA the step is captured for a few sizes. On a CPU the sizes follow the samples.
-        self.static = model.device.type == "cuda"
+        self.fused = may_fuse(kernels, model.device, model.dtype)
+        self.static = self.fused or model.device.type == "cuda"
         self.room = PREFILL_CUDA if self.static else PREFILL
         # If static, kept between calls: graphs use their addresses. `captured`: the sizes and end tokens of the graphs.
         self.slots = self.run = self.captured = None
@@ -292,6 +299,8 @@ class Sampler:
         if len(temperatures) != samples or not all(t == 0 or COLDEST <= t < math.inf for t in temperatures):
             raise ValueError(f"temperature must be one number or one per sample, 0 or above {COLDEST}: {temperature}")
         self.check(prompts, max_new_tokens)
+        if self.fused:
+            lora.stack(self.model)
         slots = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
         slots.reset(seed, step, max_new_tokens)
         keys = list(range(len(prompts))) if keys is None else keys
@@ -323,18 +332,20 @@ class Sampler:
                              "lower the sampler's rows, --samples or --max-new-tokens")  # fmt: skip
         slots = Slots(model.config, *sizes, device, model.dtype, ordered=self.static)
         end = torch.tensor(self.end_of_turn, device=device)
+        run = functools.partial(fused_step if self.fused else decode_step, model, slots, end)
         if self.static:
-            self.run = Graphs(model, slots, end, self.buckets(slots))
+            self.run = Graphs(run, self.buckets(slots))
             self.slots, self.captured = slots, depends_on
         else:
-            self.run = lambda bucket: decode_step(model, slots, end, *bucket)
+            self.run = lambda bucket: run(*bucket)
         return slots
 
     def buckets(self, s: Slots) -> list[tuple[int, int, int, int]]:
         """The (P, R, T, N) captured on CUDA: P and N are halved repeatedly, R is all lanes of the P slots."""
         # Idle lanes too, because the step mostly waits for reading the weights.
         P = [-(-s.P // 2**i) for i in range(s.P.bit_length()) if s.P >= 2**i]
-        N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i] or [s.N]
+        # The fused step reads each row's length, so it needs no smaller N.
+        N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i and not self.fused] or [s.N]
         return [(p, p * s.G, s.T, n) for p in P for n in N]
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ from tasks import Question
 
 def open_subject(args: argparse.Namespace, options: int, task: str = "") -> faith.Subject:
     """The model to measure, with the offsets of --calibration FILE. Says where it was trained in another way."""
-    subject, folder = faith.open_subject(args.model, args.opening), locate(args.model)
+    subject, folder = faith.open_subject(args.model, args.opening, args.kernels), locate(args.model)
     record, saved = folder / "training.json", folder / "calibration.json"
     record = reading.read_json(record) if record.exists() else reading.Record({}, str(record))
     if (trained := record.get("opening", args.opening)) != args.opening:
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
     parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
+    parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto", help="as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
     parser.add_argument("--json", help="write the figures to this file")
     if asking:

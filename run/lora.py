@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from run import reading
@@ -33,6 +34,7 @@ class LoRA(nn.Module):
         kind = dict(dtype=torch.float32, device=base.weight.device)
         self.A = nn.ParameterDict({part: torch.zeros(rank, base.in_features, **kind) for part in targets})
         self.B = nn.ParameterDict({part: torch.zeros(rows[part], rank, **kind) for part in targets})
+        self.stacked = None  # see `stack`
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if not self.on:
@@ -44,6 +46,12 @@ class LoRA(nn.Module):
         flat = x.flatten(0, -2)
         y = self.base(flat).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=self.scale)
         return y.view(*x.shape[:-1], -1)
+
+    def decode(self, x: Tensor) -> Tensor:  # (R, in) -> (R, out), without bias
+        """`forward` in two products, with the adapters as they were in the last call of `stack`."""
+        weight, B = self.stacked
+        y, low = F.linear(x, weight).split((len(B), B.shape[1]), -1)
+        return y.addmm_(low, B.T)
 
 
 def attach(network: nn.Module, rank: int, alpha: float, targets=TARGETS, seed: int = 0) -> nn.Module:
@@ -83,6 +91,29 @@ def without(network: nn.Module):
     finally:
         for adapter in adapters(network):
             adapter.on = True
+
+
+def stack(network: nn.Module) -> None:
+    """Prepares adapters for `LoRA.decode`. Call it again after they have changed; the addresses stay the same.
+
+    For each layer, A of all parts lies below W in one matrix (out + n, in), and B is block-diagonal and scaled (out, n),
+    both in W's dtype. Rows and columns beyond parts · r are zero, so that 16 divides out + n. W is moved, not copied.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # the weights are for training too
+        for adapter in adapters(network):
+            weight, out, scale = adapter.base.weight, len(adapter.base.weight), adapter.scale * adapter.on
+            if not adapter.stacked or adapter.stacked[0].data_ptr() != weight.data_ptr():
+                n = -(out + sum(map(len, adapter.A.values()))) // 16 * -16 - out
+                whole = torch.cat((weight, weight.new_zeros(n, weight.shape[1])))
+                adapter.stacked, weight.data = (whole, weight.new_zeros(out, n)), whole[:out]
+            row, column, (whole, wide) = 0, out, adapter.stacked
+            for part, rows in adapter.rows.items():
+                if part in adapter.A:
+                    a, b = adapter.A[part], adapter.B[part]
+                    whole[column : column + len(a)] = a
+                    wide[row : row + rows, column - out : column - out + len(a)] = b * scale
+                    column += len(a)
+                row += rows
 
 
 def peft_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -67,11 +67,11 @@ def recorded(slots):
 class Tapes:
     """In place of `rollout.Graphs` on a CPU: records each bucket once and then only replays."""
 
-    def __init__(self, model, slots, end, buckets):
-        self.tapes, self.replays = {}, 0
+    def __init__(self, run, buckets):
+        self.tapes, self.replays, slots = {}, 0, run.args[1]
         for bucket in sorted(buckets, reverse=True):
             with recorded(slots) as self.tapes[bucket]:
-                sys.modules[type(slots).__module__].decode_step(model, slots, end, *bucket)
+                run(*bucket)
 
     def __call__(self, bucket):
         self.replays += 1
