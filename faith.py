@@ -95,7 +95,7 @@ class Subject:
 
 
 def open_subject(path: str, opening: str = "", kernels: str = "auto") -> Subject:
-    """The model in `path`; kernels: as in Sampler. ValueError for an adapter whose base has changed since its training."""
+    """The model in `path`, decoded by `kernels`. ValueError for an adapter whose base changed since it was trained."""
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}, kernels=kernels)

@@ -96,7 +96,7 @@ def without(network: nn.Module):
 def stack(network: nn.Module) -> None:
     """Prepares adapters for `LoRA.decode`. Call it again after they have changed; the addresses stay the same.
 
-    For each layer, A of all parts lies below W in one matrix (out + n, in), and B is block-diagonal and scaled (out, n),
+    In each layer A of all parts lies below W in one matrix (out + n, in), and B is block-diagonal and scaled (out, n),
     both in W's dtype. Rows and columns beyond parts · r are zero, so that 16 divides out + n. W is moved, not copied.
     """
     with torch.inference_mode(False), torch.no_grad():  # the weights are for training too
