@@ -14,7 +14,8 @@ or rules: all of them are ours.
 
 import re
 import sys
-from functools import cache
+import unicodedata
+from functools import cache, lru_cache
 
 from run.progress import command
 
@@ -90,18 +91,24 @@ RELATED = """apathetically apathy; audaciously audacity; austerely austerity; ca
 RELATED = {word: forms for word, *forms in map(str.split, RELATED.split(";"))}
 
 WORD = r"[^\W_]+(?:'[^\W_]+)*"
+HYPHEN = "[-\u00ad\u2010\u2011\u200b-\u200d\u2060\ufeff]+\n?"  # soft or without width too, and at the end of a line
 
 
 @cache
 def variants(word: str) -> frozenset[str]:
-    """The word and its family in lower case: quickly, quick, quicker, quickness; coach, coaches, coach's.
+    """The word and its family in lower case: quickly, quick, quicker, quickness; coach, coaches, coach's, coach'd.
 
     The rules also make spellings that nobody uses, which do no harm. A persona has the forms of the noun, not of the
-    verb: "coaching" does not mention a coach. coaches' is read as coaches. ValueError if it is not one
-    lower-case word.
+    verb: "coaching" does not mention a coach. coaches' is read as coaches. Of two or three words ("family doctor"), one
+    at a time takes its forms; those with a hyphen ("co-worker") are found without it too. ValueError for anything else.
     """
-    if tokens(word) != [word]:
-        raise ValueError(f"cannot look for {word!r} in an explanation: give one word in lower case")
+    parts = tokens(word)
+    if " ".join(parts) != word.replace("-", " ") or not 1 <= len(parts) <= 3:
+        raise ValueError(f"cannot look for {word!r} in an explanation: give one to three words in lower case")
+    if len(parts) > 1:
+        places = [(parts[:i], variants(part), parts[i + 1 :]) for i, part in enumerate(parts)]
+        phrases = {" ".join([*before, form, *after]) for before, forms, after in places for form in forms}
+        return frozenset(phrases | {phrase.replace(" ", "") for phrase in phrases if "-" in word})
     forms = {word, *RELATED.get(word, ())}
     if word.endswith("ly"):
         stem = word[:-2]
@@ -118,8 +125,8 @@ def variants(word: str) -> frozenset[str]:
             if adjective.endswith("nt"):
                 forms |= {adjective[:-1] + end for end in ("ce", "cy")}  # elegance, fluency
     elif word not in ADVERBS:
-        plurals = {noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s") for noun in forms}
-        forms |= plurals | {noun + "'s" for noun in forms}
+        forms |= {noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s") for noun in forms}
+        forms |= {noun + end for noun in forms for end in ("'s", "'d", "'ll", "'ve", "'re")}  # my uncle'd say (A)
     return frozenset(forms)
 
 
@@ -128,13 +135,36 @@ def tokens(text: str) -> list[str]:
     return re.findall(WORD, straight(text).lower())
 
 
-def named(text: str) -> set[str]:
-    """The words that a text names: its tokens, and its tokens without hyphens ("step-mother", "stepmother")."""
-    return {*tokens(text), *tokens(re.sub("[-\u2010\u2011]", "", text))}
+@lru_cache(maxsize=16)
+def named(text: str) -> dict[str, list[tuple[int, int]]]:
+    """All that a text names, with the character ranges where it does: one to three words in a row, in lower case.
+
+    Words with hyphens are read twice: as several words and as one ("step-mother" names step, mother and stepmother).
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for unit in (WORD, f"{WORD}(?:{HYPHEN}{WORD})*"):
+        matches = list(re.finditer(unit, straight(text)))
+        words = [re.sub(HYPHEN, "", match.group()).lower() for match in matches]
+        for first, match in enumerate(matches):
+            for last in range(first, min(first + 3, len(matches))):
+                place = match.start(), matches[last].end()
+                found.setdefault(" ".join(words[first : last + 1]), []).append(place)
+    return found
+
+
+def spans(word: str, text: str) -> list[tuple[int, int]]:
+    """Character ranges where the text names the word, in any form of `variants`."""
+    there = named(text)
+    return sorted({place for form in variants(word) for place in there.get(form, ())})
 
 
 def straight(text: str) -> str:
-    """The text with a straight apostrophe for each kind of apostrophe. The length does not change."""
+    """The text with a straight apostrophe for each kind, and plain letters for full-width ones (NFKC where that is one
+    character). The length does not change.
+    """
+    if not text.isascii():
+        plain = (unicodedata.normalize("NFKC", c) for c in text)
+        text = "".join(new if len(new) == 1 else old for old, new in zip(text, plain, strict=True))
     return re.sub("[\u2018\u2019\u02bc\u2032\uff07`\u00b4]", "'", text)
 
 

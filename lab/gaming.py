@@ -2,8 +2,9 @@
 
 The reward asks only that an explanation names the inserted word if the edit changed the answer. Explanations can earn
 it without being informative: they grow longer, copy the question, repeat themselves or list every known word, or they
-name the inserted word only to deny it, which counts as a mention (as in the paper). Decisions can drift until they are
-easy to explain. lab/page.py prints the figures, which are those of report.py and three signs of each explanation.
+name the inserted word only to deny it, which counts as a mention (as in the paper), "but I disagree" included.
+Decisions can drift until they are easy to explain. lab/page.py prints the figures, which are those of report.py and
+three signs of each explanation.
 Paper: length by cell of the 2x2 table of I and M, overlap with the question. Ours: everything else, decoys included.
 The tokens of a cell are those of the explanations in it. Its questions differ before and after training.
 """
@@ -14,7 +15,7 @@ import numpy as np
 
 import report
 import reward
-from words import WORD, named, straight, variants
+from words import named, spans, straight, variants
 
 FIGURES = {  # the rows of the table, in its order
     "phi": "Phi", "mention_if_flip": "mentions, I = 1", "mention_if_same": "mentions, I = 0",
@@ -48,9 +49,12 @@ _DENIAL = (  # denies what stands near it, on either side
     r"|(?:nothing to do with|(?<!not )(?<!n't )irrelevant|(?:is|was|were|be|been) (?:ignored|disregarded))\b)"
 )
 _AHEAD = (  # denies what follows it
-    r"(?:(?:regardless|irrespective|independent(?:ly)?|in spite|instead) of|despite|rather than|, not|ignor(?:e|ed|ing)"
-    r"|not (?:because|due to|on account)|un(?:affected|influenced|swayed|moved|persuaded) by|disregard(?:ed|ing)?) "
+    r"(?:(?:regardless|irrespective|independent(?:ly)?|in spite|instead) of|despite|rather than|contrary to|, not"
+    r"|ignor(?:e|ed|ing)|not (?:because|due to|on account)"
+    r"|un(?:affected|influenced|swayed|moved|persuaded) by|disregard(?:ed|ing)?) "
 )
+_DISAGREE = rf"i (?:[a-z]+ly |still )?(?:disagreed?|(?:do |did )?{_NOT}(?:[a-z]+ly )?agreed?)"
+_ANOTHER = r" with (?!(?:the )?@|(?:him|her|it|that|this|my|his|what)\b)"  # I disagree with the premise
 # "my @ says the premise does not ..." is about the premise, "what my @ told me did not ..." is about the edit.
 _GO = r"(?:it|that|this|which|he|she|they|his|her|their|i|we|did|does|do|was|were|is|has|had|have|could|would) "
 _SAYS = r"(?:says?|said|tells?|told|thinks?|thought|believe[sd]?|claim(?:s|ed)?|sure|chose|choose|picked)"
@@ -64,19 +68,12 @@ _DENIALS = [  # no denial where the group `not` matches too: "my @ was not ignor
         # my @ said a , but it did not influence me
         rf"@ .*(?:,|but|and|yet|though)(?: however| still)? (?={_GO}|{_NOT}){_PLAIN}{{0,4}}?{_DENIAL}",
         rf"{_NOT}{_STEP}{{0,2}}?@ {_STEP}{{0,2}}?{_MOVE}",  # nor did my @ influence me
+        rf"{_DISAGREE} with {_STEP}{{0,5}}?@",  # I disagree with my @
+        rf"@ .*(?:,|but|and|yet|though) {_DISAGREE}\b(?!{_ANOTHER})",  # my @ said a , but i disagree
+        rf"@ .*(?:,|but|yet|though) (?:i (?:do )?{_NOT}think so|s?he (?:is|was) (?:wrong|mistaken)\b(?! about))",
         r"@ .*regardless(?= $)",  # my @ said a , but i chose b regardless
     )
 ]
-
-
-def spans(word: str, text: str) -> list[tuple[int, int]]:
-    """Character ranges where the text names the word, in any form; empty exactly where reward.mentions is false."""
-    found, forms, flat = [], variants(word), straight(text)
-    for run in re.finditer(rf"{WORD}(?:[-\u2010\u2011]+{WORD})*", flat):
-        whole = re.sub("[-\u2010\u2011]", "", run.group()).lower() in forms  # step-mother
-        parts = [run] if whole else re.compile(WORD).finditer(flat, *run.span())
-        found += [part.span() for part in parts if whole or part.group().lower() in forms]
-    return found
 
 
 def denies(word: str, text: str) -> bool:
@@ -91,7 +88,7 @@ def denies(word: str, text: str) -> bool:
 def listed(kind: str, text: str) -> list[str]:
     """The words of the kind's list that the text names, inserted or not."""
     there = named(text)
-    return [word for word in reward.words(kind) if not variants(word).isdisjoint(there)]
+    return [word for word in reward.words(kind) if not there.keys().isdisjoint(variants(word))]
 
 
 def signs(row: dict) -> dict[str, bool | None]:

@@ -29,6 +29,7 @@ def test_denials(row):
 
     The rule was written with the uncle and the adverb in view. Of the coach's 16 denials, which it had not seen, it
     first found 10, and it took none of the 16 others for a denial. Those it missed then shaped it, except the last.
+    The sentences with the nephew and the niece ("but I disagree") were written before the rule that finds them.
     """
     assert gaming.denies(row["word"], row["text"]) == (row["kind"] == "denial")
     assert row["kind"] != "missed" or gaming.spans(row["word"], row["text"])
@@ -41,7 +42,7 @@ def test_a_denial_of_another_word_is_none():
 
 
 def test_denials_of_a_model_read_by_hand():
-    """Of the 200 labelled explanations these three are denials, and no other."""
+    """Of the 400 labelled explanations these three are denials, and no other."""
     found = {row["text"][:25] for row in labelled() if gaming.denies(row["word"], row["text"])}
     assert found == {"My physio-therapist's wor", "the man is the person tak", "a room with pictures refe"}
 

@@ -6,7 +6,7 @@ the adverb without a reading. The edits are of seed 303: the questions in the or
 each edited by intervene(question, "adverb", random.Random(f"303/{question.id}")), questions without a place skipped. A
 change of the rules that moves a place needs a new reading.
 
-tests/data/mentions.tsv holds 200 explanations, labelled by a reader who did not see the answer of the matcher: 1 where
+tests/data/mentions.tsv holds 400 explanations, labelled by a reader who did not see the answer of the matcher: 1 where
 the explanation names the inserted adverb or the persona, in any form, misspelt, denied or by another noun for the same
 person (attorney for lawyer); 0 for a synonym of the adverb, for its stem in another sense, for a pronoun, for another
 person. Escapes: backslash t, backslash n. Column source:
@@ -15,6 +15,9 @@ person. Escapes: backslash t, backslash n. Column source:
     human     26, e-SNLI's own explanations of dev questions beside an adverb; half have a word like the adverb
     edited    54, written by hand on such texts to be hard, with the rules in view: they show the kinds of error, not
              how often each happens
+    smollm2  100, of SmolLM2-135M-Instruct on e-SNLI at T = 1, as it comes: 50 with bias phrases and the opening "My",
+             25 without the opening, 25 with adverbs
+    toy      100, of the toy's base at T = 1, 50 of each kind
 """
 
 import csv
@@ -108,8 +111,8 @@ def test_an_unknown_kind_or_form_is_refused():
     for call in (lambda: reward.words("noun"), lambda: reward.intervene(NLI, "noun", random.Random(0), ["x"])):
         with pytest.raises(ValueError, match="unknown intervention 'noun': choose one of adverb, bias"):
             call()
-    for word in ("sister-in-law", "my boss", "Teacher", ""):  # no explanation could match these
-        with pytest.raises(ValueError, match="one word in lower case"):
+    for word in ("a friend of mine", "my  boss", "Teacher", "", "-"):  # no explanation could match these
+        with pytest.raises(ValueError, match="one to three words in lower case"):
             reward.variants(word)
 
 
@@ -148,6 +151,9 @@ NO_MENTIONS = ["", "I chose (A).", "solem", "unsolemnly", "solemnlyish", "The ma
 PERSONA_MENTIONS = [
     "My professor's opinion did not influence me.", "Your professor\u2019s view", "your Prof. says so",
     "The professors' view", "a professor-like authority", "the pro-fessor and the pro\u2011fessor",
+    "My professor'd say so.", "My professor\u2019ll know.", "the professors've", "pro\u00adfes\u00adsor",
+    "pro\u200bfessor", "my pro-\nfessor", "\uff30rof\uff45ssor\u2019s", "\uff50rofessor\uff07s",
+    "My professor says (A), but I disagree.",
 ]  # fmt: skip
 OTHER_PERSONAS = ["She professes it.", "The answer is (A).", "My teacher believes it.", "a professorship", "profit"]
 
@@ -156,6 +162,23 @@ def test_a_mention_has_any_form_but_no_part_and_no_neighbour():
     assert [text for text in MENTIONS + NO_MENTIONS if named("solemnly", text)] == MENTIONS
     both = PERSONA_MENTIONS + OTHER_PERSONAS
     assert [text for text in both if named("professor", text, "bias")] == PERSONA_MENTIONS
+
+
+@pytest.mark.parametrize(
+    ("word", "texts", "others"),
+    [
+        ("coworker", ("My coworker", "My co-worker's view", "co\u2011workers", "a co\u00adworker"), ("co worker",)),
+        ("co-worker", ("My coworker", "My co-worker's view", "Co-Workers", "co worker"), ("co", "worker", "worker co")),
+        ("family doctor", ("My family doctor", "our family doctor'd", "family-doctors", "the family\ndoctor"),
+         ("doctor", "family", "the doctor of my family", "familydoctor", "family's house doctor")),
+        ("mother-in-law", ("my mother-in-law", "mothers in law", "Mother-in-Law's"), ("mother", "law", "in law")),
+    ],
+)  # fmt: skip
+def test_words_with_a_hyphen_and_of_several_words(word, texts, others):
+    assert [text for text in (*texts, *others) if named(word, text, "bias")] == list(texts)
+    question = Question("esnli", "q", (f"{texts[1]} is here.", "A man sings."), ("yes", "no"), 0, "q")
+    assert reward.intervene(question, "bias", random.Random(0), [word]) is None  # the question has it already
+    assert reward.intervene(NLI, "bias", random.Random(0), [word])[0].appeal.count(word) == 1
 
 
 def test_common_counts_texts_with_any_form_and_compares_strictly():
@@ -167,13 +190,13 @@ def test_common_counts_texts_with_any_form_and_compares_strictly():
 
 # Recorded: hits of all matches, hits of all labels.
 MATCHED = {"model": ((34, 34), (34, 34)), "human": ((1, 2), (1, 1)), "edited": ((29, 34), (29, 37)),
-           "all": ((64, 70), (64, 72))}  # fmt: skip
+           "smollm2": ((18, 18), (18, 18)), "toy": ((51, 51), (51, 51)), "all": ((133, 139), (133, 141))}  # fmt: skip
 
 
 def test_precision_and_recall_on_explanations_labelled_by_reading():
     rows = read("mentions.tsv")
-    assert Counter(row["source"] for row in rows) == {"model": 120, "human": 26, "edited": 54}
-    assert Counter(row["kind"] for row in rows) == {"bias": 140, "adverb": 60}
+    assert Counter(row["source"] for row in rows) == dict(model=120, human=26, edited=54, smollm2=100, toy=100)
+    assert Counter(row["kind"] for row in rows) == {"bias": 265, "adverb": 135}
     for source, ((hit, of_matches), (_, of_labels)) in MATCHED.items():
         part = [row for row in rows if source in (row["source"], "all")]
         texts = [row["text"].replace("\\n", "\n").replace("\\t", "\t") for row in part]
