@@ -1,7 +1,7 @@
 """The data sets: readers of their published files, and splits that keep related questions together.
 
-A question is what the model is asked: its own text in parts, two or three options, and the gold option. Each task
-reads the files as their authors publish them:
+A question is what the model is asked: its own text in parts, two or more options, and the gold option. Each task reads
+the files as their authors publish them, and exports of Hugging Face's datasets with the usual columns (docs/data.md):
 
     task         files                                                      options
     esnli        esnli_{train_1,train_2,dev,test}.csv                       yes, no, maybe
@@ -9,6 +9,7 @@ reads the files as their authors publish them:
     comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
     strategyqa   {train,dev}.json                                           yes, no
     toy          questions.jsonl and causes.json, as toy.py makes them      the two things
+    jsonl        questions.jsonl, or any file of one's own questions        2 to 10, those of the file
 
 All shuffling is sorting by a hash of the seed and the question's own text. So the order is the same on every machine,
 does not depend on the file's order, and new questions do not reorder the others.
@@ -26,6 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from run import reading
@@ -38,6 +40,7 @@ FILES = {
     "comve": ("subtaskA_data_all.csv", "subtaskA_dev_data.csv", "subtaskA_test_data.csv"),
     "strategyqa": ("train.json", "dev.json"),
     "toy": ("questions.jsonl",),
+    "jsonl": ("questions.jsonl",),
 }
 TASKS = tuple(FILES)
 
@@ -47,7 +50,7 @@ class Question:
     """One question with its options."""
 
     task: str  # one of TASKS
-    id: str  # task/file:place, where place is a line, or an entry for strategyqa; unique within the loaded list
+    id: str  # task/file:place, where place is a line, an entry of a list or a row of parquet; unique in the loaded list
     parts: tuple[str, ...]  # (premise, hypothesis), (context, question), () for comve, (question,)
     options: tuple[str, ...]  # answer texts in the order shown; for comve the two statements
     gold: int  # index into options; for comve the statement that is against common sense
@@ -57,7 +60,7 @@ class Question:
 
 
 def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Question]:
-    """The questions of one file, or of all published files in a folder, in the order of FILES.
+    """The questions of one file, or of all published files in a folder, in the order of FILES; else of all its parquet.
 
     Rows that occur twice are kept. They share a group, so no split separates them. Any fault of the files is a
     ValueError of one line that names the file and the place. skip_bad_rows: rows with a fault are left out, and rank 0
@@ -69,13 +72,15 @@ def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Quest
     if not path.exists():
         raise ValueError(f"{path} is missing; give the folder with {names}, or one file")
     found = [path / name for name in FILES[task] if os.path.lexists(path / name)] if path.is_dir() else [path]
+    found = found or sorted(path.glob("*.parquet"))
     if not found:
-        raise ValueError(f"{path}: no {task} file in this folder; expected {names}")
+        raise ValueError(f"{path}: no {task} file in this folder; expected {names}, or files in parquet")
     questions = []
     for file in found:
         good = list(read(file, bad := BadRows(skip_bad_rows)))
-        if bad and not good:
-            raise ValueError(f"all {len(bad):,} rows of {file} are bad, the first: {bad[0]}")
+        if not good:
+            none = f"all {len(bad):,} rows of {file} are bad, the first: {bad[0]}" if bad else f"{file}: it has no rows"
+            raise ValueError(none)
         if bad and not other_rank():
             rows = f"skipped {len(bad):,} of {len(good) + len(bad):,} rows of {file}"
             say(f"{rows}, the first: {bad[0].removeprefix(f'{file}, ')}", sys.stderr)
@@ -119,103 +124,110 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
 
 
 def _esnli(file: Path, bad: BadRows) -> Iterator[Question]:
-    for line, row in reading.csv_table(file, ("gold_label", "Sentence1", "Sentence2"), bad):
-        where = f"{file}, line {line}"
+    published, export = ("gold_label", "Sentence1", "Sentence2"), ("label", "premise", "hypothesis")
+    labels = ("entailment", "contradiction", "neutral", "0", "2", "1")  # the numbers are those of the export
+    for place, row in reading.rows_of(file, bad, published, export):
         with bad:
-            parts = _texts(row, where, "Sentence1", "Sentence2")
-            gold = _choice(row["gold_label"], ("entailment", "contradiction", "neutral"), where)
-            yield Question("esnli", f"esnli/{file.stem}:{line}", parts, ("yes", "no", "maybe"), gold, parts[0])
+            label, *names = export if "premise" in row else published
+            parts, gold = _texts(row, *names), _choice(row.get(label), labels, row.where) % 3
+            yield Question("esnli", f"esnli/{file.stem}:{place}", parts, ("yes", "no", "maybe"), gold, parts[0])
 
 
 def _social_iqa(file: Path, bad: BadRows) -> Iterator[Question]:
-    rows, beside = reading.lines_of(file), file.with_name(file.stem + "-labels.lst")
-    if not beside.is_file():
-        raise ValueError(f"{file}: its labels are missing; put {beside.name} beside it")
-    labels = reading.lines_of(beside)
-    if len(rows) != len(labels):
-        raise ValueError(f"{beside}: {len(labels)} labels for {len(rows)} lines of {file.name}; correct one of them")
-    for line, (text, label) in enumerate(zip(rows, labels, strict=True), start=1):
-        where = f"{file}, line {line}"
+    beside = file.with_name(file.stem + "-labels.lst")  # an export has the label in its row
+    labels = reading.lines_of(beside) if beside.is_file() else []
+    if labels and len(labels) != (count := len(reading.lines_of(file))):
+        raise ValueError(f"{beside}: {len(labels)} labels for {count} lines of {file.name}; correct one of them")
+    names = ("answerA", "answerB", "answerC")
+    for place, row in reading.rows_of(file, bad, ("context", "question", *names)):
         with bad:
-            row = reading.json_of(text, file, line)
-            right = _choice(label.strip(), ("1", "2", "3"), f"{beside}, line {line}")
-            parts = _texts(row, where, "context", "question")
-            answers = _texts(row, where, "answerA", "answerB", "answerC")
+            if not labels and "label" not in row:
+                raise ValueError(f"{row.where}: its label is missing; put {beside.name} beside the file")
+            label, where = (labels[place - 1], f"{beside}, line {place}") if labels else (row["label"], row.where)
+            parts, answers = _texts(row, "context", "question"), _texts(row, *names)
             order = sorted(range(3), key=lambda i: _hash("social_iqa", parts, answers[i]))  # noqa: B023
-            options, gold = tuple(answers[i] for i in order), order.index(right)
-            yield Question("social_iqa", f"social_iqa/{file.stem}:{line}", parts, options, gold, parts[0])
+            options, gold = tuple(answers[i] for i in order), order.index(_choice(label, "123", where))
+            yield Question("social_iqa", f"social_iqa/{file.stem}:{place}", parts, options, gold, parts[0])
 
 
 def _comve(file: Path, bad: BadRows) -> Iterator[Question]:
-    rows = reading.csv_table(file, ("id", "sent0", "sent1"), bad)
+    rows = list(reading.rows_of(file, bad, ("id", "sent0", "sent1"), ("label", "sent0", "sent1")))
+    export, ids = bool(rows) and "label" in rows[0][1], Counter(str(row.get("id")) for _, row in rows)
+    answers = {} if export else _comve_answers(file, ids)
+    for place, row in rows:
+        with bad:
+            label, where = row.get("label"), row.where
+            if not export:
+                if ids[key := str(row.get("id"))] > 1 or len(answers.get(key, ())) != 1:
+                    raise ValueError(f"{where}: id {key!r} must be there once, and once in the answers; correct it")
+                ((label, where),) = answers[key]
+            pair, gold = _texts(row, "sent0", "sent1"), _choice(label, "01", where)
+            # Sorted, so that the same two statements in the other order are the same group.
+            yield Question("comve", f"comve/{file.stem}:{place}", (), pair, gold, "\n".join(sorted(pair)))
+    if not bad.skip and (left := [key for key in answers if key not in ids]):
+        where = answers[left[0]][0][1]
+        raise ValueError(f"{where}: id {left[0]!r} is not in {file.name}; every answer needs its question")
+
+
+def _comve_answers(file: Path, ids: Counter) -> dict[str, list[tuple[str, str]]]:
+    """{id: [(label, where)]} of the file of answers beside `file`, whose rows have these ids."""
     # The authors give the answers of dev and of test the same name, so dev and test must be in two folders.
     names = [n for n in (file.name.replace("data", "answers"), "subtaskA_gold_answers.csv") if n != file.name]
     beside = next((file.with_name(n) for n in names if file.with_name(n).is_file()), None)
     if beside is None:
         raise ValueError(f"{file}: its answers are missing; put {' or '.join(names)} beside it")
-    answers: dict[str, list[tuple[int, str]]] = {}
+    answers: dict[str, list[tuple[str, str]]] = {}
     for line, (key, *label) in reading.csv_rows(beside, None, BadRows()):
-        answers.setdefault(key, []).append((line, ",".join(label)))
-    ids = Counter(row["id"] for _, row in rows)
+        answers.setdefault(key, []).append((",".join(label), f"{beside}, line {line}"))
     both = len(ids.keys() & answers.keys())
     if 2 * both < max(len(ids), len(answers)):
         raise ValueError(f"{beside}: {both} of its {len(answers)} ids are among the {len(ids)} of {file.name}; "
                          "give the answers of this file")  # fmt: skip
-    for line, row in rows:
-        where, key = f"{file}, line {line}", row["id"]
-        with bad:
-            if ids[key] > 1 or len(answers.get(key, ())) != 1:
-                raise ValueError(f"{where}: id {key!r} must be there once, and once in {beside.name}; correct it")
-            ((answered, label),) = answers[key]
-            gold = _choice(label, ("0", "1"), f"{beside}, line {answered}")
-            pair = _texts(row, where, "sent0", "sent1")
-            # Sorted, so that the same two statements in the other order are the same group.
-            yield Question("comve", f"comve/{file.stem}:{line}", (), pair, gold, "\n".join(sorted(pair)))
-    if not bad.skip and (left := [key for key in answers if key not in ids]):
-        raise ValueError(f"{beside}: id {left[0]!r} is not in {file.name}; every answer needs its question")
+    return answers
 
 
 def _strategyqa(file: Path, bad: BadRows) -> Iterator[Question]:
-    rows = reading.json_of(reading.text_of(file), file, 1)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file}: not a list of questions; give the published train.json or dev.json")
-    for entry, row in enumerate(rows, start=1):
-        where = f"{file}, entry {entry}"
+    for place, row in reading.rows_of(file, bad, ("question", "answer")):
         with bad:
-            parts = _texts(row, where, "question")
-            gold = _choice(json.dumps(row.get("answer")), ("true", "false"), where)
-            yield Question("strategyqa", f"strategyqa/{file.stem}:{entry}", parts, ("yes", "no"), gold, parts[0])
+            parts, gold = _texts(row, "question"), 1 - row.take("answer", bool)
+            yield Question("strategyqa", f"strategyqa/{file.stem}:{place}", parts, ("yes", "no"), gold, parts[0])
 
 
-def _toy(file: Path, bad: BadRows) -> Iterator[Question]:
-    beside, seen = file.with_name("causes.json"), set()
-    causes = reading.json_of(reading.text_of(beside), beside, 1)
-    if not reading.fits(causes, list[list[str]]):
-        raise ValueError(f"{beside}: it must be a list of lists of texts; make the files again with toy.py")
-    for line, text in enumerate(reading.lines_of(file), start=1):
-        where = f"{file}, line {line}"
+def _own(file: Path, bad: BadRows, task: str = "jsonl") -> Iterator[Question]:
+    seen, count, causes = set(), 0, []
+    if task == "toy":
+        beside = file.with_name("causes.json")
+        causes = reading.json_of(reading.text_of(beside), beside)
+        if not reading.fits(causes, list[list[str]]):
+            raise ValueError(f"{beside}: it must be a list of lists of texts; make the files again with toy.py")
+    for place, row in reading.rows_of(file, bad, ("parts", "options", "gold", "group")):
         with bad:
-            row = reading.record_of(reading.json_of(text, file, line), where)
-            parts, options = (tuple(row.take(key, list[str])) for key in ("parts", "options"))
-            gold = _choice(json.dumps(row.get("answer")), [str(i) for i in range(len(options))], where)
-            cause = causes[_choice(json.dumps(row.get("moved_by")), [str(i) for i in range(len(causes))], where)]
-            id, group = _texts(row, where, "id", "group")
-            if not parts or not 2 <= len(options) <= 10 or not all(map(_is_text, parts + options)) or id in seen:
-                raise ValueError(f"{where}: parts, 2 to 10 options and an id of its own are needed; correct it")
+            parts, options = (tuple(t.strip() for t in row.take(key, list[str])) for key in ("parts", "options"))
+            id, group = row.take("id", str, f"{task}/{file.stem}:{place}"), row.take("group", str)
+            if not parts or not all(map(_is_text, (*parts, *options, id, group))):
+                raise ValueError(f"{row.where}: parts, options, id and group must be texts, none empty; correct it")
+            if id in seen:
+                raise ValueError(f"{row.where}: the id {id!r} came before; give each question its own")
+            if not 2 <= len(options) <= 10 or count not in (0, len(options)):
+                raise ValueError(f"{row.where}: {len(options)} options; give {count or '2 to 10'}, as many in each row")
+            gold = row.take("gold", int, above=-1, most=len(options) - 1)
+            cause = causes[row.take("moved_by", int, above=-1, most=len(causes) - 1)] if task == "toy" else None
             seen.add(id)
-            yield Question("toy", id, parts, options, gold, group, moved_by=frozenset(cause))
+            count = len(options)
+            yield Question(task, id, parts, options, gold, group, moved_by=None if cause is None else frozenset(cause))
 
 
-READERS = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa, "toy": _toy}
+READERS = {"esnli": _esnli, "social_iqa": _social_iqa, "comve": _comve, "strategyqa": _strategyqa,
+           "toy": partial(_own, task="toy"), "jsonl": _own}  # fmt: skip
 
 
-def _texts(row: object, where: str, *names: str) -> tuple[str, ...]:
+def _texts(row: reading.Record, *names: str) -> tuple[str, ...]:
     """The stripped texts of these fields. Each must be a string with some text that UTF-8 can write."""
     for name in names:
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
-            raise ValueError(f"{where}: no field {name!r} that is a string; give the published file")
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{row.where}: no field {name!r} that is a string; give the published file")
         if not _is_text(row[name]):
-            raise ValueError(f"{where}: {name} is empty or not valid text; correct or remove the row")
+            raise ValueError(f"{row.where}: {name} is empty or not valid text; correct or remove the row")
     return tuple(row[name].strip() for name in names)
 
 
@@ -223,10 +235,10 @@ def _is_text(value: str) -> bool:
     return bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _choice(label: str, labels: Sequence[str], where: str) -> int:
-    if label not in labels:
-        raise ValueError(f"{where}: label {label!r}; it must be one of {', '.join(labels)}")
-    return labels.index(label)
+def _choice(label: object, labels: Sequence[str], where: str) -> int:
+    if (text := str(label).strip()) not in tuple(labels):
+        raise ValueError(f"{where}: label {text!r}; it must be one of {', '.join(labels)}")
+    return labels.index(text)
 
 
 def _hash(*values: object) -> bytes:

@@ -216,7 +216,7 @@ def build(folder: Path, variant: str) -> None:
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's toy.py.\n")
         causes: dict[frozenset, int] = {}  # each set written once
         for form in FORMS:
-            rows = [{"id": q.id, "parts": q.parts, "options": q.options, "answer": q.gold, "group": q.group,
+            rows = [{"id": q.id, "parts": q.parts, "options": q.options, "gold": q.gold, "group": q.group,
                      "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
             files.write_jsonl(part / f"{form}.jsonl", rows)
         files.write_json(part / "causes.json", [sorted(cause) for cause in causes])

@@ -1,4 +1,4 @@
-"""Reading what others wrote: text, JSON with types, CSV, tensors. Every fault is a ValueError of one line.
+"""Reading what others wrote: text, JSON with types, CSV, parquet, tensors. Every fault is a ValueError of one line.
 
 The line names the file, then the line or the key in it, and says what to change. A file that holds something else (a
 git-LFS pointer, a compressed file, a web page) is called what it is.
@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors
@@ -23,8 +23,9 @@ STARTS = {  # the first bytes of what people put in a file's place
     b"BZh": "compressed with bzip2; unpack it",
     b"\xfd7zXZ": "compressed with xz; unpack it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
-    b"PAR1": "a parquet file; give the files as their authors publish them",
-    b"ARROW1": "an Arrow file; give the files as their authors publish them",
+    b"PAR1": "a parquet file; give a file of text",
+    b"ARROW1": "an Arrow file; write it with to_parquet or to_json of Hugging Face's datasets",
+    b"\xff\xff\xff\xff": "an Arrow file; write it with to_parquet or to_json of Hugging Face's datasets",
     b"<!doctype html": "a web page, not the file itself; download it again",
     b"<html": "a web page, not the file itself; download it again",
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
@@ -139,7 +140,7 @@ class Record(dict):
 
 
 def short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return f"not {text[:60]}" + "…" * (len(text) > 60)
 
 
@@ -217,14 +218,56 @@ def csv_rows(file: Path, width: int | None, bad: BadRows) -> list[tuple[int, lis
     return rows
 
 
-def csv_table(file: Path, columns: Sequence[str], bad: BadRows) -> list[tuple[int, dict[str, str]]]:
-    """The rows below the header by column name, each with its line."""
-    (line, header), *rows = csv_rows(file, 0, bad) or [(1, [])]
-    if wrong := [name for name in columns if header.count(name) != 1]:
-        raise ValueError(f"{file}, line {line}: not one column {' or '.join(wrong)}; give the published file")
-    if not rows and not bad:
-        raise ValueError(f"{file}: no rows below the header; download it again")
-    return [(line, dict(zip(header, cells, strict=True))) for line, cells in rows]
+def rows_of(file: Path, bad: BadRows, *columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
+    """The rows of a CSV file, of JSON lines, of a JSON list or of parquet, each with its place: its line or its number.
+
+    columns: the names that a CSV header or a parquet file must have, or several such sets, one of which it must have.
+    Blank lines are passed over.
+    """
+    with errors_named(file), file.open("rb") as data:
+        parquet = data.read(4) == b"PAR1"
+    if parquet:
+        yield from parquet_rows(file, columns)
+    elif (text := text_of(file).lstrip()).startswith("["):
+        for number, value in enumerate(json_of(text_of(file), file), 1):
+            with bad:
+                yield number, record_of(value, f"{file}, entry {number}")
+    elif text.startswith("{") or file.suffix in (".json", ".jsonl"):
+        for number, line in enumerate(lines_of(file), 1):
+            if line.strip():
+                with bad:
+                    yield number, record_of(json_of(line, file, number), f"{file}, line {number}")
+    else:
+        (line, header), *rows = csv_rows(file, 0, bad) or [(1, [])]
+        check_columns(header, columns, f"{file}, line {line}")
+        if not rows and not bad:
+            raise ValueError(f"{file}: no rows below the header; download it again")
+        for line, cells in rows:
+            yield line, Record(dict(zip(header, cells, strict=True)), f"{file}, line {line}")
+
+
+def parquet_rows(file: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, Record]]:
+    """The rows of a parquet file, counted from 1. pyarrow is needed for this alone."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{file} is a parquet file; pip install pyarrow to read it, or give JSON lines") from None
+    try:
+        table = ParquetFile(file)
+        check_columns(table.schema_arrow.names, columns, str(file))
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield number, Record(row, f"{file}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+def check_columns(header: list[str], columns: Sequence[Sequence[str]], where: str) -> None:
+    """ValueError unless the header has each name once, of the set that it has the most of."""
+    nearest = max(columns, key=lambda names: sum(name in header for name in names))
+    if wrong := [name for name in nearest if header.count(name) != 1]:
+        raise ValueError(f"{where}: not one column {' or '.join(wrong)}; give the published file")
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------

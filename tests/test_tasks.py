@@ -11,12 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 import launch
+import pyarrow
 import pytest
 import tiny
+from pyarrow import parquet
 
 import faith
+import reward
 import tasks
 from lab import build
+from run import identity
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -208,7 +212,7 @@ def test_missing_files(task, tmp_path):
 
 
 def test_unknown_task_and_unreadable_file(folder, monkeypatch):
-    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa, toy"
+    assert error("snli", DATA) == "unknown task 'snli': choose one of esnli, social_iqa, comve, strategyqa, toy, jsonl"
 
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
@@ -227,7 +231,8 @@ def test_unknown_task_and_unreadable_file(folder, monkeypatch):
         ),
         *((task, b"a\nb\ncaf\xe9\n", ", line 3: not UTF-8") for task in PUBLISHED),
         ("esnli", b"gold_label,Sentence1,Sentence2\n", ": no rows below the header"),
-        *(("strategyqa", text, "") for text in (b"{}", b"[]", b'"text"', b"[[]]", b"[" * 100_000, b"9" * 5_000)),
+        ("strategyqa", b"[]", ": it has no rows"),
+        *(("strategyqa", text, "") for text in (b"{}", b'"text"', b"[[]]", b"[" * 100_000, b"9" * 5_000)),
     ],
 )
 def test_content_of_another_form(task, content, message, folder):
@@ -262,9 +267,9 @@ ROW_FAULTS = [  # file, text in it, what replaces it, the message without --skip
     ("subtaskA_answers_all.csv", "\n1,0", "\n1", "_all.csv, line 2: label ''"),
     ("subtaskA_answers_all.csv", "\n1,0", "\n1,0,1", "_all.csv, line 2: label '0,1'"),
     ("dev.json", '"question"', '"questions"', "entry 1: no field 'question'"),
-    ("dev.json", '"answer": false', '"answer": 0', "entry N: label '0'; it must be one of true, false"),
-    ("dev.json", '"answer": false', '"answer": "false"', "entry N: label '\"false\"'"),
-    ("dev.json", '"answer": false', '"reply": false', "entry N: label 'null'"),
+    ("dev.json", '"answer": false', '"answer": 0', "entry N: answer must be true or false, not 0"),
+    ("dev.json", '"answer": false', '"answer": "false"', 'entry N: answer must be true or false, not "false"'),
+    ("dev.json", '"answer": false', '"reply": false', "entry N: answer must be true or false; it is absent"),
 ]
 FILE_FAULTS = [  # the same with --skip-bad-rows
     ("esnli_dev.csv", "Sentence2", "hypothesis", "line 1: not one column Sentence2"),
@@ -335,7 +340,7 @@ def test_what_is_skipped_is_counted_per_file(folder, capsys, monkeypatch):
 def test_missing_labels_and_answers(folder):
     (folder / "social_iqa" / "dev-labels.lst").unlink()
     message = error("social_iqa", folder / "social_iqa")
-    assert "dev.jsonl: its labels are missing; put dev-labels.lst beside it" in message
+    assert "dev.jsonl, line 1: its label is missing; put dev-labels.lst beside" in message
     comve = folder / "comve"
     (comve / "subtaskA_gold_answers.csv").unlink()
     message = error("comve", comve / "subtaskA_dev_data.csv")
@@ -346,7 +351,7 @@ def test_missing_labels_and_answers(folder):
         message = error("comve", comve / "subtaskA_dev_data.csv", skip)
         assert "gold_answers.csv: 1 of its 10 ids are among the 10 of subtaskA_dev_data.csv" in message
     edit(comve / "subtaskA_data_all.csv", "1,He drinks apple.,He drinks milk.\n", "")
-    assert "answers_all.csv: id '1' is not in" in error("comve", comve / "subtaskA_data_all.csv")
+    assert "answers_all.csv, line 2: id '1' is not in" in error("comve", comve / "subtaskA_data_all.csv")
     assert len(tasks.load("comve", comve / "subtaskA_data_all.csv", True)) == 9
 
 
@@ -363,19 +368,148 @@ def test_command_line():
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_commands_skip_bad_rows(folder, tmp_path, capfd):
-    edit(folder / "esnli" / "esnli_dev.csv", "dev-1,entailment", "dev-1,-")
-    given = ["--model", str(tiny.build(tmp_path / "model")), "--task", "esnli", "--data", str(folder / "esnli")]
+def test_commands_read_ones_own_questions_and_skip_bad_rows(tmp_path, capfd):
+    questions = tasks.load("esnli", DATA / "esnli")
+    rows = [{"parts": q.parts, "options": q.options, "gold": q.gold, "group": q.group} for q in questions]
+    file = written(tmp_path / "my.jsonl", [rows[0], rows[1] | {"gold": 3}, *rows[2:]])
+    given = ["--model", str(tiny.build(tmp_path / "model")), "--task", "jsonl", "--data", str(file)]
     sizes = ["--out", str(tmp_path / "set"), "--size", "2", "--eval-questions", "2", "--fit-questions", "4"]
-    runs = launch.flags(given[1], tmp_path / "run", data=given[-1], steps=1)
+    runs = launch.flags(given[1], tmp_path / "run", task="jsonl", data=file, steps=1)
     for command in (
         lambda *skip: launch.call([*runs, *skip])[::2],
         lambda *skip: (faith.main([*given, "--limit", "2", "--fit", "4", *skip]), capfd.readouterr().err),
         lambda *skip: (build.main([*given, *sizes, *skip]), capfd.readouterr().err),
     ):
-        for skip, status, said in (((), 2, "line 3: label '-'"), (("--skip-bad-rows",), 0, "skipped 1 of 20 rows")):
+        for skip, status, said in (
+            ((), 2, f"{file}, line 2: gold must be at most 2, not 3"),
+            (("--skip-bad-rows",), 0, "skipped 1 of 20 rows"),
+        ):
             code, error = command(*skip)
             assert code == status and said in error
+    seen = set().union(*identity.question_list(tmp_path / "run" / "model").values())
+    assert seen and seen <= {identity.mark(q) for q in tasks.load("jsonl", file, True)}
+
+
+# --- one's own questions, and exports of Hugging Face's datasets ---
+
+OWN = {"parts": ["A man sleeps.", "Is he awake?"], "options": ["yes", "no"], "gold": 1, "group": "g"}
+
+
+def written(path, rows):
+    """The rows in a file of the kind that its name says, or of JSON lines."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as out:
+            csv.DictWriter(out, rows[0]).writeheader()
+            csv.DictWriter(out, rows[0]).writerows(rows)
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+def test_the_example_of_the_documentation(tmp_path, capsys):
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    file = tmp_path / "questions.jsonl"
+    file.write_text(text.split("```json\n")[1].split("```")[0])
+    questions = tasks.load("jsonl", tmp_path)
+    assert len(questions) == 5 and tasks.load("jsonl", file) == questions
+    assert ids(questions) == [*(f"jsonl/questions:{i}" for i in (1, 2, 3)), "kettle 1", "kettle 2"]
+    assert (questions[1].parts, questions[1].gold) == (("The library opens at nine.", "Does Ann like the library?"), 2)
+    assert [q.group for q in questions] == ["library", "library", "bus", "kettle", "kettle"]
+    assert f"\n```\n{faith.ask(questions[0])}\n```\n" in text
+    edited, edit = reward.intervene(questions[3], "adverb", random.Random(0))
+    assert edit.word in " ".join(edited.parts) and edited.options == questions[3].options
+    edited, edit = reward.intervene(questions[0], "bias", random.Random(0))
+    assert f"at eight? {edit.text}\n(A) yes" in faith.ask(edited)
+    assert tasks.main(["jsonl", str(file)]) == 0
+    assert capsys.readouterr().out == "5 questions in 3 groups; gold (A) 40.0%  (B) 20.0%  (C) 40.0%\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"parts": []}, "must be texts, none empty"), ({"parts": ["A", " "]}, "must be texts, none empty"),
+        ({"parts": "A man."}, 'parts must be a list, each a text, not "A man."'),
+        ({"parts": None}, "parts must be a list, each a text, not null"),
+        ({"options": ["yes"]}, "1 options; give 2"), ({"options": ["a", "b", "c"]}, "3 options; give 2, as many"),
+        ({"options": ["yes", 2]}, "options must be a list, each a text"), ({"options": ["yes", ""]}, "none empty"),
+        ({"gold": 2}, "gold must be at most 1, not 2"), ({"gold": -1}, "gold must be above -1, not -1"),
+        ({"gold": "B"}, 'gold must be a whole number, not "B"'), ({"gold": True}, "gold must be a whole number"),
+        ({"group": ""}, "none empty"), ({"group": 3}, "group must be a text, not 3"),
+        ({"id": "one"}, "the id 'one' came before"), ({"id": 7}, "id must be a text, not 7"),
+        ({"parts": ["\ud800"]}, "must be texts"), ([1], "holds no JSON object"), (7, "holds no JSON object"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_of_ones_own(wrong, said, tmp_path, capsys):
+    bad = OWN | wrong if isinstance(wrong, dict) else wrong
+    rows = [OWN | {"id": "one"}, OWN | {"note": "other keys are passed over"}, bad, OWN]
+    for name, place in (("my.jsonl", "line 3"), ("my.json", "entry 3")):
+        file = written(tmp_path / name, rows)
+        message = error("jsonl", file)
+        assert message.startswith(f"{file}, {place}") and said in message
+        assert ids(tasks.load("jsonl", file, True)) == ["one", "jsonl/my:2", "jsonl/my:4"]
+        assert f"skipped 1 of 4 rows of {file}, the first: {place}" in capsys.readouterr().err
+
+
+def test_options_are_as_many_as_letters(tmp_path):
+    letters = [f"option {i}" for i in range(11)]
+    rows = [OWN | {"options": letters[: len(faith.LETTERS)], "gold": 9}]
+    (question,) = tasks.load("jsonl", written(tmp_path / "most.jsonl", rows))
+    assert "\n(J) option 9\n" in faith.ask(question)
+    message = error("jsonl", written(tmp_path / "more.jsonl", [OWN | {"options": letters}]))
+    assert "line 1: 11 options; give 2 to 10, as many in each row" in message
+
+
+EXPORTS = {  # the columns of a published row -> those of the export, others with them
+    "esnli": lambda q: {"premise": q.parts[0], "hypothesis": q.parts[1], "label": (0, 2, 1)[q.gold], "more": "x"},
+    "social_iqa": lambda q: dict(zip(("context", "question", "answerA", "answerB", "answerC", "label"),
+                                     (*q.parts, *q.options, f"{q.gold + 1}\n"), strict=True)),
+    "comve": lambda q: {"sent0": q.options[0], "sent1": q.options[1], "label": q.gold},
+    "strategyqa": lambda q: {"qid": "x", "question": q.parts[0], "answer": q.gold == 0, "facts": ["x"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_an_export_gives_the_published_questions(task, tmp_path, capsys):
+    wanted = tasks.load(task, DATA / task)
+    rows = [EXPORTS[task](question) for question in wanted]
+    for end in (".parquet", ".json", ".jsonl", *([".csv"] if task != "strategyqa" else [])):
+        file = written(tmp_path / f"train-0{end}", rows)
+        found = tasks.load(task, file)
+        assert [(q.parts, q.options, q.gold, q.group) for q in found] == [
+            (q.parts, q.options, q.gold, q.group) for q in wanted
+        ]
+        assert ids(found)[0] == f"{task}/train-0:{2 if end == '.csv' else 1}" and len(set(ids(found))) == 20
+    written(tmp_path / "test-0.parquet", rows[:3])
+    assert tasks.load(task, tmp_path) == [
+        q for n in ("test", "train") for q in tasks.load(task, tmp_path / f"{n}-0.parquet")
+    ]
+    label = "answer" if task == "strategyqa" else "label"
+    file = written(tmp_path / "x.parquet", [*rows[:4], rows[4] | {label: None}])
+    assert f"{file}, row 5: {label}" in error(task, file)
+    assert len(tasks.load(task, file, True)) == 4 and "skipped 1 of 5 rows" in capsys.readouterr().err
+    less = [{name: value for name, value in row.items() if name != label} for row in rows]
+    said = "its label is missing" if task == "social_iqa" else "not one column"
+    assert said in error(task, written(file, less))
+
+
+def test_parquet_of_ones_own_without_pyarrow_and_cut_short(tmp_path, monkeypatch):
+    file = written(tmp_path / "questions.parquet", [OWN, OWN | {"gold": 0}])
+    first, second = tasks.load("jsonl", tmp_path)
+    assert (first.parts, first.gold, second.gold, second.id) == (
+        ("A man sleeps.", "Is he awake?"),
+        1,
+        0,
+        "jsonl/questions:2",
+    )
+    whole = file.read_bytes()
+    for bad in (whole[:40], whole[:-9], b"PAR1"):
+        file.write_bytes(bad)
+        assert f"{file} cannot be read (" in error("jsonl", file)
+    file.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert error("jsonl", file) == f"{file} is a parquet file; pip install pyarrow to read it, or give JSON lines"
 
 
 # --- order and splits ---

@@ -68,7 +68,7 @@ def test_questions(form):
 def test_file(tmp_path):
     """Questions come back from the files as they were, causes included; a broken line or list is named."""
     question = toy.make_questions()[7]
-    row = {"id": question.id, "parts": question.parts, "options": question.options, "answer": question.gold,
+    row = {"id": question.id, "parts": question.parts, "options": question.options, "gold": question.gold,
            "group": question.group, "moved_by": 1}  # fmt: skip
     file, causes = tmp_path / "questions.jsonl", tmp_path / "causes.json"
     file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "toy/x", "moved_by": 0}) + "\n")
@@ -76,7 +76,7 @@ def test_file(tmp_path):
     loaded = tasks.load("toy", tmp_path)
     assert loaded[0] == question and loaded[1].moved_by == {"solemnly"}
     assert tasks.load("toy", file) == loaded
-    for wrong in ({"answer": 2}, {"answer": None}, {"parts": "x"}, {"options": []}, {"group": 3}, {"id": ""},
+    for wrong in ({"gold": 2}, {"gold": None}, {"parts": "x"}, {"options": []}, {"group": 3}, {"id": ""},
                   {"moved_by": 2}, {"moved_by": -1}, {"moved_by": "solemnly"}):  # fmt: skip
         file.write_text(json.dumps(row) + "\n" + json.dumps(row | wrong) + "\n")
         with pytest.raises(ValueError, match="questions.jsonl, line 2: "):
