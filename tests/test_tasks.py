@@ -452,6 +452,16 @@ def test_a_bad_row_of_ones_own(wrong, said, tmp_path, capsys):
         assert f"skipped 1 of 4 rows of {file}, the first: {place}" in capsys.readouterr().err
 
 
+def test_blank_lines_and_space_around_a_text(tmp_path):
+    file = tmp_path / "my.jsonl"
+    file.write_text(
+        "\n" + json.dumps(OWN | {"parts": [" A\nman. "], "options": ["yes ", "no"]}) + "\n \n" + json.dumps(OWN)
+    )
+    first, second = tasks.load("jsonl", file)
+    assert (first.parts, first.options, first.id) == (("A\nman.",), ("yes", "no"), "jsonl/my:2")
+    assert second.id == "jsonl/my:4"
+
+
 def test_options_are_as_many_as_letters(tmp_path):
     letters = [f"option {i}" for i in range(11)]
     rows = [OWN | {"options": letters[: len(faith.LETTERS)], "gold": 9}]
