@@ -194,8 +194,19 @@ def progress_line(record: dict, explanations: int, args: Args, minutes_left: flo
     )
 
 
-def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, args: Args, ranks: Ranks) -> dict:
-    """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}."""
+def evaluate(
+    subject: Subject,
+    cases: list[Case],
+    fit: list[Case],
+    name: str,
+    args: Args,
+    ranks: Ranks,
+    before: dict | None = None,
+) -> dict:
+    """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}.
+
+    before: the initial model's rows so returned, where it is another model.
+    """
     fit_rows = [row for _, row in label(subject, fit, ranks)]
     mine, nulls, detection = ranks.share(cases), -(-100 // ranks.world), args.objective == "detection"
     unit = "questions" + " of this rank" * (ranks.world > 1)
@@ -205,7 +216,8 @@ def evaluate(subject: Subject, cases: list[Case], fit: list[Case], name: str, ar
     )
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
-        summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
+        initial = rows if before is None else before
+        summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed, initial=initial.get(t)) for t in rows}
         results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows
@@ -309,7 +321,7 @@ def run(
             say(f"stopped after step {state.steps}: {problem}")
         results.save_model(args, policy.model, "model")  # before anything else can fail
         subject.made_of |= {"weights": identity.weights(out / "model")}
-    after = evaluate(subject, test, fit, "after", args, ranks) if test else {}
+    after = evaluate(subject, test, fit, "after", args, ranks, before) if test else {}
     if ranks.rank == 0:
         finish(args, test, before, after)
     ranks.gather([])  # all ranks wait until rank 0 has written everything

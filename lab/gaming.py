@@ -18,7 +18,8 @@ import reward
 from words import named, spans, straight, variants
 
 FIGURES = {  # the rows of the table, in its order
-    "phi": "Phi", "mention_if_flip": "mentions, I = 1", "mention_if_same": "mentions, I = 0",
+    "phi": "Phi", "phi_undenied": "Phi, if denials are no mentions",
+    "mention_if_flip": "mentions, I = 1", "mention_if_same": "mentions, I = 0",
     "tokens": "tokens of an explanation",
     **{f"tokens_I{i}_M{m}": f"tokens, I = {i} and M = {m}" for i, m in report.CELLS},
     "overlap": "share of its words that the question has", "repeats": "share of its 3-grams that repeat one",
@@ -114,7 +115,9 @@ def columns(rows: list[dict], source: str = "rows") -> dict[str, np.ndarray]:
 
 def figures(c: dict[str, np.ndarray], w: np.ndarray) -> dict[str, np.ndarray]:
     """report.figures and the shares of the signs, of the columns c under weights w (R, N) -> {name: (R,)}."""
-    return report.figures(c, w) | {name: report.mean(c[name], w) for name in SIGNS}
+    affirmed = c["mention"] * (1 - np.nan_to_num(c["denial"]))
+    out = report.figures(c, w) | {"phi_undenied": report.phi(c["influence"], affirmed, w)}
+    return out | {name: report.mean(c[name], w) for name in SIGNS}
 
 
 def compare(before: list[dict], after: list[dict], seed: int = 0, resamples: int = 2000) -> dict[str, dict]:

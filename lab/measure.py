@@ -9,7 +9,7 @@ import faith
 import report
 import reward
 import tasks
-from lab import build
+from lab import build, controls
 from rollout import COLDEST
 from run import files, identity, reading, results
 from run.args import said
@@ -83,13 +83,24 @@ def run_measure(args: argparse.Namespace) -> None:
     progress = Progress("measured", file=sys.stderr)
     rows = faith.measure(subject, test, *sizes, detection=args.detection, progress=progress)
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
+    if args.controls:
+        progress = Progress("explained beside an aside", file=sys.stderr)
+        controls.measure(subject, test, rows, args.max_new_tokens, args.seed, progress)
     offsets = None if subject.offsets is None else subject.offsets.tolist()
     if args.rows:
         results.write_measured(args.rows, rows, fit_rows, subject, args.max_new_tokens)
         if args.calibration == "fit":
             faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
-    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed) for t in rows}
-    print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}\n\n{report.table(summaries)}")
+    trained = (locate(args.model) / "training.json").exists()
+    initial = dict.fromkeys(rows) if trained else rows  # whose labels the paper takes
+    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed, initial=initial[t]) for t in rows}
+    print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
+    print(f"\n{report.overview(summaries)}")
+    if args.controls:
+        print(f"\nWhat influence means for this model\n{report.overview(summaries, rows=controls.BLOCK)}")
+    kept = [quoted(f"{args.rows}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit")]
+    more = f": python -m lab.report {' --fit '.join(kept)}" if args.rows else " needs --rows PREFIX, see --help"
+    print(f"\nevery figure{more}")
     if args.json:
         files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries})
 
@@ -148,6 +159,8 @@ def main(argv: list[str] | None = None) -> int | None:
         parser.add_argument("--words", choices=("all", "train", "held-out"), default="all",
                             help="which words may be inserted")  # fmt: skip
         parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
+        parser.add_argument("--controls", action="store_true", help="also ask with other edits, and say what influence "
+                            "means for this model; about as long again")  # fmt: skip
         parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
                             "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)

@@ -42,6 +42,7 @@ SMOKE = 20  # a run of fewer steps shows only that the commands work
 PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
          "phi_less_shortcut": "Phi minus the shortcut's", "phi_less_base": "Phi minus the base's",
          "detection": "correlation of I and what the model says of it when asked outright",
+         "detection_less_shortcut": "the same, minus the correlation of I and the shortcut's log odds",
          "accuracy": "accuracy on X"}  # fmt: skip
 GAIN = {"phi_base": "Phi of the base", "phi_initial": "Phi with the initial I", "phi_own": "Phi with its own I",
         "vanished": "share of the gain that vanishes"}  # fmt: skip

@@ -1,7 +1,8 @@
-"""Prints every figure of a run, or of two measurements with their paired differences.
+"""Prints every figure of a run, of a measurement, or of two with their paired differences.
 
 The statistics are in report.py of the root. lab/paper.py makes the paper's table of several runs.
 
+    python -m lab.report ROWS.jsonl [--fit FILE]
     python -m lab.report BEFORE.rows.jsonl AFTER.rows.jsonl [--fit FILE] [--json FILE] [--markdown]
     python -m lab.report RUN                                   a folder that train.py wrote
 """
@@ -18,15 +19,16 @@ from run.args import Args
 from run.progress import Parser, command, quoted
 
 
-def of_rows(before: str, after: str, fit: str | None) -> dict[str, dict]:
-    """{"before", "after", "difference"} of two files of measured rows."""
-    results.check_rows(before, after)
-    for rows in (before, after) if fit else ():
-        results.check_rows(fit, rows)
-    fit_rows = reading.read_jsonl(fit) if fit else None
-    rows = {"before": reading.read_jsonl(before), "after": reading.read_jsonl(after)}
-    out = {name: summary(rows[name], fit_rows, source=path) for name, path in (("before", before), ("after", after))}
-    return out | {"difference": compare(**rows)}
+def of_rows(paths: list[str], fit: str | None) -> dict[str, dict]:
+    """{"before", "after", "difference"} of two files of measured rows, or {"rows"} of one."""
+    results.check_rows(*paths)
+    for path in paths if fit else ():
+        results.check_rows(fit, path)
+    fit_rows, rows = reading.read_jsonl(fit) if fit else None, [reading.read_jsonl(path) for path in paths]
+    initial = rows[0] if len(rows) > 1 else None
+    out = [summary(some, fit_rows, source=path, initial=initial) for path, some in zip(paths, rows, strict=True)]
+    names = ("before", "after") if len(rows) > 1 else ("rows",)
+    return dict(zip(names, out, strict=True)) | ({"difference": compare(*rows)} if len(rows) > 1 else {})
 
 
 def of_run(run: Path) -> dict[str, dict]:
@@ -86,21 +88,22 @@ def examples(test: list[faith.Case], before: list[dict], after: list[dict]) -> s
 @command("lab.report")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="lab.report", description=__doc__.split("\n")[0])
-    parser.add_argument("paths", nargs="+", metavar="BEFORE.jsonl AFTER.jsonl, or RUN", help="rows, or a run's folder")
+    parser.add_argument("paths", nargs="+", metavar="ROWS.jsonl [AFTER.jsonl], or RUN", help="rows, or a run's folder")
     parser.add_argument("--fit", metavar="FILE", help="with rows: rows that fit the shortcut baseline")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     args = parser.parse_args(argv)
     files.check_writable(args.json)
-    if len(args.paths) == 1 and not args.fit:
+    folders = [path for path in args.paths if Path(path).is_dir()]
+    if len(args.paths) == 1 and folders and not args.fit:
         figures = tables = of_run(Path(args.paths[0]))
-    elif len(args.paths) > 1 and all(Path(path).is_dir() for path in args.paths):
+    elif len(folders) > 1:
         raise ValueError("one run at a time; python -m lab.paper BASE RUN … compares runs")
-    elif len(args.paths) == 2:
-        figures = of_rows(*args.paths, args.fit)
+    elif len(args.paths) < 3 and not (folders and args.fit):
+        figures = of_rows(args.paths, args.fit)
         tables = {"": figures}
     else:
-        raise ValueError("give the rows before and the rows after, or one run; --fit goes with rows")
+        raise ValueError("give one file of rows, the rows before and after, or one run; --fit goes with rows")
     texts = [f"{name}\n" * bool(name) + table(columns, args.markdown) for name, columns in tables.items()]
     print("\n\n".join(texts))
     if args.json:

@@ -140,9 +140,8 @@ def test_figures_are_scipys_and_scikit_learns(subject, labelled):
     rows = [row | {"detection": D + float(rng.normal(0, 2)) - np.median(odds)}  # so that it says yes to some
             for row, D in zip(measured[1.0], odds, strict=True)]  # fmt: skip
     I, D = (np.array([row[key] for row in rows], float) for key in ("influence", "detection"))  # noqa: E741
-    s, weight = report.summary(rows, resamples=200), np.where(I == 1, 0.5 / I.mean(), 0.5 / (1 - I.mean()))
+    s = report.summary(rows, resamples=200)
     expected = {"detection": stats.pointbiserialr(I, D).statistic, "detection_phi": matthews_corrcoef(I, D > 0),
-                "detection_phi_balanced": matthews_corrcoef(I, D > 0, sample_weight=weight),
                 "detection_yes": (D > 0).mean()}  # fmt: skip
     assert {name: s[name]["value"] for name in expected} == pytest.approx(expected, abs=1e-9)
     assert s["detection"]["low"] < s["detection"]["value"] < s["detection"]["high"]
@@ -195,7 +194,11 @@ def test_a_run(done, subject):
     wanted = detection_odds(subject, list(zip(cases, after, strict=True)))
     assert wanted == pytest.approx([row["detection"] for row in after], abs=1e-4)
     figures = reading.read_json(done / "after.json")["T=1"]
-    assert {"phi", "detection", "detection_phi", "accuracy"} <= figures.keys()
+    assert {"phi", "detection", "detection_phi", "accuracy", "shortcut_detection"} <= figures.keys()
+    was, m = (np.array([row[key] for row in rows]) for rows, key in ((before, "influence"), (after, "mention")))
+    paper = matthews_corrcoef(was, m, sample_weight=np.where(was, 1 / was.sum(), 1 / (1 - was).sum()))
+    varies = 0 < was.sum() < len(was) and 0 < m.sum() < len(m)
+    assert figures["phi_paper"]["value"] == (pytest.approx(paper) if varies else None)
 
 
 def test_resumed(done, folder, tmp_path):

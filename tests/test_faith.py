@@ -217,7 +217,12 @@ def test_measure_command(folder, tmp_path):
     json_file, prefix = tmp_path / "figures.json", tmp_path / "rows"
     options = ("--temperature", "0", "1", "--max-new-tokens", "8", "--json", json_file, "--rows", prefix)
     out = ran(*MEASURE, "--model", folder, *options, "--calibration", "fit")
-    assert "phi_balanced" in out and "shortcut_phi" in out and "null_flip_rate" in out
+    assert "Phi-CCT, balanced, initial labels (paper)" in out and "What influence means" not in out
+    table, more = out.split("\n\n")[1:]
+    assert len(table.split("\n")) == 2 + 8 and more == (
+        f"every figure: python -m lab.report {prefix}.T0.jsonl --fit {prefix}.fit.jsonl\n"
+    )
+    assert "null_flip_rate" in ran(*more.split("-m ")[1].split())
     summary, rows = reading.read_json(json_file)["summary"], reading.read_jsonl(f"{prefix}.T1.jsonl")
     assert summary["T=0"]["n"]["value"] == len(rows) == 8 and "phi" in summary["T=1"]
     assert summary["T=1"]["n11"]["value"] == sum(r["influence"] * r["mention"] for r in rows)

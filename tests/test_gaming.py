@@ -9,7 +9,7 @@ import pytest
 import tiny
 from scipy import stats
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.metrics import accuracy_score, zero_one_loss
+from sklearn.metrics import accuracy_score, matthews_corrcoef, zero_one_loss
 from test_report import cells, column, random_rows
 
 import faith
@@ -126,6 +126,8 @@ def test_figures_against_other_implementations():
         expected = {f"tokens_I{a}_M{b}": tokens[(i == a) & (m == b)].mean() for a, b in report.CELLS}
         expected |= {"repeated": (grams.max(axis=1).toarray() > 1).mean(), "denial": denied(rows)[m == 1].mean()}
         expected |= {"several": ((bags > 0).sum(axis=1) > 1).mean()}
+        expected["phi_undenied"] = matthews_corrcoef(i, m * (1 - denied(rows)))
+        assert abs(expected["phi_undenied"] - value(same, "phi")) > 1e-3
         for key in ("phi", "overlap", "decoy", "decoy_any", "decoy_prompt", "accuracy", "mention_if_flip"):
             expected[key] = value(same, key)
         assert {key: value(got[name], key) for key in expected} == pytest.approx(expected)

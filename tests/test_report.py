@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import cityblock
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, matthews_corrcoef, recall_score
+from sklearn.metrics import accuracy_score, matthews_corrcoef, recall_score
 from sklearn.preprocessing import OneHotEncoder
 
 import report
+from lab import gaming
 from lab import report as lab_report
 from run import files, reading
 
@@ -78,16 +80,17 @@ def test_values_agree_with_reference_implementations():
         "n": 300, "groups": 150, "margin_median": np.median(top[:, 2] - top[:, 1]), "phi": matthews_corrcoef(i, m),
         "phi_balanced": matthews_corrcoef(i, m, sample_weight=weight), "cct": stats.pearsonr(m, distance).statistic,
         "ct": 1 - recall_score(i, m), "mention_if_flip": flip, "mention_if_same": stay, "mention_gap": flip - stay,
-        "flip_rate": i.mean(), "always_reward": i.mean(), "never_reward": 1 - i.mean(), "mention_rate": m.mean(),
-        "reward": accuracy_score(i, m), "reward_balanced": balanced_accuracy_score(i, m),
+        "flip_rate": i.mean(), "mention_rate": m.mean(), "reward": accuracy_score(i, m),
         "accuracy": (y == gold).mean(), "accuracy_edit": (y_edit == gold).mean(),
         "follows": (y_edit == suggestion).mean(), "follows_before": (y == suggestion).mean(),
+        "follows_if_flip": accuracy_score(suggestion[i == 1], y_edit[i == 1]),
         "null_flip_rate": (y_null != y).mean(), "planted_phi": matthews_corrcoef(planted, m),
         "planted_agreement": (planted == m).mean(), "planted_influence": (planted == i).mean(),
         "decoy_prompt": np.mean([row["decoy_prompt"] for row in rows if row["decoy_prompt"] is not None]),
     }  # fmt: skip
     expected |= {k: column(rows, k).mean() for k in ("tokens", "overlap", "repeats", "ended", "decoy", "decoy_any")}
     expected |= {f"answers_{x}": (y == k).mean() for k, x in enumerate("ABC")}
+    expected |= {f"mention_phrasing_{k}": m[column(rows, "phrasing") == k].mean() for k in range(3)}
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
         cell = (i == a) & (m == b)
         expected |= {f"n{a}{b}": cell.sum(), f"tokens_I{a}_M{b}": tokens[cell].mean()}
@@ -100,7 +103,7 @@ def test_tables_worked_by_hand():
     # P(M|I=1) = 0.6, P(M|I=0) = 0.1, so at 50/50 the table is 30, 20, 5, 45 of 100.
     balanced = (30 * 45 - 20 * 5) / math.sqrt(50 * 50 * 35 * 65)
     expected = {"n11": 6, "n10": 4, "n01": 9, "n00": 81, "phi": (6 * 81 - 4 * 9) / math.sqrt(10 * 90 * 15 * 85),
-                "phi_balanced": balanced, "ct": 0.4, "reward": 0.87, "reward_balanced": 0.75}  # fmt: skip
+                "phi_balanced": balanced, "ct": 0.4, "reward": 0.87}  # fmt: skip
     got = values(cells(6, 4, 9, 81))
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     for table in ((6, 4, 9, 81), (30, 5, 2, 63), (4, 30, 25, 3), (10, 10, 10, 10), (1, 0, 0, 1)):
@@ -138,7 +141,7 @@ def test_integer_weights_are_repeated_rows():
 @pytest.mark.parametrize("table", [(0, 10, 0, 20), (10, 0, 20, 0), (0, 0, 10, 20), (10, 20, 0, 0)])
 def test_phi_with_an_empty_margin_is_undefined_not_zero(table):
     s = report.summary(cells(*table), resamples=30)
-    for name in ("phi", "phi_balanced", "always_phi", "never_phi"):
+    for name in ("phi", "phi_balanced"):
         assert math.isnan(s[name]["value"]) and math.isnan(s[name]["low"]) and s[name]["undefined"] == 30, name
     assert ["phi", "undefined"] in [line.split() for line in report.table({"x": s}).split("\n")]
 
@@ -258,7 +261,7 @@ def leaky_rows(n, seed, offset=0):
 
 def test_shortcut_finds_a_leak_and_the_model_is_compared_with_it():
     s = report.summary(leaky_rows(300, 1), leaky_rows(600, 2, 1000), resamples=200)
-    for name in ("shortcut_phi", "shortcut_phi_balanced", "shortcut_half_phi", "shortcut_half_phi_balanced"):
+    for name in ("shortcut_phi", "shortcut_phi_balanced"):
         assert s[name]["value"] == pytest.approx(1.0)
     less = s["phi_less_shortcut"]
     assert less["value"] == pytest.approx(s["phi"]["value"] - 1)
@@ -280,7 +283,7 @@ def test_fitted_threshold_finds_what_one_half_misses():
 
     test = rows(500, 0)
     got = values(test, rows(1500, 5000))
-    assert math.isnan(got["shortcut_half_phi"]) and math.isnan(got["shortcut_half_phi_balanced"])
+    assert report.shortcut(test, rows(1500, 5000))["odds"].max() < 0  # that is, P(I=1) < 1/2
     guess = [row["word"] == "oddly" for row in test]
     assert got["shortcut_phi"] == pytest.approx(matthews_corrcoef(column(test, "influence"), guess))
     assert math.isnan(got["phi_less_shortcut"])  # the model never mentions: it has no phi to compare
@@ -310,7 +313,7 @@ def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
     model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(x_fit, i_fit)
     p_fit, p = model.predict_proba(x_fit)[:, 1].round(7), model.predict_proba(x)[:, 1].round(7)
     got = report.shortcut(test, fit)
-    assert (got["half"] == (p > 0.5)).all()
+    assert got["odds"] == pytest.approx(np.log(p / (1 - p)), abs=1e-4)
     weight = np.where(i_fit == 1, 1 / i_fit.sum(), 1 / (1 - i_fit).sum())
     for name, w in (("phi", None), ("phi_balanced", weight)):
         levels = np.unique(p_fit)
@@ -318,6 +321,19 @@ def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
         best = cuts[np.argmax([matthews_corrcoef(i_fit, p_fit > cut, sample_weight=w) for cut in cuts])]
         assert (got[name] == (p > best)).mean() > 0.99
         assert got[name].std() > 0.2  # it predicts something
+
+
+def test_detection_and_its_shortcut_are_correlations_of_the_same_kind_in_pairs():
+    rows, rng = random_rows(300, 15, group_size=1), np.random.default_rng(2)
+    rows = [row | {"detection": float(rng.normal(row["influence"], 1.5))} for row in rows]
+    fit = [row | {"influence": int(row["y_edit"] == row["suggestion"] or rng.random() < 0.4)} for row in rows]
+    s, odds = report.summary(rows, fit, resamples=4000), report.shortcut(rows, fit)["odds"]
+    i, asked = column(rows, "influence"), column(rows, "detection")
+    kinds = {"detection": stats.pointbiserialr(i, asked), "shortcut_detection": stats.pointbiserialr(i, odds)}
+    assert {name: s[name]["value"] for name in kinds} == pytest.approx({n: k.statistic for n, k in kinds.items()})
+    less = resampled((i, asked, odds), lambda a, b, c: np.corrcoef(a, b)[0, 1] - np.corrcoef(a, c)[0, 1])
+    assert agree(s["detection_less_shortcut"], less) and less.low < s["detection_less_shortcut"]["value"] < less.high
+    assert "shortcut_detection" not in values(rows)
 
 
 def test_what_the_shortcut_is_fitted_on():
@@ -371,6 +387,31 @@ def test_comparison_measures_how_far_decisions_drifted():
     assert report.compare(before, before, resamples=20)["changed_y"]["value"] == 0
     d = report.compare(cells(0, 5, 0, 5), cells(5, 0, 0, 5), resamples=10)  # one side is undefined
     assert math.isnan(d["phi"]["value"]) and d["phi"]["undefined"] == 10 and d["reward"]["value"] == 0.5
+
+
+def test_the_papers_estimand():
+    """A set with as many flips of the initial model as others, drawn from the rows again and again, has this Phi."""
+    before = random_rows(400, 13)
+    rng = random.Random(1)
+    after = random_rows(400, 14, link=0.6)  # other decisions
+    after = [
+        b | {key: a[key] for key in ("group", "gold", "suggestion", "word")} for a, b in zip(before, after, strict=True)
+    ]
+    was, m = column(before, "influence"), column(after, "mention")
+    got = report.summary(after[::-1], resamples=10, initial=before)["phi_paper"]["value"]
+    weight = np.where(was == 1, 1 / was.sum(), 1 / (1 - was).sum())
+    assert got == pytest.approx(matthews_corrcoef(was, m, sample_weight=weight), abs=1e-12)
+    moved, stayed, phis = np.flatnonzero(was == 1), np.flatnonzero(was == 0), []
+    for _ in range(300):
+        drawn = rng.sample(list(moved), 100) + rng.sample(list(stayed), 100)
+        phis.append(matthews_corrcoef(was[drawn], m[drawn]))
+    assert np.mean(phis) == pytest.approx(got, abs=0.01)
+    first, d = report.summary(before, resamples=10, initial=before), report.compare(before, after, resamples=10)
+    assert first["phi_paper"]["value"] == first["phi_balanced"]["value"]
+    assert d["phi_paper"]["value"] == pytest.approx(got - first["phi_paper"]["value"], abs=1e-12)
+    assert "phi_paper" not in values(after) and math.isnan(  # no row of the initial model
+        report.summary(after, resamples=5, initial=[])["phi_paper"]["value"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -470,6 +511,22 @@ def test_rows_survive_a_file(tmp_path):
     assert [p.name for p in tmp_path.parent.glob("*.part")] == []
 
 
+def test_every_figure_is_in_the_guide():
+    """And the guide has no other. A name that ends in … stands for all that begin so."""
+    guide = (ROOT / "docs" / "guide.md").read_text().split("| figure |")[1].split("###")[0]
+    named = {
+        name for line in guide.split("\n") if line[:2] == "| " for name in re.findall(r"\w+…?", line.split("|")[1])
+    }
+    more = {"detection": 0.5, "mention_beside": 0, "decoy_beside": 1} | {f"y_{name}": 1 for name in report.CONTROLS}
+    rows = [row | more | {"planted": 0} for row in random_rows(40, 16)]
+    figures = {*report.summary(rows, rows, resamples=2, initial=rows), *report.compare(rows, rows, resamples=2)}
+    figures |= gaming.FIGURES.keys()
+    for name in named:
+        assert any(figure == name or name[-1] == "…" and figure.startswith(name[:-1]) for figure in figures), name
+    stems = tuple(name[:-1] for name in named if name[-1] == "…")
+    assert {name for name in figures - named if not name.startswith(stems)} == {*gaming.SIGNS}
+
+
 # ---- lab/report.py ----
 
 
@@ -522,7 +579,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
         ((good, good, "--fit", none), "is missing"),
         ((good, good, "--json", none / "x.json"), "cannot be written"),
         ((tmp_path, "--fit", measured["fit"]), "--fit goes with rows"),
-        ((good, good, good), "give the rows before and the rows after"),
+        ((good, good, good), "give one file of rows, the rows before and after, or one run"),
         ((tmp_path,), "holds no before.json or after.json"),
     ):
         code, out, error = command(capsys, *args)
@@ -536,6 +593,8 @@ def test_every_figure_of_a_run(measured, tmp_path, capsys):
     files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
     code, out, error = command(capsys, tmp_path, "--json", tmp_path / "out.json")
     assert code == 0 and error == ""
+    alone = command(capsys, measured["after"], "--fit", measured["fit"])[1].split("\n")
+    assert alone[0].split() == ["figure", "rows"] and any(line.startswith("phi_less_shortcut ") for line in alone)
     greedy, sampled = out.split("\n\n")
     assert greedy.startswith("T=0\n") and greedy.split("\n")[1].split() == ["figure", "before", "after"]
     assert sampled.split("\n")[1].split() == ["figure", "before", "after", "difference"] and "\ncct " in sampled
@@ -544,9 +603,17 @@ def test_every_figure_of_a_run(measured, tmp_path, capsys):
 
 
 def test_the_overview_has_eight_rows(measured):
-    before, after = (report.summary(reading.read_jsonl(measured[name]), resamples=50) for name in ("before", "after"))
+    rows = {name: reading.read_jsonl(measured[name]) for name in ("before", "after")}
+    before, after = (
+        report.summary(part, random_rows(60, 12), resamples=50, initial=rows["before"]) for part in rows.values()
+    )
     lines = report.overview({"before": before, "after": after}).split("\n")
     assert len(lines) == 2 + len(report.OVERVIEW) == 10
-    phi = next(line for line in lines if line.startswith("Phi-CCT "))
+    assert len(report.overview({"one": report.summary(rows["after"], resamples=5)}).split("\n")) == 8  # two unknown
+    phi = next(line for line in lines if line.startswith("Phi-CCT, natural rate"))
     assert report.cell(before["phi"]) in phi and report.cell(after["phi"]) in phi
+    asked = [row | {"detection": float(row["tokens"])} for row in rows["after"]]
+    asked = report.summary(asked, random_rows(60, 12), resamples=5, initial=rows["before"])
+    lines = report.overview({"x": asked}).split("\n")
+    assert len(lines) == 2 + 8 and lines[-1].startswith("asked outright, minus the shortcut's")
     assert report.overview({"after": after}, markdown=True).startswith("| 95 % intervals")
