@@ -5,12 +5,14 @@
     python -m lab.bench train --model DIR --random --lora 16            with weights drawn at random
 
 The sampler's limit is the time of the model's matrix products, timed in the same run on the model's own weights, with
-as many rows as the sampler has at once. So it holds the time to read the weights too. lab/plan.py has a step's.
+as many rows as the sampler has at once. So it holds the time to read the weights too. Attention comes on top: on a CPU
+its operations, at the rate of these products; on a GPU the bytes of the KV cache, at the rate of a copy in its memory,
+which is timed too. A training step's memory stands beside what lab/plan.py plans.
 Ours and theirs run in turn on the same prompts, with the same threads and dtype, and a ratio is the median over the
 pairs. Tokens count up to the end of a turn. The sampler is timed with natural ends, and with all tokens forced. TRL has
 a process of its own, so that each peak of memory is of one program.
---random needs only config.json and the tokenizer. Speed does not depend on the weights' values, except that answers
-then end at random.
+--random needs only config.json and the tokenizer. Speed does not depend on the weights' values. Answers would end at
+random, so all tokens are forced.
 """
 
 import argparse
@@ -19,26 +21,23 @@ import functools
 import importlib.metadata
 import math
 import multiprocessing
-import platform
 import random
-import re
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import model as models
 import report
 import train
 from grpo import policy_loss, token_logprobs
+from lab import plan
+from lab.machine import Clock, copy_rate, device, facts, peak_memory, seconds_a_row
 from rollout import Sampler
 from run import files, lora
 from run.args import Args
@@ -50,61 +49,6 @@ from run.ranks import Ranks
 TEXT = """A woman in a green coat waits at the corner while two boys carry a long wooden ladder past the bakery . The
 street is wet , it rained all morning , and a delivery van blocks half of the road . Somebody laughs behind an open
 window . Is it true that the boys know the woman ? Say first what speaks for it , then what speaks against it ."""
-GRID = [(samples, 128) for samples in (1, 4, 8, 16, 32)] + [(8, length) for length in (64, 256, 1024)]
-
-# ---- what this machine can do --------------------------------------------------------------------------------
-
-
-class Clock:
-    """clock(phase) adds the seconds since the last call to `spent[phase]`, and returns them."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.spent, self.last = device, {}, time.perf_counter()
-
-    def __call__(self, phase: str) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        elapsed, self.last = now - self.last, now
-        self.spent[phase] = self.spent.get(phase, 0.0) + elapsed
-        return elapsed
-
-
-@torch.no_grad()
-def seconds_a_row(weights: list[torch.Tensor], rows: int) -> float:
-    """Of the products with all weights in turn, as in a model: a few alone would stay in the processor's cache.
-
-    `rows` are multiplied at once, and the best of five runs counts.
-    """
-    device, inputs = weights[0].device, {w.shape[1]: torch.randn_like(w[:1].expand(rows, -1)) for w in weights}
-
-    def run():
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
-
-    if device.type == "cuda":  # as a graph, so that the time to launch kernels does not count
-        run()
-        graph, eager = torch.cuda.CUDAGraph(), run
-        with torch.cuda.graph(graph):
-            eager()
-        run = graph.replay
-    clock, spent = Clock(device), []
-    for _ in range(5):
-        run()
-        spent.append(clock("run"))
-    return min(spent) / rows
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB: of this process, or on CUDA of its tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")  # on Linux ru_maxrss starts at what the parent process held
-    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024 / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
 
 # ---- what is measured ----------------------------------------------------------------------------------------
 
@@ -133,20 +77,20 @@ def random_network(path: str, device: torch.device) -> models.Transformer:
 
 
 def prepare(args: argparse.Namespace) -> tuple[models.Tokenizer, Sampler, list[list[int]]]:
-    tokenizer, device = models.Tokenizer(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = models.Tokenizer(args.model)
     prompts = make_prompts(tokenizer, args.count, args.length)
     if max(map(len, prompts)) + args.new > (context := models.read_config(locate(args.model)).context):
         raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
-    network = random_network(args.model, device) if args.random else models.load(args.model, device)
+    network = random_network(args.model, device()) if args.random else models.load(args.model, device())
     introduce(network, prompts, args.samples, args.new)
-    return tokenizer, Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, rows=args.rows), prompts
+    ends = {*network.config.end_of_turn, tokenizer.end_of_turn}
+    return tokenizer, Sampler(network, ends, rows=args.rows or 128), prompts
 
 
 def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> None:
     """Prints what is measured and where."""
-    cuda = network.device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {network.dtype}")
+    at = facts(network.device)
+    print(f"{at['device']}, {at['threads']} threads, torch {at['torch']}, {network.dtype}, {at['date']}")
     sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
     print(f"{sizes}, {samples} samples each, at most {new} new tokens, T = 1")
 
@@ -205,64 +149,77 @@ def generate(network, prompts, samples: int, new: int, end: list[int], forced: b
     return [row[: next((i + 1 for i, token in enumerate(row) if token in end), new)] for row in rows]
 
 
-def draw_in_turn(sampler: Sampler, theirs, prompts, samples: int, new: int, repeats: int) -> tuple[dict, list]:
-    """({"natural ends": medians, "forced ends": medians}, the last answers with natural ends)."""
+def draw_in_turn(sampler: Sampler, theirs, prompts, args: argparse.Namespace) -> tuple[dict, list]:
+    """({"natural ends": medians, "forced ends": medians}, the last answers of the first form).
+
+    With --random all ends are forced.
+    """
     ends, rates, kept = sampler.end_of_turn, {}, []
-    for form in ("natural ends", "forced ends"):
+    for form in ("natural ends", "forced ends")[args.random :]:
         forced, pairs = form == "forced ends", []
         sampler.end_of_turn = [-1] if forced else ends  # no token is -1, so nothing ends
-        for i in range(-sampler.static, repeats):  # on CUDA the first call captures the graphs and loads kernels
+        for i in range(-sampler.static, args.repeats):  # on CUDA the first call captures the graphs and loads kernels
             clock = Clock(sampler.model.device)
-            answers = sampler.generate(prompts, samples, new, 1.0, seed=max(i, 0))
+            answers = sampler.generate(prompts, args.samples, args.new, 1.0, seed=max(i, 0))
             ours = tokens_of(answers) / clock("ours")
-            drawn = sum(map(len, generate(theirs, prompts, samples, new, ends, forced))) if theirs else math.nan
-            pairs.append((ours, drawn / clock("theirs")))
+            drawn = generate(theirs, prompts, args.samples, args.new, ends, forced) if theirs else []
+            pairs.append((ours, sum(map(len, drawn)) / clock("theirs") if theirs else math.nan))
             if i < 0:
                 print(f"the first call, which captures {len(sampler.run.graphs)} graphs: {clock.spent['ours']:.1f} s")
-        rates[form], kept = medians(pairs[-repeats:]), kept or answers
+            print(f"{form}: {ours:.1f} tokens/s" + f", theirs {pairs[-1][1]:.1f}" * bool(theirs), flush=True)
+        rates[form], kept = medians(pairs[-args.repeats :]), kept or answers
     sampler.end_of_turn = ends
     return rates, kept
 
 
-def rollout_limit(network: models.Transformer, prompts, answers, rows: int) -> dict:
-    """The least seconds for these prompts and answers on this machine, and the rates of its products."""
+def bytes_read(network: models.Transformer, steps: float, positions: float) -> float:
+    """Bytes that decode steps must read: the weights once a step, and the keys and values of positions of the cache."""
+    c, item = network.config, network.dtype.itemsize
+    lookup = 0 if c.tied else network.embed_tokens.weight.nbytes  # a few rows of it are read
+    weights = sum(w.nbytes for w in network.parameters()) - lookup
+    return steps * weights + positions * 2 * c.layers * c.kv_heads * c.head_dim * item
+
+
+def rollout_limit(network: models.Transformer, prompts, answers, rows: int, lanes: int) -> dict:
+    """The least seconds for these prompts and answers on this machine, and what it can do.
+
+    rows: samples decoded together, `lanes` of them from one prompt, whose keys and values are then read once.
+    """
     c, layers = network.config, [m.weight for m in network.layers.modules() if isinstance(m, nn.Linear)]
     weights = [*layers, (network.embed_tokens if c.tied else network.lm_head).weight]
     sizes = [(len(p), len(answer.tokens)) for p, group in zip(prompts, answers, strict=True) for answer in group]
     prefilled, fed = sum(map(len, prompts)), sum(n - 1 for _, n in sizes)  # a sample's last token is never fed
-    prefill_s = prefilled * seconds_a_row(layers, min(prefilled, 2048))
-    decode_s = fed * seconds_a_row(weights, min(rows, len(sizes)))
-    prefill, decode = 2.0 * prefilled * sum(map(torch.numel, layers)), 2.0 * fed * sum(map(torch.numel, weights))
+    prefill, decode = (2.0 * sum(map(torch.numel, some)) for some in (layers, weights))  # operations of a row
+    prefill_s, decode_s = seconds_a_row(layers, min(prefilled, 2048)), seconds_a_row(weights, min(rows, len(sizes)))
     seen = sum(len(p) ** 2 / 2 for p in prompts) + sum(n * (p + n / 2) for p, n in sizes)
-    attention = 4.0 * c.layers * c.heads * c.head_dim * seen  # at the rate of decode's products
-    return {"limit, s": prefill_s + decode_s * (1 + attention / decode),
-            "operations, TFLOP": (prefill + decode + attention) / 1e12,
+    attention, copied = 4.0 * c.layers * c.heads * c.head_dim * seen, copy_rate(network.device)
+    positions = sum((n - 1) * (p / lanes + n / 2) for p, n in sizes)  # of the KV cache, read once per step
+    on_gpu = network.device.type == "cuda"
+    attention_s = bytes_read(network, 0, positions) / copied if on_gpu else attention * decode_s / decode
+    return {"limit, s": prefilled * prefill_s + fed * decode_s + attention_s,
+            "operations, TFLOP": (prefilled * prefill + fed * decode + attention) / 1e12,
             "products in prefill, GFLOP/s": prefill / prefill_s / 1e9,
-            "products in decode, GFLOP/s": decode / decode_s / 1e9}  # fmt: skip
+            "products in decode, GFLOP/s": decode / decode_s / 1e9,
+            "bytes to read in decode, GB": bytes_read(network, fed / rows, positions) / 1e9,
+            "bandwidth of a copy, GB/s": copied / 1e9}  # fmt: skip
 
 
 def rollout(args: argparse.Namespace) -> dict:
-    tokenizer, sampler, prompts = prepare(args)
+    _, sampler, prompts = prepare(args)
     network, theirs, name = sampler.model, None, ""
     if args.against:
         theirs = their_model(locate(args.model), network.dtype, network.device, args.random)
         name = f"transformers {importlib.metadata.version('transformers')}"
     sampler.generate(prompts[:2], 1, 2)  # warm
-    rates, answers = draw_in_turn(sampler, theirs, prompts, args.samples, args.new, args.repeats)
-    peak, spent = peak_memory(network.device), tokens_of(answers) / rates["natural ends"]["ours"]
-    limit = rollout_limit(network, prompts, answers, args.rows)
-    figures = {"tokens": tokens_of(answers), "seconds": spent, **limit, "share of the limit": limit["limit, s"] / spent,
+    rates, answers = draw_in_turn(sampler, theirs, prompts, args)
+    peak, spent = peak_memory(network.device), tokens_of(answers) / next(iter(rates.values()))["ours"]
+    rows = sampler.slots.P * sampler.slots.G if sampler.slots else args.rows or 128
+    limit = rollout_limit(network, prompts, answers, rows, min(sampler.lanes, args.samples))
+    read = limit["bytes to read in decode, GB"] / limit["bandwidth of a copy, GB/s"]
+    figures = {"tokens": tokens_of(answers), "rows": rows, "seconds": spent, **limit,
+               "share of the limit": limit["limit, s"] / spent, "share of this bandwidth": read / spent,
                "peak memory, GB": peak, "rates": rates}  # fmt: skip
     show(figures, name)
-    if args.grid:
-        figures["grid"] = []
-        print("\n| samples | prompt tokens | prompts | ratio, natural ends | ratio, forced |\n|---|---|---|---|---|")
-        for samples, length in GRID:
-            count = max(1, min(16, 128 // samples, 2048 // length))
-            cell, _ = draw_in_turn(sampler, theirs, make_prompts(tokenizer, count, length), samples, args.new, 1)
-            natural, forced = (rate["ratio"] for rate in cell.values())
-            figures["grid"].append([samples, length, count, natural, forced])
-            print(f"| {samples} | {length} | {count} | {natural:.2f} | {forced:.2f} |", flush=True)
     return figures
 
 
@@ -306,7 +263,7 @@ def trl_step(setup: tuple, prompts: list[list[int]], fed=None) -> tuple[float, f
 
     fed: the answers of each prompt, as token ids; otherwise the trainer's model generates them.
     """
-    trainer, clock = trl_trainer(*setup), Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    trainer, clock = trl_trainer(*setup), Clock(device())
     if fed is None:
         _, _, samples, new, *_ = setup
         answers = generate(trainer.model, prompts, samples, new, [trainer.processing_class.eos_token_id])
@@ -325,6 +282,7 @@ def timed_step(sampler: Sampler, policy: Policy, prompts, samples: int, seed: in
     clock("labels")
     answers = sampler.generate(prompts, samples, args.max_new_tokens, seed=seed)
     clock("rollout")
+    print(f"labels {clock.spent['labels']:.2f} s, rollout {clock.spent['rollout']:.2f} s", flush=True)
     groups, totals = list(zip(prompts, answers, strict=True)), [len(prompts) * samples, tokens_of(answers)]
     for part in policy.passes(len(groups), args.micro):
         rewards = [[float(drawn.random() < 0.5) for _ in group] for _, group in groups[part]]
@@ -344,7 +302,10 @@ def training(args: argparse.Namespace) -> dict:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
     name = f"TRL {importlib.metadata.version('trl')}" if args.against else ""
     _, sampler, prompts = prepare(args)
-    network = sampler.model
+    network, longest = sampler.model, sorted(map(len, prompts))[-args.micro :]
+    planned = plan.plan(network.config, prompts=args.count, samples=args.samples, new=args.new, micro=args.micro,
+                        prompt_tokens=sum(longest) // len(longest), lora=args.lora, recompute=args.recompute,
+                        dtype="fp32" if network.dtype == torch.float32 else "bf16")["total"] / 1e9  # fmt: skip
     if args.lora:
         lora.attach(network, args.lora, 2.0 * args.lora)
     network.recompute = args.recompute
@@ -369,7 +330,8 @@ def training(args: argparse.Namespace) -> dict:
             pairs["both generating"].append((tokens / without, generating))
             pairs["same tokens"].append((tokens / (without - spent["rollout"]), same))
     phases = {f"{phase}, s": statistics.median(step[phase] for step in steps) for phase in steps[0]}
-    figures = {**phases, "peak memory, GB": peak_memory(network.device), **peaks}
+    peak = peak_memory(network.device)
+    figures = {**phases, "peak memory, GB": peak, "planned, GB": planned, "peak / planned": peak / planned, **peaks}
     show(figures := figures | {"rates": {what: medians(runs) for what, runs in pairs.items()}}, name)
     return figures | {"steps": steps}
 
@@ -380,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("rollout", "train"))
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     sizes = {"count": (16, "prompts"), "length": (128, "approximate tokens of a prompt"), "samples": (8, "per prompt"),
-             "new": (48, "maximum tokens of a sample"), "rows": (128, "samples decoded together"),
+             "new": (48, "maximum tokens of a sample"), "rows": (0, "samples decoded together; 0: by memory"),
              "repeats": (3, "runs of each, in turn"), "micro": (4, "with train: groups per pass")}  # fmt: skip
     for name, (usual, text) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=usual, help=f"{text} (default: {usual})")
@@ -388,10 +350,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--random", action="store_true", help="draw the weights: the folder needs none")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with train: train adapters only")
     parser.add_argument("--recompute", action="store_true", help="with train: activation checkpointing")
-    parser.add_argument("--grid", action="store_true", help="with rollout: ratios over samples and prompt lengths too")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    for name, least, most in (*((name, 1, 2**20) for name in sizes), ("lora", 0, 2**16)):
+    for name, least, most in (*((name, int(name != "rows"), 2**20) for name in sizes), ("lora", 0, 2**16)):
         if not least <= (value := getattr(args, name)) <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"--{name} must be {bound}, not {value}")
@@ -400,7 +361,6 @@ def main(argv: list[str] | None = None) -> None:
          "rollout is measured --against transformers, train --against trl"),
         ((args.lora or args.recompute) and (args.what == "rollout" or args.against),
          "--lora and --recompute are for train without --against; leave them out"),
-        (args.grid and args.against != "transformers", "--grid prints ratios; add --against transformers"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -413,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenProcessPool:
         raise ValueError("TRL's process died, perhaps because memory ran out; lower --micro") from None
     if args.json:
-        files.write_json(args.json, {"args": vars(args), **figures})
+        files.write_json(args.json, {"args": vars(args), "machine": facts(device()), **figures})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""lab.bench: prompts as asked for, operations as PyTorch counts them, consistent figures, TRL fed as told."""
+"""lab.bench and lab.machine: prompts as asked for, operations as PyTorch counts them, figures that agree, what TRL gets."""
 
 import json
 import resource
@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
-from lab import bench
+from lab import bench, machine, plan
 from rollout import Sampler
 from run import lora
 
@@ -39,13 +39,14 @@ def test_the_limit(network, folder, monkeypatch):
     prompts, asked, counts = bench.make_prompts(models.Tokenizer(folder), 3, 40), [], []
     answers = Sampler(network).generate(prompts, 4, 10)
     monkeypatch.setattr(bench, "seconds_a_row", lambda weights, rows: asked.append(rows) or 0.001 * len(asked))
+    monkeypatch.setattr(bench, "copy_rate", lambda device: 5e6)
     prefilled, fed = sum(map(len, prompts)), sum(len(c.tokens) - 1 for group in answers for c in group)
     for work, sizes in ((network.hidden, (1, prefilled)), (network, (fed, 1))):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             work(torch.zeros(sizes, dtype=torch.int64))
         products = counter.get_flop_counts()["Global"]
         counts.append(sum(products.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)))
-    limit = bench.rollout_limit(network, prompts, answers, 5)
+    limit = bench.rollout_limit(network, prompts, answers, 5, 2)
     assert asked == [prefilled, 5]
     for products, phase, seconds in zip(counts, ("prefill", "decode"), (0.001 * prefilled, 0.002 * fed), strict=True):
         assert limit[f"products in {phase}, GFLOP/s"] == pytest.approx(products / seconds / 1e9)
@@ -53,13 +54,30 @@ def test_the_limit(network, folder, monkeypatch):
                 for p, group in zip(prompts, answers, strict=True))  # fmt: skip
     attention = pairs * 4 * 2 * 4 * 8  # layers, heads, head_dim
     assert limit["operations, TFLOP"] == pytest.approx((sum(counts) + attention) / 1e12)
-    assert limit["limit, s"] == pytest.approx(0.001 * prefilled + 0.002 * fed * (1 + attention / counts[1]))
+    by_products = 0.001 * prefilled + 0.002 * fed
+    assert limit["limit, s"] == pytest.approx(by_products + 0.002 * fed * attention / counts[1])
+    # What decode reads: all weights but the embedding, once per five rows; the cache, a prompt's once per two rows.
+    weights = sum(w.nbytes for name, w in network.named_parameters() if name != "embed_tokens.weight")
+    seen = sum(sum(len(p) / 2 + i for i in range(1, len(c.tokens))) for p, group in zip(prompts, answers, strict=True)
+               for c in group)  # fmt: skip
+    cache = seen * 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head_dim, bytes
+    assert limit["bytes to read in decode, GB"] == pytest.approx((fed / 5 * weights + cache) / 1e9)
+    monkeypatch.setattr(type(network), "device", torch.device("cuda"))  # there attention costs what its bytes cost
+    asked.clear()
+    limit = bench.rollout_limit(network, prompts, answers, 5, 2)
+    assert limit["limit, s"] == pytest.approx(by_products + cache / 5e6)
 
 
 def test_products_are_timed(network):
     layers = [layer.mlp.down_proj.weight for layer in network.layers]
-    few, many = (bench.seconds_a_row(layers * times, 64) for times in (1, 100))
+    few, many = (machine.seconds_a_row(layers * times, 64) for times in (1, 100))
     assert 0 < few < many / 20
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    """Rates are finite all the same, because bench divides by what a clock says."""
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: 1.0)
+    assert 0 < machine.seconds_a_row([torch.ones(2, 2)], 3) < 1e-6 and machine.copy_rate(torch.device("cpu")) > 1e12
 
 
 def test_rollout(folder, tmp_path, capsys):
@@ -69,6 +87,9 @@ def test_rollout(folder, tmp_path, capsys):
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "alone.json").read_text())
     assert "2 prompts of" in out and "| ratio" not in out and figures["rates"]["natural ends"]["theirs"] is None
     assert figures["share of the limit"] == pytest.approx(figures["limit, s"] / figures["seconds"])
+    read = figures["bytes to read in decode, GB"] / figures["bandwidth of a copy, GB/s"]
+    assert figures["share of this bandwidth"] == pytest.approx(read / figures["seconds"]) and figures["rows"] >= 6
+    assert figures["machine"]["torch"] == torch.__version__ and figures["machine"]["date"].startswith("20")
     pytest.importorskip("transformers")
     assert call(*flags, "--against", "transformers", "--json", tmp_path / "both.json") == 0
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "both.json").read_text())
@@ -95,16 +116,15 @@ def test_answers_of_transformers(folder, monkeypatch):
 
 
 def test_drawn_weights(folder, tmp_path, monkeypatch):
-    """A folder without weights will do, for the grid and for a step with adapters too."""
+    """A folder without weights will do, also for a step with adapters; all tokens are forced."""
     pytest.importorskip("transformers")
     bare, file = tmp_path / "bare", tmp_path / "figures.json"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
     given = ["--model", bare, "--random", "--count", 2, "--length", 40, "--samples", 3, "--new", 6, "--repeats", 1]
-    monkeypatch.setattr(bench, "GRID", [(1, 20), (4, 30)])
-    assert call("rollout", *given, "--against", "transformers", "--grid", "--json", file) == 0
+    assert call("rollout", *given, "--against", "transformers", "--json", file) == 0
     figures = json.loads(file.read_text())
-    assert figures["tokens"] > 30 and figures["rates"]["forced ends"]["ratio"] > 0
-    assert [cell[:3] for cell in figures["grid"]] == [[1, 20, 16], [4, 30, 16]] and min(figures["grid"][1][3:]) > 0
+    assert figures["tokens"] == 2 * 3 * 6 and [*figures["rates"]] == ["forced ends"]
+    assert figures["rates"]["forced ends"]["ratio"] > 0
     network = bench.random_network(str(bare), torch.device("cpu"))
     assert all(w.isfinite().all() for w in network.parameters()) and network.embed_tokens.weight.std() > 0.01
     assert torch.equal(network.frequencies, models.load(folder).frequencies)
@@ -112,6 +132,12 @@ def test_drawn_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "Policy", lambda network, *rest: trained.append(network) or policy(network, *rest))
     assert call("train", *given, "--micro", 1, "--lora", 2, "--recompute", "--json", file) == 0
     assert len(lora.adapters(trained[0])) == 8 and trained[0].recompute  # four layers of each block
+    figures, network = json.loads(file.read_text()), trained[0]
+    lengths = [len(p) for p in bench.make_prompts(models.Tokenizer(folder), 2, 40)]
+    planned = plan.plan(network.config, prompts=2, samples=3, new=6, micro=1, lora=2, recompute=True, dtype="fp32",
+                        prompt_tokens=max(lengths))["total"]  # fmt: skip
+    assert figures["planned, GB"] == planned / 1e9
+    assert figures["peak / planned"] == pytest.approx(figures["peak memory, GB"] / figures["planned, GB"])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +148,8 @@ def test_drawn_weights(folder, tmp_path, monkeypatch):
      ("train", {"--lora": -1}, "--lora must be at least 0, not -1"), ("train", {"--micro": 3}, "a multiple of"),
      ("train", {"--new": 2**40}, "--new must be at most"),
      ("train", {"--against": "transformers"}, "train --against trl"), ("rollout", {"--lora": 2}, "leave them out"),
-     ("train", {"--against": "trl", "--lora": 2}, "leave them out"), ("rollout", {"--grid": None}, "add --against")],
+     ("train", {"--against": "trl", "--lora": 2}, "leave them out"),
+     ("rollout", {"--rows": -1}, "--rows must be at least 0, not -1")],
 )  # fmt: skip
 def test_mistakes(folder, capsys, what, changes, words):
     flags = {"--model": folder, "--count": 2, "--micro": 1, "--length": 40} | changes
@@ -160,10 +187,10 @@ def test_train(folder, tmp_path, capsys):
 
 PEAK = """
 import torch
-from lab import bench
-before = bench.peak_memory(torch.device("cpu"))
+from lab import machine
+before = machine.peak_memory(torch.device("cpu"))
 torch.ones(50_000_000).sum()
-print(before, bench.peak_memory(torch.device("cpu")))
+print(before, machine.peak_memory(torch.device("cpu")))
 """
 
 
@@ -173,9 +200,9 @@ def test_peak_memory(monkeypatch):
     child = subprocess.run([sys.executable, "-c", PEAK], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
     before, after = map(float, child.stdout.split())
     assert after - before == pytest.approx(0.2, rel=0.1) and after < ballast.nbytes / 1e9
-    monkeypatch.setattr(bench.Path, "read_text", lambda self: "Name:\tpython\nVmRSS:\t   12 kB\n")
+    monkeypatch.setattr(machine.Path, "read_text", lambda self: "Name:\tpython\nVmRSS:\t   12 kB\n")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but for macOS's bytes
-    peak = bench.peak_memory(torch.device("cpu"))
+    peak = machine.peak_memory(torch.device("cpu"))
     assert peak == pytest.approx(most * (1 if sys.platform == "darwin" else 1024) / 1e9) and 0.05 < peak < 50
 
 
