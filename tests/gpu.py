@@ -14,6 +14,7 @@ Weights are drawn at random, since speed does not depend on them. With DRY=1 all
 import contextlib
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -29,6 +30,10 @@ import pytest
 import tiny
 import torch
 
+# isort: split
+if os.environ.get("DRY") and importlib.util.find_spec("triton"):
+    import interpreter  # noqa: F401
+
 import kernels
 import model as models
 import rollout
@@ -39,9 +44,8 @@ DRY = bool(os.environ.get("DRY"))
 SCRATCH = Path(os.environ.get("SCRATCH") or tempfile.mkdtemp())
 DEVICE, DTYPE = machine.device(), torch.float32 if DRY else torch.bfloat16
 # Shapes whose weights need not be there. Qwen2.5-0.5B has a bias, a tied head, 7 queries per key head, D = 64.
-LLAMA, QWEN3 = (
-    json.loads((tiny.ROOT / "configs" / f"{name}.json").read_text()) for name in ("llama-3.1-8b", "qwen3-8b")
-)
+CONFIGS = [tiny.ROOT / "configs" / f"{name}.json" for name in ("llama-3.1-8b", "qwen3-8b")]
+LLAMA, QWEN3 = (json.loads(file.read_text()) for file in CONFIGS)
 QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
          "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_act": "silu",
          "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True,
@@ -146,7 +150,7 @@ def one_step(step, network, state: dict, sizes: tuple, end) -> rollout.Slots:
 
 
 def errors(slots, exact, logits, state: dict, end) -> dict[str, float]:
-    """How far the slots after a step are from those of the exact step, whose logits (R, V) are given; means over rows."""
+    """How far the slots after a step are from those after the exact step, whose logits are (R, V); means over rows."""
     count, live, heat = state["count"], ~state["finished"], state["temperature"]
     row = torch.arange(len(count), device=DEVICE)
     slot, lane, token, logprobs = row // slots.G, row % slots.G, slots.tokens[row, count], slots.logprobs[row, count]
@@ -247,12 +251,12 @@ def run_kernels(figures: Figures) -> None:
     if not figures["problems"]:
         figures.keep(f"as near to fp32 as the plain step at {len(SHAPES)} shapes")
     network = drawn(LLAMA | TINY)
-    for rows in (4, 8) if DRY else (128, 256, 512):
+    for rows in (4,) if DRY else (128, 256, 512):
         steps, rounds = (1, 1) if DRY else (20, 7)
         made = figures["steps"][str(rows)] = time_steps(network, rows, steps, rounds, copied)
-        plain, fused = made["plain"], made["fused"]
-        figures.keep(f"{rows} rows: {fused['ms']:.2f} ms a step and {fused['launches']} launches, plain {plain['ms']:.2f} "
-                     f"and {plain['launches']}; {fused['share of bandwidth']:.0%} of the bandwidth")  # fmt: skip
+        plain, fused, share = made["plain"], made["fused"], made["fused"]["share of bandwidth"]
+        shown = [f"{made[name]['ms']:.2f} ms and {made[name]['launches']} launches" for name in ("fused", "plain")]
+        figures.keep(f"{rows} rows: {shown[0]} a step ({share:.0%} of bandwidth), plain {shown[1]}")
         if not DRY:
             most = 12 * network.config.layers + 20
             figures.expect(fused["launches"] <= most, f"{fused['launches']} launches at {rows} rows, more than {most}")
@@ -264,7 +268,7 @@ def run_kernels(figures: Figures) -> None:
 
 
 class Record:
-    """A plugin of pytest that keeps the outcome and seconds of each test as it ends, and the end of a failure's text."""
+    """A plugin of pytest: keeps each test's outcome and seconds as soon as it ends, and what a failure printed."""
 
     def __init__(self, figures: Figures):
         self.figures = figures
@@ -281,15 +285,15 @@ class Record:
 
 def run_tests(figures: Figures) -> None:
     figures.keep(outcomes={}, durations={}, failures={})
-    # Several at once, because most of a test's time is the host's. In a dry run all but the layout's are skipped.
+    # Several at once, because most of a test's time is the host's. In a dry run all but one are skipped.
     several = [] if DRY or not version("pytest-xdist") else ["-n", "4", "--dist", "load"]
-    given = ["tests/test_cuda.py", *["tests/test_layout.py"] * DRY, "-v", "--tb=short", "-o", "addopts="]
-    code = pytest.main([*given, "-p", "no:cacheprovider", *several], plugins=[Record(figures)])
+    given = ["tests/test_cuda.py", *["tests/test_layout.py::test_no_circles"] * DRY, *several]
+    given += ["-v", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"]
+    code = pytest.main(given, plugins=[Record(figures)])
     count = Counter(figures["outcomes"].values())
     figures.keep(", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items())), count=dict(count), code=int(code))
-    figures.expect(
-        code == 0 and count["passed"] > 0, f"failed: {' '.join(figures['failures'])}, pytest's status {code:d}"
-    )
+    failed = f"pytest ends with {code:d}; failed: {' '.join(figures['failures'])}"
+    figures.expect(code == 0 and count["passed"] > 0, failed)
 
 
 # ---- rollout and train ---------------------------------------------------------------------------------------
@@ -343,8 +347,9 @@ def run_train(figures: Figures) -> None:
     made = benchmark("train", "--model", shape_folder(), "--lora", 2 if DRY else 16, "--recompute", "--repeats", 1,
                      *(x for pair in flags for x in pair))  # fmt: skip
     seconds, ratio = sum(made["steps"][0].values()), made["peak / planned"]
-    figures.keep(f"{sizes[0]} x {sizes[1]} explanations: {seconds:.1f} s a step; peak {made['peak memory, GB']:.1f} GB, "
-                 f"{ratio:.2f} of the plan", **made, **{"step, s": seconds})  # fmt: skip
+    text = f"{sizes[0]} x {sizes[1]} explanations: {seconds:.1f} s a step"
+    text += f"; peak {made['peak memory, GB']:.1f} GB, {ratio:.2f} of the plan"
+    figures.keep(text, **made, **{"step, s": seconds})
     figures.expect(DRY or 0.9 <= ratio <= 1.1, f"peak memory is {ratio:.2f} of the plan, not within 10 %")
 
 
@@ -371,10 +376,9 @@ def run_toy(figures: Figures) -> None:
         assert code == 0, f"train.py ends with {code}"
     phi, measured = figures["phi"], json.loads((out / "after.json").read_text())["T=1"]
     began, ended = (statistics.mean(x) for x in (phi[:4], phi[-4:]))
-    figures.keep(
-        f"Phi {began:.2f} to {ended:.2f} in {len(phi)} steps, {more - done} of them resumed", measured=measured
-    )
-    figures.expect([row["step"] for row in rows] == list(range(more)), "the resumed run did not go on where it stopped")
+    text = f"Phi {began:.2f} to {ended:.2f} in {len(phi)} steps, {more - done} of them resumed"
+    figures.keep(text, measured=measured)
+    figures.expect([row["step"] for row in rows] == list(range(more)), "the resumed run did not go on where it was")
     figures.expect(DRY or ended > began + 0.4, "Phi did not rise by 0.4")
 
 

@@ -1,4 +1,4 @@
-"""lab.bench and lab.machine: prompts as asked for, operations as PyTorch counts them, figures that agree, what TRL gets."""
+"""lab.bench and lab.machine: prompts as asked for, operations as PyTorch counts them, figures that agree, TRL."""
 
 import json
 import resource
