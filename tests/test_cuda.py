@@ -1,5 +1,5 @@
-"""What only a GPU can show: its results are the CPU's, the captured decode step is the eager one, and bf16, FSDP2 over
-NCCL and runs of train.py work there."""
+"""What only a GPU can show: its results are the CPU's, the captured decode step is the eager one, the fused step is the
+plain one, and bf16, FSDP2 over NCCL and runs of train.py work there."""
 
 import copy
 import random
@@ -12,6 +12,7 @@ from test_graph import adapt
 from test_rollout import FAMILIES, eager, flat, random_network, random_texts, same
 
 import grpo
+import kernels
 import model as models
 import rollout
 from rollout import Completion, Sampler
@@ -61,12 +62,15 @@ def test_an_update_is_the_cpus(family, recompute):
         assert (a.cpu() - b).abs().mean() < 1e-5
 
 
-@pytest.mark.parametrize("family, rank", [*((family, 0) for family in FAMILIES), ("llama", 4), ("qwen2", 4)])
-@pytest.mark.parametrize("rows, lanes", [(128, 8), (12, 4)])
-def test_graphs_equal_eager(family, rank, rows, lanes, monkeypatch, capsys):
+ADAPTED = [*((family, 0) for family in FAMILIES), ("llama", 4), ("qwen2", 4)]  # family, rank of LoRA adapters or 0
+
+
+@pytest.mark.parametrize("family, rank", ADAPTED)
+@pytest.mark.parametrize("rows, lanes, kernels", [(128, 8, "plain"), (12, 4, "plain"), (12, 4, "fused")])
+def test_graphs_equal_eager(family, rank, rows, lanes, kernels, monkeypatch, capsys):
     """Other seeds, prompts, temperatures, buckets and refills; weights that change in place, without a new capture."""
-    network = adapt(random_network(family), rank).to("cuda")
-    graphed, plain = Sampler(network, rows=rows, lanes=lanes), Sampler(network, rows=rows, lanes=lanes)
+    network = adapt(random_network(family, torch.bfloat16 if kernels == "fused" else torch.float32), rank).to("cuda")
+    graphed, plain = (Sampler(network, rows=rows, lanes=lanes, kernels=kernels) for _ in range(2))
     texts, runs = random_texts(), []
     for i, temperature in enumerate((1.0, [0.0, 0.8, 1.0, 1.5, 1.0], 0.7)):
         some = texts if i < 2 else texts[::-1]
@@ -84,20 +88,32 @@ def test_graphs_equal_eager(family, rank, rows, lanes, monkeypatch, capsys):
     assert "no CUDA graphs" not in capsys.readouterr().err
 
 
-def test_no_synchronisation_in_the_step():
-    network = random_network("llama").to("cuda")
-    slots, end = rollout.Slots(network.config, 2, 3, 16, 8, "cuda", torch.float32), torch.tensor([5], device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.inference_mode():
-            rollout.decode_step(network, slots, end, 2, 6, 16, 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("family, rank", ADAPTED)
+def test_fused_samples_are_the_plain_ones(family, rank, monkeypatch):
+    """In fp32, which only this test allows: every token of whole decodes. tests/gpu.py does the like in bf16."""
+    monkeypatch.setattr(rollout, "may_fuse", lambda kernels, *_: kernels == "fused")
+    network, texts, temperatures = adapt(random_network(family), rank).to("cuda"), random_texts(), [1.0, 0.0, 0.8]
+    one, other = (Sampler(network, rows=12, lanes=2, kernels=kernels) for kernels in ("fused", "plain"))
+    same(*(s.generate(texts, 3, 40, temperatures, seed=2, step=3) for s in (one, other)))
 
 
-def test_logprobs_are_the_trainers_in_bf16():
+@pytest.mark.parametrize("step", [rollout.decode_step, kernels.fused_step])
+def test_no_synchronisation_in_the_step(step):
+    network, end = random_network("llama", torch.bfloat16).to("cuda"), torch.tensor([5], device="cuda")
+    slots = rollout.Slots(network.config, 2, 3, 16, 8, "cuda", torch.bfloat16, ordered=True)
+    with torch.inference_mode():
+        step(network, slots, end, 2, 6, 16, 8)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(network, slots, end, 2, 6, 16, 8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernels", ["fused", "plain"])
+def test_logprobs_are_the_trainers_in_bf16(kernels):
     network, texts = random_network("qwen3", torch.bfloat16).to("cuda"), [list(range(1, 20)), list(range(30, 34))]
-    answers = Sampler(network).generate(texts, 8, 20)
+    answers = Sampler(network, kernels=kernels).generate(texts, 8, 20)
     recorded = torch.tensor([lp for c in flat(answers) for lp in c.logprobs])
     packed = grpo.pack([(t, [c.tokens for c in g]) for t, g in zip(texts, answers, strict=True)], "cuda")
     with torch.no_grad():
@@ -105,12 +121,12 @@ def test_logprobs_are_the_trainers_in_bf16():
     assert (recorded - scored).abs().mean() < 0.05
 
 
-CHANGES = [{}, {"lora": 4}, {"kl": 0.1, "anchor": 1, "recompute": True, "calibrate": True},
-           {"objective": "detection"},
+CHANGES = [{"kernels": "fused"}, {"kernels": "plain"}, {"lora": 4},
+           {"kl": 0.1, "anchor": 1, "recompute": True, "calibrate": True}, {"objective": "detection"},
            {"labels": "frozen", "frozen_questions": 12, "lora": 4, "kl": 0.1, "recompute": True}]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=[" ".join(c) for c in CHANGES])
+@pytest.mark.parametrize("changes", CHANGES, ids=[" ".join(f"{k}={v}" for k, v in c.items()) for c in CHANGES])
 def test_a_run(tmp_path, changes):
     """All weights trained, or LoRA's adapters; a second run is the same, and so is one stopped after two steps."""
     folder = tiny.build(tmp_path / "model")
