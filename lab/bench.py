@@ -76,15 +76,16 @@ def random_network(path: str, device: torch.device) -> models.Transformer:
     return network
 
 
-def prepare(args: argparse.Namespace) -> tuple[models.Tokenizer, Sampler, list[list[int]]]:
+def prepare(args: argparse.Namespace) -> tuple[Sampler, list[list[int]]]:
     tokenizer = models.Tokenizer(args.model)
     prompts = make_prompts(tokenizer, args.count, args.length)
     if max(map(len, prompts)) + args.new > (context := models.read_config(locate(args.model)).context):
         raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
     network = random_network(args.model, device()) if args.random else models.load(args.model, device())
-    introduce(network, prompts, args.samples, args.new)
     ends = {*network.config.end_of_turn, tokenizer.end_of_turn}
-    return tokenizer, Sampler(network, ends, rows=args.rows or 128), prompts
+    sampler = Sampler(network, ends, rows=args.rows or 128, kernels=args.kernels)
+    introduce(network, prompts, args.samples, args.new)
+    return sampler, prompts
 
 
 def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> None:
@@ -205,7 +206,7 @@ def rollout_limit(network: models.Transformer, prompts, answers, rows: int, lane
 
 
 def rollout(args: argparse.Namespace) -> dict:
-    _, sampler, prompts = prepare(args)
+    sampler, prompts = prepare(args)
     network, theirs, name = sampler.model, None, ""
     if args.against:
         theirs = their_model(locate(args.model), network.dtype, network.device, args.random)
@@ -301,7 +302,7 @@ def training(args: argparse.Namespace) -> dict:
     if args.count % args.micro:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
     name = f"TRL {importlib.metadata.version('trl')}" if args.against else ""
-    _, sampler, prompts = prepare(args)
+    sampler, prompts = prepare(args)
     network, longest = sampler.model, sorted(map(len, prompts))[-args.micro :]
     planned = plan.plan(network.config, prompts=args.count, samples=args.samples, new=args.new, micro=args.micro,
                         prompt_tokens=sum(longest) // len(longest), lora=args.lora, recompute=args.recompute,
@@ -347,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, (usual, text) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=usual, help=f"{text} (default: {usual})")
     parser.add_argument("--against", choices=("transformers", "trl"), help="measure this too")
+    parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto", help="as in train.py")
     parser.add_argument("--random", action="store_true", help="draw the weights: the folder needs none")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with train: train adapters only")
     parser.add_argument("--recompute", action="store_true", help="with train: activation checkpointing")
