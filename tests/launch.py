@@ -69,14 +69,14 @@ def refused(given):
     return error
 
 
-def step_on(policy, groups, rewards):
+def step_on(policy, groups, rewards, anchor=lambda n: 0.0):
     """The record of train.step, without times, on given groups and rewards in place of its labels, samples, rewards."""
     batch = [(types.SimpleNamespace(edited=i, key=i), {"y_edit": 0}) for i in range(len(groups))]
     given = {"balanced_batch": lambda *_: (batch, batch), "batch_metrics": lambda *_: {},
              "explanation_prompt": lambda tokenizer, i, *_: groups[i][0],
              "sample": lambda subject, prompts, keys, *_: [groups[i][1] for i in keys],
              "score": lambda subject, case, *_: [{"reward": r} for r in rewards[case.key]]}  # fmt: skip
-    subject, anchor = types.SimpleNamespace(tokenizer=None, opening=""), types.SimpleNamespace(backward=lambda n: 0.0)
+    subject, anchor = types.SimpleNamespace(tokenizer=None, opening=""), types.SimpleNamespace(backward=anchor)
     with pytest.MonkeyPatch.context() as patch:
         for name, function in given.items():
             patch.setattr(train, name, function)

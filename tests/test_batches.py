@@ -102,13 +102,13 @@ def anchor_of(subject, labelled, **changes):
 
 
 @pytest.mark.parametrize("offsets", [None, [-1.0, -2.0, -0.5]])
-@pytest.mark.parametrize("weight", [2.0, 0.5])
-def test_anchor_by_hand(subject, offsets, weight):
+@pytest.mark.parametrize("weight, micro", [(2.0, 4), (0.5, 2), (0.5, 1)])
+def test_anchor_by_hand(subject, offsets, weight, micro):
     """Loss and gradient of KL(initial ‖ current) over the letters of X and X', against each prompt alone."""
     subject.offsets = None if offsets is None else np.array(offsets)
     labelled = labelled_cases(subject, 3)
     network, tokenizer = subject.sampler.model, subject.tokenizer
-    anchor = anchor_of(subject, labelled, prompts=6, anchor=weight)
+    anchor = anchor_of(subject, labelled, prompts=6, anchor=weight, micro=micro)
     assert abs(anchor.backward(1)) < 1e-6  # nothing has moved yet
     move(network)
     network.zero_grad()
@@ -124,7 +124,7 @@ def test_anchor_by_hand(subject, offsets, weight):
             kl = kl + (torch.tensor(p) * (torch.tensor(p).log() - q.log())).sum() / 6
     (weight * kl).backward()
     theirs = network.named_tensors(lambda p: p.grad)
-    assert kl > 0.01 and figure == pytest.approx(kl.item(), rel=1e-4)
+    assert kl > 0.01 and float(figure) == pytest.approx(kl.item(), rel=1e-4)
     size = max(g.abs().max() for g in theirs.values())
     assert size > 1e-4 and max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5 * size
     assert anchor_of(subject, [], anchor=weight).backward(1) == 0.0
@@ -133,10 +133,10 @@ def test_anchor_by_hand(subject, offsets, weight):
 def test_the_anchor_takes_other_questions_at_each_step(subject, monkeypatch):
     labelled, asked, scores = labelled_cases(subject, 30), [], batches.option_scores
     monkeypatch.setattr(batches, "option_scores", lambda m, pairs, o: asked.append(pairs) or scores(m, pairs, o))
-    anchor = anchor_of(subject, labelled, prompts=8, anchor=1.0)
+    anchor = anchor_of(subject, labelled, prompts=8, anchor=1.0, micro=3)
     for n in (1, 2, 2):
         anchor.backward(n)
-    assert asked[0] != asked[1] == asked[2] and all(len(pairs) == 4 for pairs in asked)
+    assert asked[:2] != asked[2:4] == asked[4:] and [len(pairs) for pairs in asked] == [3, 1] * 3
 
 
 def test_samples_of_a_step(subject):

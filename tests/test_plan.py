@@ -106,6 +106,22 @@ def test_activations(attention, changes):
     assert sum(counted) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("micro", [2, 6])
+def test_bytes_of_the_anchor(micro):
+    """X and X' of --micro questions in a pass, but of no more than half the prompts."""
+    small, sizes = config(layers=3, vocab_size=300), {"prompts": 8, "prompt_tokens": 80, "samples": 2, "new": 1}
+    network, text = models.Transformer(small), list(range(5, 84))
+    pairs = [[text + [7], text[:41] + text[1:42]]] * min(micro, 4)  # equal up to the middle
+
+    def work():
+        scores = rollout.option_scores(network, pairs, [5, 6, 7])
+        torch.autograd.grad(scores, network.embed_tokens.weight, torch.ones_like(scores))
+
+    peak = allocated(work)[1]
+    counted = plan.micro_batch_bytes(small, plan.Setup(dtype="fp32", anchor=True, micro=micro, **sizes))
+    assert counted["activations"] + counted["a block's backward"] == pytest.approx(peak, rel=0.1)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_kernels_workspace(kv_heads, monkeypatch):
     """bf16, as on a GPU: q's gradient in fp32, runs rounded up, and the gradients of grouped keys and values."""

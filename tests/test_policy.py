@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as models
-from run import lora
+from run import checkpoint, lora
 from run.args import Args
 from run.policy import Policy, learning_rate, make_policy
 from run.ranks import Ranks
@@ -72,6 +72,35 @@ def test_optimizer_is_adamw_with_clipping(network):
         assert policy.step(0.01 * (step + 1)) == (pytest.approx(norm, rel=1e-5), True)
         assert all(p.grad is None for p in network.parameters())
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(network.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_fused_adamw_resumes(folder, monkeypatch, tmp_path, rank):
+    """As on a GPU: the plain AdamW's weights up to rounding; and stopped after two updates, the same to the bit."""
+    plain = torch.optim.AdamW
+
+    def started(fused):
+        network = models.load(folder, dtype=torch.bfloat16)
+        monkeypatch.setattr(torch.optim, "AdamW", lambda *given, **how: plain(*given, **how | {"fused": fused}))
+        return Policy(lora.attach(network, rank, 8.0) if rank else network, Args(weight_decay=0.1), Ranks())
+
+    def updated(policy, steps):
+        for n in steps:
+            generator = torch.Generator().manual_seed(n)
+            for master in policy.masters:
+                master.grad = torch.randn(master.shape, generator=generator)
+            assert policy.step(1e-3)[1]
+        return policy.state()
+
+    whole, slow, stopped, resumed = started(True), started(False), started(True), started(True)
+    tensors, others = updated(whole, range(4)), updated(slow, range(4))
+    assert all((tensors[name] - others[name]).abs().max() < 1e-6 for name in tensors)
+    checkpoint.write(tmp_path, 2, updated(stopped, range(2)), {})
+    checkpoint.read(checkpoint.newest(tmp_path), resumed.state())
+    tensors, others = updated(whole, [4]), updated(resumed, range(2, 5))
+    assert tensors["step." + whole.names[0]] == 5 and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    resumed.refresh()
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights, resumed.weights, strict=True))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
