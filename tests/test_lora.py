@@ -245,11 +245,11 @@ def test_faith_notes(done, tmp_path, capsys):
 
 
 def test_ranks(done, tmp_path):
-    """Two ranks, each with all weights or each with a part, against one rank.
+    """Two ranks, each with all weights or each with a part, against one rank. The second has no question of the anchor.
 
     At lr 1e-2 AdamW would make more of rounding than rounding.
     """
-    given = [*done[1], "--lr", "1e-3", "--out"]
+    given = [*done[1], "--lr", "1e-3", "--anchor", "0.1", "--anchor-questions", "1", "--out"]
     assert call([*given, tmp_path / "one"])[0] == 0
     for parallel in ("replicate", "shard"):
         code, _, error = finish(start([*given, tmp_path / parallel, "--parallel", parallel], ranks=2))
