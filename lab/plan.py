@@ -4,7 +4,8 @@ Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
 
     replicate   weights 2, fp32 masters 4, Adam's moments 8, fp32 sum of gradients 4, gradients of one pass 2
     shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy for sampling 2
-    LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters
+    LoRA        frozen weights 2, shared by sampler and trainer; masters 4, moments 8, gradients 4 of the adapters; a
+                copy of them for sampling
 
 The KL's reference is one more copy, except with LoRA. The KV cache stays: CUDA graphs hold its address.
 
@@ -198,6 +199,12 @@ def sampler_slots(config: models.Config, setup: Setup) -> Slots:
     return Slots(config, min(setup.share, rows // G), G, T, setup.new, "meta", dtype)
 
 
+def stacked_bytes(block: models.Block) -> int:
+    """What a block's adapters take for decoding. The weights beside them are moved there."""
+    lora.stack(block)
+    return sum(sum(x.nbytes for x in a.stacked) - a.base.weight.nbytes for a in lora.adapters(block))
+
+
 def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[str, int]) -> dict:
     """{"bytes": per GPU by purpose, "total": at the peak, "parameters", "trained": how many}."""
     network, item, sharded = meta_network(config, setup), DTYPES[setup.dtype].itemsize, parallel == "shard"
@@ -206,11 +213,12 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
     trained, block_trained = (sum(w.numel() for w in module.parameters() if w.requires_grad) for module in modules)
     root, root_trained = parameters - config.layers * block, trained - config.layers * block_trained  # not in a block
     copy, N = sum(w.nbytes for w in network.parameters()), setup.gpus if sharded else 1
+    decoding = stacked_bytes(network.layers[0]) * config.layers if item < 4 else 0
     masters = trained if item < 4 and not setup.lora and not sharded else 0
     stay = {
         "weights": 4 * parameters // N if sharded else copy, "masters": 4 * masters,
         "reference": copy if setup.kl and not setup.lora else 0, "optimizer": 8 * trained // N,
-        "gradients": 4 * trained // N + item * masters, "inference copy": copy if sharded else 0,
+        "gradients": 4 * trained // N + item * masters, "inference copy": copy * sharded + decoding,
         "KV cache": sampler_slots(config, setup).kv_bytes(),
     }  # fmt: skip
     # The root stays gathered. Of the blocks, the next one is gathered too, and the gradient of one is summed.
@@ -238,6 +246,7 @@ def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trai
     # Passes: forward 1, backward 2 (frozen weights: 1), recomputed 1, reference 1. Logits are always computed twice.
     more, back = setup.recompute + setup.kl, 1 if setup.lora else 2
     update = 2 * body * (prompt + samples * (new - 1)) * (1 + back + more)
+    update += 2 * body * 0.75 * prompt * (1 + back + setup.recompute) * setup.anchor  # X, half X' of half the questions
     update += 2 * head * samples * new * (2 + back + setup.kl)
     update += pair * (prompt**2 / 2 + samples * new * (prompt + new / 2)) * (3 + more)
     sent = 8 * trained  # gradients, summed and sent back
