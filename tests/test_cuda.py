@@ -190,3 +190,28 @@ def test_decisions_do_not_depend_on_the_batch():
     together = sampler.option_logprobs(texts, [5, 6, 7])
     alone = torch.cat([sampler.option_logprobs([t], [5, 6, 7]) for t in texts])
     assert (together - alone).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_no_synchronisation_in_a_micro_batch(rank):
+    """From packing to the figures, with a KL, in bf16. test_waits.py shows as much on the CPU, and more."""
+    network, texts = random_network("llama", torch.bfloat16).to("cuda"), random_texts()
+    groups = list(zip(texts, Sampler(network).generate(texts, 4, 8), strict=True))
+    reference = copy.deepcopy(network).requires_grad_(False)
+    network = lora.attach(network, rank, 8.0) if rank else network
+    network.recompute, (ranks := Ranks()).device = rank > 0, network.device
+    policy = Policy(network, Args(kl=0.1, micro=2, max_new_tokens=8), ranks, reference=network if rank else reference)
+    passes, seen = policy.passes, []
+
+    def guarded(*given):
+        for part in passes(*given):
+            torch.cuda.set_sync_debug_mode("error" if seen else "default")  # the first step loads kernels
+            yield part
+        torch.cuda.set_sync_debug_mode("default")
+
+    policy.passes = guarded
+    try:
+        for _ in range(2):
+            seen.append(update(policy, groups, [[0.0, 1.0, 1.0, 0.0]] * len(groups)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
