@@ -102,7 +102,7 @@ def token_logprobs(model: models.Transformer, packed: Packed, temperature: float
     states = model.hidden(packed.tokens, packed.positions, attend=attend)[0, packed.sources]
 
     def score(states: Tensor, targets: Tensor) -> Tensor:  # (m, E), (m,) -> (m,)
-        logits = model.head(states).float() / temperature
+        logits = model.head(states).float().div_(temperature)
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     chunk = chunk or (CHUNK_CUDA if states.is_cuda else CHUNK)
