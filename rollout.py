@@ -24,11 +24,9 @@ from run import early  # noqa: F401
 
 # isort: split
 import functools
-import itertools
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +34,16 @@ from torch import Tensor
 
 from kernels import fused_step, may_fuse, sample_tokens, uniforms
 from model import Config, Tokenizer, Transformer, load, rope_frequencies
-from run import lora, memory
-from run.attention import over_parts
-from run.device import send
+from run import lora
+from run.attention import end_to_end, over_parts, over_slots, passes
+from run.device import send, to_host
+from run.graphs import Graphs
+from run.memory import free_bytes
 from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
+FIRST_ROWS = 64  # first tokens drawn at a time, because each row is a whole vocabulary in fp32
+LANES = 8  # samples of one prompt that are decoded together
 LOOK_EVERY = 8  # on CUDA: decode steps between two checks for finished samples; each check waits for the device
 COLDEST = 1e-3  # the smallest temperature above 0: at less, rounding of the logits decides, and they may overflow
 NEVER = 2**62  # a position that no token has
@@ -56,65 +58,17 @@ class Completion:
     ended: bool  # True: it ended its turn; False: it was cut at max_new_tokens
 
 
-# ---- prompts in one pass -------------------------------------------------------------------------------------
-
-
-def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
-    """Empties `items` from its end; yields lists of at most `room` tokens, or of one item that alone is larger."""
-    while items:
-        some = [items.pop()]
-        while items and sum(map(size, [*some, items[-1]])) <= room:
-            some.append(items.pop())
-        yield some
-
-
-def end_to_end(runs: list[list[list[int]]], device) -> tuple[Tensor, Tensor, list, Tensor]:
-    """All prompts in one row. runs: lists of prompts; what all prompts of a list begin with is stored once.
-
-    Returns tokens and positions (1, T), parts for attention.over_parts, and the place of each prompt's last token (P,).
-    """
-    tokens, positions, parts, last = [], [], [], []
-    for run in runs:
-        # Every prompt keeps at least its last token for itself.
-        shared = len(os.path.commonprefix([prompt[:-1] for prompt in run])) if len(run) > 1 else 0
-        first, after = len(tokens), len(tokens) + shared
-        parts += [(first, after, 0, 0, [shared])] if shared else []
-        tokens += run[0][:shared]
-        positions += range(shared)
-        for prompt in run:
-            own = len(prompt) - shared
-            parts.append((len(tokens), len(tokens) + own, first, after, [own]))
-            tokens += prompt[shared:]
-            positions += range(shared, len(prompt))
-            last.append(len(tokens) - 1)
-    tokens, positions, last = (send(x, device) for x in (tokens, positions, last))
-    return tokens[None], positions[None], parts, last
-
-
-def option_scores(model: Transformer, runs: list[list[list[int]]], options: list[int]) -> Tensor:
-    """Log-softmax over the option tokens after each prompt of all runs (P, len(options)), fp32, in one pass."""
-    tokens, positions, parts, last = end_to_end(runs, model.device)
-    states = model.hidden(tokens, positions, attend=over_parts(parts, model.device))[0, last]  # (P, E)
-    weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
-    weight = weight[send(options, model.device)]  # (options, E): the rest is not needed
-    # In fp32: two letters' logits may differ by less than bf16 resolves, and a rounded pick is a wrong label.
-    return (states.float() @ weight.float().T).log_softmax(-1)
-
-
 # ---- the decode step -----------------------------------------------------------------------------------------
 
 
 class Slots:
-    """P prompts with G lanes each: all that a decode step reads and writes, at fixed addresses.
+    """P prompts with G lanes each: all that a decode step reads and writes. Lane l belongs to slot l // G."""
 
-    Lane l belongs to slot l // G. ordered: every decode step uses all lanes of its slots, in order.
-    """
-
-    def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None, ordered=False):
+    def __init__(self, config: Config, P: int, G: int, T: int, N: int, device=None, dtype=None):
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.P, self.G, self.T, self.N, self.ordered = P, G, T, N, ordered
+        self.sizes = self.P, self.G, self.T, self.N = P, G, T, N
         # Index 0: keys, 1: values. prefix: each prompt, once. own: each lane's new tokens.
         self.prefix = zeros(2, config.layers, P, config.kv_heads, T, config.head_dim, dtype=dtype)
         self.own = zeros(2, config.layers, P, config.kv_heads, G, N, config.head_dim, dtype=dtype)
@@ -142,20 +96,19 @@ class Slots:
 
     def begin(self, begun: dict[int, "Sample"], keys: list[int], temperatures: Tensor) -> None:
         """Puts samples, whose first token is drawn already, into lanes. temperatures (samples,) fp32: by number."""
-        rows = [(lane, keys[x.prompt], x.number, x.token, x.logprob) for lane, x in begun.items()]
-        lane, key, number, *first = (torch.tensor(x, device=self.length.device) for x in zip(*rows, strict=True))
-        self.tokens[lane, 0], self.logprobs[lane, 0] = first
+        rows = [(lane, keys[x.prompt], x.number, x.token) for lane, x in begun.items()]
+        lane, key, number, token = send(rows, self.length.device).T
+        self.tokens[lane, 0], self.count[lane], self.finished[lane] = token, 1, False
         self.question[lane], self.sample[lane], self.temperature[lane] = key, number, temperatures[number]
-        self.count[lane], self.finished[lane] = 1, False
 
     def move(self, source: int, target: int) -> None:
         """Moves the prompt and the lanes of slot `source` into slot `target`."""
-        G = self.G
+        old, new = (slice(p * self.G, (p + 1) * self.G) for p in (source, target))
         self.prefix[:, :, target], self.own[:, :, target] = self.prefix[:, :, source], self.own[:, :, source]
         self.length[target] = self.length[source]
         for x in (self.tokens, self.logprobs, self.count, self.finished, self.question, self.sample, self.temperature):
-            x[target * G : target * G + G] = x[source * G : source * G + G]
-        self.finished[source * G : source * G + G] = True
+            x[new] = x[old]
+        self.finished[old] = True
 
 
 def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: int, N: int) -> None:
@@ -166,31 +119,8 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     `s`, so a CUDA graph can replay the step.
     """
     lanes = s.lanes[:R]
-    slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
-    see = torch.arange(T, device=lanes.device) < s.length[:P, None]  # (P, T)
-    see_own = torch.arange(N, device=lanes.device) < s.count.view(s.P, s.G, 1)[:P]  # (P, G, N)
-    see = torch.cat((see[:, None].expand(P, s.G, T), see_own), -1)[:, None, :, None]  # (P, 1, G, 1, T + N)
-    hide = torch.where(see, 0.0, -math.inf)  # added to the scores: on a CPU this is faster than a filled mask
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (R, H, 1, D), (R, K, 1, D)
-        (R, H, _, D), K = q.shape, k.shape[1]
-        s.own[0, layer][slot, :, lane, count - 1] = k[:, :, 0]
-        s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
-        # Rows may be in any order. In the grid (slot, lane) the rows of one prompt are adjacent.
-        q = (q * D**-0.5).view(R, K, H // K, D)
-        if s.ordered:
-            grid = q.view(P, s.G, K, H // K, D).transpose(1, 2).contiguous()
-        else:
-            grid = q.new_zeros(P, K, s.G, H // K, D)
-            grid[slot, :, lane] = q
-        scores = grid.view(P, K, -1, D) @ s.prefix[0, layer, :P, :, :T].mT  # (P, K, G · r, T)
-        own = grid @ s.own[0, layer, :P, :, :, :N].mT  # (P, K, G, r, N)
-        scores = torch.cat((scores.view(*own.shape[:-1], T), own), -1) + hide  # fp32
-        weights = scores.softmax(-1).to(q.dtype)
-        out = weights[..., :T].reshape(P, K, -1, T) @ s.prefix[1, layer, :P, :, :T]  # (P, K, G · r, D)
-        out = out.view(grid.shape) + weights[..., T:] @ s.own[1, layer, :P, :, :, :N]
-        return (out.transpose(1, 2) if s.ordered else out[slot, :, lane]).reshape(R, H, 1, D)
-
+    slot, count = lanes // s.G, s.count[lanes]  # (R,)
+    attend = over_slots(s, lanes, P, T, N)
     tokens = s.tokens[lanes, count - 1]
     states = model.hidden(tokens[:, None], (s.length[slot] + count - 1)[:, None], attend=attend)
     logits = model.head(states[:, 0])  # (R, V)
@@ -208,69 +138,55 @@ def decode_step(model: Transformer, s: Slots, end: Tensor, P: int, R: int, T: in
     s.finished[lanes] = ~live | ends
 
 
-class Graphs:
-    """A decode step as CUDA graphs, one per bucket. Where a capture fails, the same step runs eagerly.
-
-    A graph replays kernels at the addresses of its capture. Therefore change `Slots` and weights only in place, and
-    make a new Graphs for other sizes.
-    """
-
-    def __init__(self, run: functools.partial, buckets: list[tuple[int, int, int, int]]):
-        """run: the step, with its model, slots and end tokens."""
-        self.run, self.graphs = run, {}
-        try:
-            pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            for bucket in sorted(buckets, reverse=True):  # the largest first: the others fit into its memory
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):  # warm-up; all lanes are finished, so nothing that counts is written
-                    self.run(*bucket)
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self.run(*bucket)
-                self.graphs[bucket] = graph
-        except RuntimeError as error:
-            print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-
-    def __call__(self, bucket: tuple[int, int, int, int]) -> None:
-        self.graphs[bucket].replay() if bucket in self.graphs else self.run(*bucket)
-
-
 # ---- the sampler ---------------------------------------------------------------------------------------------
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated, in bytes."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    return memory.available()
+def sized(
+    config: Config, dtype: torch.dtype, rows: int | None, free: int,
+    prompts: int, samples: int, longest: int, new: int, static: bool, lanes: int = LANES,
+) -> tuple[int, Slots]:  # fmt: skip
+    """The rows and, on the meta device, the slots for a call whose longest prompt has `longest` tokens.
+
+    rows: how many samples are decoded together. None or 0: 128; on CUDA 512 or 256 if the cache then takes at most a
+    sixth of the `free` bytes. More rows cost little time there. AdamW's moments, the gradients and the activations of
+    a training step are still to come, and may need 14 bytes per weight.
+    """
+    for rows in [rows] if rows else [512, 256, 128] if static else [128]:  # noqa: B020
+        G = min(samples, rows, max(lanes, rows // prompts))
+        step = 64 if static else 16  # on CUDA coarsely, because each size is captured
+        slots = Slots(config, min(prompts, rows // G), G, -(-longest // step) * step, new, "meta", dtype)
+        if slots.kv_bytes() <= free / 6:
+            break
+    return rows, slots
 
 
-def cache_length(longest: int, static: bool) -> int:
-    """Cache positions for prompts of at most `longest` tokens, rounded up; on CUDA coarsely: each size is captured."""
-    step = 64 if static else 16
-    return -(-longest // step) * step
+def option_scores(model: Transformer, runs: list[list[list[int]]], options: list[int]) -> Tensor:
+    """Log-softmax over the option tokens after each prompt of all runs (P, len(options)), fp32, in one pass."""
+    tokens, positions, parts, last = end_to_end(runs, model.device)
+    states = model.hidden(tokens, positions, attend=over_parts(parts, model.device))[0, last]  # (P, E)
+    weight = model.embed_tokens.weight if model.config.tied else model.lm_head.weight
+    weight = weight[send(options, model.device)]  # (options, E): the rest is not needed
+    # In fp32: two letters' logits may differ by less than bf16 resolves, and a rounded pick is a wrong label.
+    return (states.float() @ weight.float().T).log_softmax(-1)
 
 
 class Sampler:
     """Generates from `model`, whose weights may change between calls, in place.
 
-    end_of_turn: token ids that end an answer, by default the model's own. rows: how many samples are decoded together.
-    lanes: how many of them may come from one prompt. kernels: which decode step, see `kernels.may_fuse`.
+    end_of_turn: token ids that end an answer, by default the model's own. rows: how many samples are decoded together;
+    None or 0: by memory. lanes: how many of them may come from one prompt. kernels: which decode step, see
+    `kernels.may_fuse`.
     """
 
-    def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int = 128, lanes: int = 8,
-                 kernels: str = "auto"):  # fmt: skip
+    def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int | None = None,
+                 lanes: int = LANES, kernels: str = "auto"):  # fmt: skip
         self.model, self.rows, self.lanes = model, rows, lanes
         self.end_of_turn = sorted(model.config.end_of_turn if end_of_turn is None else end_of_turn)
         # On CUDA the step is captured for a few sizes. On a CPU the sizes follow the samples.
         self.fused = may_fuse(kernels, model.device, model.dtype)
         self.static = self.fused or model.device.type == "cuda"
         self.room = PREFILL_CUDA if self.static else PREFILL
-        # If static, kept between calls: graphs use their addresses. `captured`: the sizes and end tokens of the graphs.
+        # If static, kept between calls: graphs use their addresses. `captured`: the rows, prompts and end tokens.
         self.slots = self.run = self.captured = None
 
     def check(self, prompts: list[list[int]], new: int) -> None:
@@ -303,8 +219,8 @@ class Sampler:
             lora.stack(self.model)
         slots = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
         slots.reset(seed, step, max_new_tokens)
-        keys = list(range(len(prompts))) if keys is None else keys
-        work = Schedule(self, slots, prompts, keys, torch.tensor(temperatures, device=slots.length.device))
+        temperatures = send(temperatures, self.model.device)
+        work = Schedule(self, slots, prompts, keys or range(len(prompts)), temperatures, max_new_tokens)
         while True:
             work.fill_free_slots()
             work.begin_samples()
@@ -316,34 +232,34 @@ class Sampler:
                 return work.results
 
     def allocate(self, longest: int, prompts: int, samples: int, new: int) -> Slots:
-        """Slots for these prompts and samples: on CUDA those of the last call if they fit, else new ones."""
-        model, device = self.model, self.model.device
-        G = min(samples, self.lanes, self.rows)
-        P = min(prompts, self.rows // G)
-        depends_on = P, G, new, tuple(self.end_of_turn)
-        if self.slots and self.captured == depends_on and self.slots.T >= longest:
-            return self.slots
-        self.slots = self.run = None  # frees their memory first
-        sizes = (P, G, cache_length(longest, self.static), new)
-        needed, free = Slots(model.config, *sizes, "meta", model.dtype).kv_bytes(), free_bytes(device)
-        if needed > free:
-            raise ValueError(f"the KV cache of {P} prompts x {G} samples takes {needed / 1e9:.1f} GB, and "
-                             f"{free / 1e9:.1f} GB are free, enough for {free * P // needed} prompts at a time; "
-                             "lower the sampler's rows, --samples or --max-new-tokens")  # fmt: skip
-        slots = Slots(model.config, *sizes, device, model.dtype, ordered=self.static)
-        end = torch.tensor(self.end_of_turn, device=device)
-        run = functools.partial(fused_step if self.fused else decode_step, model, slots, end)
+        """Slots for these prompts and samples: on CUDA those of the last call, if they are large enough."""
+        model, device, kept = self.model, self.model.device, self.slots
+        call = samples, longest, new, self.static, self.lanes
+        if kept and self.captured[2] == self.end_of_turn:
+            rows, most, _ = self.captured
+            _, least = sized(model.config, model.dtype, rows, 0, max(prompts, most), *call)
+            # Larger slots cost no time, because `Schedule.bucket` goes by the call.
+            if least.G == kept.G and all(a <= b for a, b in zip(least.sizes, kept.sizes, strict=True)):
+                return kept
+        self.slots = self.run = kept = None  # frees their memory first
+        free = free_bytes(device)
+        rows, least = sized(model.config, model.dtype, self.rows, free, prompts, *call)
+        if (needed := least.kv_bytes()) > free:
+            raise ValueError(f"the KV cache of {least.P} prompts x {least.G} samples takes {needed / 1e9:.1f} GB, and "
+                             f"{free / 1e9:.1f} GB are free, enough for {free * least.P // needed} prompts at a time; "
+                             "lower train.py's --rows, --samples or --max-new-tokens")  # fmt: skip
+        slots = Slots(model.config, *least.sizes, device, model.dtype)
+        step, end = fused_step if self.fused else decode_step, send(self.end_of_turn, device)
+        step = functools.partial(step, model, slots, end)
+        self.run = Graphs(step, self.buckets(slots)) if self.static else step
         if self.static:
-            self.run = Graphs(run, self.buckets(slots))
-            self.slots, self.captured = slots, depends_on
-        else:
-            self.run = lambda bucket: run(*bucket)
+            self.slots, self.captured = slots, (rows, prompts, list(self.end_of_turn))
         return slots
 
     def buckets(self, s: Slots) -> list[tuple[int, int, int, int]]:
         """The (P, R, T, N) captured on CUDA: P and N are halved repeatedly, R is all lanes of the P slots."""
         # Idle lanes too, because the step mostly waits for reading the weights.
-        P = [-(-s.P // 2**i) for i in range(s.P.bit_length()) if s.P >= 2**i]
+        P = [-(-s.P // 2**i) for i in range(s.P.bit_length())]
         # The fused step reads each row's length, so it needs no smaller N.
         N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i and not self.fused] or [s.N]
         return [(p, p * s.G, s.T, n) for p in P for n in N]
@@ -378,9 +294,9 @@ class Sample:
 class Schedule:
     """One call of `Sampler.generate`: which samples are where. `generate` calls its methods in the order below."""
 
-    def __init__(self, sampler: Sampler, slots: Slots, prompts: list, keys: list[int], temperatures: Tensor):
+    def __init__(self, sampler: Sampler, slots: Slots, prompts: list, keys: Sequence, temperatures: Tensor, limit: int):
         self.sampler, self.slots, self.prompts, self.keys = sampler, slots, prompts, keys
-        self.temperatures = temperatures  # (samples,)
+        self.temperatures, self.limit = temperatures, limit  # (samples,); the most tokens of a sample
         self.results: list[list] = [[None] * len(temperatures) for _ in prompts]
         self.todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts; the longest is taken first
         self.waiting: dict[int, list[Sample]] = {}  # {slot in use: its samples that have not begun, the next one last}
@@ -395,26 +311,31 @@ class Schedule:
 
     def prefill(self, some: list[tuple[int, int]]) -> None:
         """Runs the prompts of (slot, prompt) pairs in one pass, and draws the first token of all their samples."""
-        s, model = self.slots, self.sampler.model
+        s, model, samples = self.slots, self.sampler.model, len(self.temperatures)
         tokens, positions, parts, last = end_to_end([[self.prompts[i]] for _, i in some], model.device)
+        slots, keys = send([(p, self.keys[i]) for p, i in some], model.device).T
+        s.length[slots] = positions[0, last] + 1
+        slot = slots.repeat_interleave(s.length[slots], output_size=tokens.shape[1])  # of each token
         over = over_parts(parts, model.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for (a, b, *_), (p, _) in zip(parts, some, strict=True):
-                s.prefix[0, layer, p, :, : b - a], s.prefix[1, layer, p, :, : b - a] = k[0, :, a:b], v[0, :, a:b]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, T, D), (1, K, T, D)
+            for cache, new in zip(s.prefix[:, layer], (k, v), strict=True):
+                cache[slot, :, positions[0]] = new[0].transpose(0, 1)
             return over(layer, q, k, v)
 
-        states = model.hidden(tokens, positions, attend=attend)[0, last]  # (P, E)
-        number = torch.arange(len(self.temperatures), device=model.device)
-        for (p, i), logits in zip(some, model.head(states), strict=True):  # (V,)
-            if not logits.isfinite().all():
-                raise self.not_finite(0)
-            u = uniforms(s.seed, s.step, torch.full_like(number, self.keys[i]), number, 0)
-            first = (x.tolist() for x in sample_tokens(logits.repeat(len(number), 1), self.temperatures, u))
-            samples = [Sample(i, j, *pair) for j, pair in enumerate(zip(*first, strict=True))]
+        logits, drawn = model.head(model.hidden(tokens, positions, attend=attend)[0, last]), []  # (P, V)
+        for row in torch.arange(len(some) * samples, device=model.device).split(FIRST_ROWS):
+            prompt, number = row // samples, row % samples
+            u = uniforms(s.seed, s.step, keys[prompt], number, 0)
+            drawn.append(sample_tokens(logits[prompt], self.temperatures[number], u))
+        drawn = (torch.cat(x).view(-1, samples) for x in zip(*drawn, strict=True))
+        finite, *drawn = to_host(logits.isfinite().all(), *drawn)
+        if not finite:
+            raise self.not_finite(0)
+        for (p, i), *first in zip(some, *drawn, strict=True):
+            begun = [Sample(i, j, *pair) for j, pair in enumerate(zip(*first, strict=True))]
             # A sample that ends with its first token never takes a lane.
-            self.waiting[p] = [x for x in reversed(samples) if not self.finish(x, [x.token], [x.logprob])]
-            s.length[p] = len(self.prompts[i])
+            self.waiting[p] = [x for x in reversed(begun) if not self.finish(x, [x.token], [x.logprob])]
 
     def begin_samples(self) -> None:
         """Puts waiting samples into idle lanes of their prompt's slot. A slot without samples becomes free."""
@@ -430,12 +351,11 @@ class Schedule:
 
     def compact(self) -> None:
         """Once all prompts have a slot, moves the last used slots into free ones, so that decode steps read fewer."""
-        while not self.todo and self.waiting:
-            source, target = max(self.waiting), next(p for p in itertools.count() if p not in self.waiting)
-            if target > source:
-                return
+        G = self.slots.G
+        while not self.todo and len(self.waiting) < (used := max(self.waiting, default=-1) + 1):
+            source, target = used - 1, min(set(range(used)) - self.waiting.keys())
             self.slots.move(source, target)
-            self.waiting[target], G = self.waiting.pop(source), self.slots.G
+            self.waiting[target] = self.waiting.pop(source)
             moved = [lane for lane in self.busy if lane // G == source]
             self.busy |= {lane + (target - source) * G: self.busy.pop(lane) for lane in moved}
 
@@ -444,9 +364,7 @@ class Schedule:
         steps = LOOK_EVERY if self.sampler.static else 1
         bucket = self.bucket(steps)
         for _ in range(steps):
-            self.sampler.run(bucket)
-        if (bad := int(self.slots.bad)) < NEVER:
-            raise self.not_finite(bad)
+            self.sampler.run(*bucket)
         for sample in self.busy.values():
             sample.count += steps
 
@@ -454,7 +372,7 @@ class Schedule:
         """The smallest (P, R, T, N) for `steps` steps of the busy lanes. On a CPU it also puts these lanes first."""
         s, busy = self.slots, self.busy
         P = max(busy) // s.G + 1
-        N = min(s.N, max(sample.count for sample in busy.values()) + steps - 1)
+        N = min(self.limit, max(sample.count for sample in busy.values()) + steps - 1)
         if self.sampler.static:
             return min(b for b in self.sampler.buckets(s) if b[0] >= P and b[3] >= N)
         R = min(-(-len(busy) // 4) * 4, P * s.G)  # a multiple of 4: products are slower for some numbers of rows
@@ -464,24 +382,28 @@ class Schedule:
         return P, R, min(-(-T // 16) * 16, s.T), min(-(-N // 8) * 8, s.N)
 
     def collect(self) -> None:
-        """Takes the samples that ended out of their lanes."""
-        finished = self.slots.finished.tolist()
-        for lane in [lane for lane in self.busy if finished[lane]]:
-            n, sample = int(self.slots.count[lane]), self.busy.pop(lane)
-            self.finish(sample, self.slots.tokens[lane, :n].tolist(), self.slots.logprobs[lane, :n].tolist())
+        """Looks at the device: takes the samples that ended out of their lanes."""
+        s = self.slots
+        bad, finished, count = to_host(s.bad, s.finished, s.count)
+        if bad < NEVER:
+            raise self.not_finite(bad)
+        if ended := [lane for lane in self.busy if finished[lane]]:
+            lanes = send(ended, s.count.device)
+            for lane, tokens, logprobs in zip(ended, *to_host(s.tokens[lanes], s.logprobs[lanes]), strict=True):
+                sample, n = self.busy.pop(lane), count[lane]
+                self.finish(sample, tokens[:n], [sample.logprob, *logprobs[1:n]])
 
     def finish(self, sample: Sample, tokens: list[int], logprobs: list[float]) -> bool:
         """Records the sample if it is complete; returns whether it is."""
         ended = tokens[-1] in self.sampler.end_of_turn
-        done = ended or len(tokens) == self.slots.N
+        done = ended or len(tokens) == self.limit
         if done:
             self.results[sample.prompt][sample.number] = Completion(tokens, logprobs, ended)
         return done
 
-    def not_finite(self, position: int) -> ValueError:
-        where = f"new token {position + 1} of sampling step {int(self.slots.step)}"
-        return ValueError(f"the logits are not finite at {where}; the weights are broken, perhaps by too high a "
-                          "learning rate")  # fmt: skip
+    def not_finite(self, n: int) -> ValueError:
+        return ValueError(f"the logits are not finite at new token {n + 1} of sampling step {int(self.slots.step)}; "
+                          "the weights are broken, perhaps by too high a learning rate")  # fmt: skip
 
 
 @command("rollout.py")

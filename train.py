@@ -267,7 +267,7 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     if args.lora:
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute = args.recompute
-    sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, kernels=args.kernels)
+    sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, args.rows, kernels=args.kernels)
     subject = Subject(sampler, tokenizer, only_explains=args.train_only == "explanation", opening=args.opening)
     subject.made_of = faith.made_of(subject, questions)
     if args.dataset:

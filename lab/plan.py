@@ -23,7 +23,6 @@ time of the matrix products at an H100's peak rate, or the time to read the byte
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import grpo
 import model as models
-from rollout import Sampler, Slots, cache_length
+from rollout import Slots, sized
 from run import files, lora, reading
 from run.args import check_options, option
 from run.attention import over_parts
@@ -61,6 +60,7 @@ class Setup:
     samples: int = option(16, "samples per prompt", least=2, most=2**20)
     prompt_tokens: int = option(300, "tokens of a prompt", least=1)
     new: int = option(200, "tokens of a sample; all samples count as this long", least=1)
+    rows: int = option(0, "samples decoded together; 0: by memory, as train.py does", least=0, most=2**20)
     micro: int = option(4, "groups per forward and backward pass", least=1)
     lora: int = option(0, "rank of the adapters; 0: all weights are trained", least=0, most=2**16)
     kl: bool = option(False, "with a KL to the initial model")
@@ -190,13 +190,12 @@ def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
     return {"activations": kept, "a block's backward": working, "logits chunk": logits}
 
 
-def sampler_slots(config: models.Config, setup: Setup) -> Slots:
-    """The sampler's cache, as it allocates it, on the meta device."""
-    dtype, usual = DTYPES[setup.dtype], inspect.signature(Sampler).parameters
-    rows, lanes = usual["rows"].default, usual["lanes"].default
-    G = min(setup.samples, lanes, rows)
-    T = cache_length(setup.prompt_tokens, static=dtype != torch.float32)
-    return Slots(config, min(setup.share, rows // G), G, T, setup.new, "meta", dtype)
+def sampler_slots(config: models.Config, setup: Setup, stay: dict[str, int]) -> Slots:
+    """The sampler's cache, as it allocates it, on the meta device. stay: bytes by purpose; some are there by then."""
+    there = sum(stay[name] for name in ("weights", "masters", "reference", "inference copy"))
+    dtype, free = DTYPES[setup.dtype], max(0, round(setup.gpu_memory_bytes) - there)
+    call = setup.share, setup.samples, setup.prompt_tokens, setup.new, dtype != torch.float32
+    return sized(config, dtype, setup.rows, free, *call)[1]
 
 
 def stacked_bytes(block: models.Block) -> int:
@@ -219,8 +218,8 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
         "weights": 4 * parameters // N if sharded else copy, "masters": 4 * masters,
         "reference": copy if setup.kl and not setup.lora else 0, "optimizer": 8 * trained // N,
         "gradients": 4 * trained // N + item * masters, "inference copy": copy * sharded + decoding,
-        "KV cache": sampler_slots(config, setup).kv_bytes(),
     }  # fmt: skip
+    stay["KV cache"] = sampler_slots(config, setup, stay).kv_bytes()
     # The root stays gathered. Of the blocks, the next one is gathered too, and the gradient of one is summed.
     gather = sharded * (item * (root + root_trained + 2 * block) + (item + 4) * block_trained)
     # After the micro-batch the embedding's gradient comes last. Where the head is tied, the head's gradient and the sum
@@ -233,10 +232,11 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
     return {"bytes": rows, "total": total, "parameters": parameters, "trained": trained}
 
 
-def seconds(c: models.Config, setup: Setup, parallel: str, parameters: int, trained: int) -> dict[str, float]:
-    """The fewest seconds of a step, by phase."""
+def seconds(c: models.Config, setup: Setup, parallel: str, made: dict) -> dict[str, float]:
+    """The fewest seconds of a step, by phase. made: what `count` returned."""
+    parameters, trained = made["parameters"], made["trained"]
     item, N, share, sharded = DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
-    prompt, new, samples, slots = setup.prompt_tokens, setup.new, setup.samples, sampler_slots(c, setup)
+    prompt, new, samples, slots = setup.prompt_tokens, setup.new, setup.samples, sampler_slots(c, setup, made["bytes"])
     head, pair = c.vocab_size * c.hidden_size, 4 * c.layers * c.heads * c.head_dim  # pair: operations of q with k, v
     body = parameters - head * (1 if c.tied else 2)  # two operations per token and weight
     prefill = share * (2 * body * prompt + pair * prompt**2 / 2) / RATE
@@ -280,13 +280,13 @@ def plan(config: models.Config, **settings) -> dict:
             break
     return {"parallel": parallel, **made, "headroom": round(HEADROOM * setup.gpu_memory_bytes),
             "fits": made["total"] <= usable,
-            "seconds": seconds(config, setup, parallel, made["parameters"], made["trained"])}  # fmt: skip
+            "seconds": seconds(config, setup, parallel, made)}  # fmt: skip
 
 
 def advice(config: models.Config, setup: Setup) -> tuple[str, dict] | None:
     """The first change that makes the run fit, as flags, and its plan. Changes that cost less are tried first."""
     fewer = [{"micro": setup.micro >> i} for i in range(1, setup.micro.bit_length())]
-    changes = [{"recompute": True}, *fewer, *({"recompute": True} | change for change in fewer)]
+    changes = [{"rows": 128}, {"recompute": True}, *fewer, *({"recompute": True} | change for change in fewer)]
     if setup.parallel == "replicate" and setup.gpus > 1 and not setup.lora:
         changes = [{"parallel": "shard"} | change for change in [{}, *changes]]
     if not setup.lora:

@@ -1,13 +1,17 @@
 """Attention for many texts in one pass, laid end to end: prompts, prompts that share a beginning, a prompt's samples.
 
-On a CPU each part is a call of torch's scaled_dot_product_attention. On a GPU, in bf16, all parts are one kernel. The
-decode step reads caches and has its own attention in rollout.py. The plain form is `model.plain_attention`.
+On a CPU each part is a call of torch's scaled_dot_product_attention. On a GPU, in bf16, all parts are one kernel. A
+decode step reads caches instead (`over_slots`). The plain form is `model.plain_attention`.
 
-Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token counts once for each run that sees it).
+Axes: T tokens in all, H heads, K kv heads, D head dim, S keys (a token counts once for each run that sees it). Those of
+`over_slots` are rollout.py's.
 """
 
 import contextlib
 import functools
+import math
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -144,5 +148,69 @@ def over_parts(parts: list[tuple[int, int, int, int, list[int]]], device=None, f
         if not (flash and flashes(q)):
             return by_parts(q, k, v)
         return Flash.apply(*(x[0].transpose(0, 1) for x in (q, k, v)), runs()).transpose(0, 1)[None]
+
+    return attend
+
+
+def passes(items: list, size: Callable[..., int], room: int) -> Iterator[list]:
+    """Empties `items` from its end; yields lists of at most `room` tokens, or of one item that alone is larger."""
+    while items:
+        some = [items.pop()]
+        while items and sum(map(size, [*some, items[-1]])) <= room:
+            some.append(items.pop())
+        yield some
+
+
+def end_to_end(runs: list[list[list[int]]], device) -> tuple[Tensor, Tensor, list, Tensor]:
+    """All prompts in one row. runs: lists of prompts; what all prompts of a list begin with is stored once.
+
+    Returns tokens and positions (1, T), parts for `over_parts`, and the place of each prompt's last token (P,).
+    """
+    tokens, positions, parts, last = [], [], [], []
+    for run in runs:
+        # Every prompt keeps at least its last token for itself.
+        shared = len(os.path.commonprefix([prompt[:-1] for prompt in run])) if len(run) > 1 else 0
+        first, after = len(tokens), len(tokens) + shared
+        parts += [(first, after, 0, 0, [shared])] if shared else []
+        tokens += run[0][:shared]
+        positions += range(shared)
+        for prompt in run:
+            own = len(prompt) - shared
+            parts.append((len(tokens), len(tokens) + own, first, after, [own]))
+            tokens += prompt[shared:]
+            positions += range(shared, len(prompt))
+            last.append(len(tokens) - 1)
+    tokens, positions, last = (send(x, device) for x in (tokens, positions, last))
+    return tokens[None], positions[None], parts, last
+
+
+def over_slots(s, lanes: Tensor, P: int, T: int, N: int):
+    """Attention of a decode step over the caches in rollout.Slots: over its prompt and over the row's own tokens.
+
+    lanes (R,): the lane of each row, in the first P slots. Writes the new keys and values, and reads T prompt and N own
+    positions. A prompt is stored once: one product with it for all its rows, one with each row's own tokens, and one
+    softmax over both.
+    """
+    slot, lane, count = lanes // s.G, lanes % s.G, s.count[lanes]  # (R,)
+    see = torch.arange(T, device=lanes.device) < s.length[:P, None]  # (P, T)
+    see_own = torch.arange(N, device=lanes.device) < s.count.view(s.P, s.G, 1)[:P]  # (P, G, N)
+    see = torch.cat((see[:, None].expand(P, s.G, T), see_own), -1)[:, None, :, None]  # (P, 1, G, 1, T + N)
+    hide = torch.where(see, 0.0, -math.inf)  # added to the scores: on a CPU this is faster than a filled mask
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (R, H, 1, D), (R, K, 1, D)
+        (R, H, _, D), K = q.shape, k.shape[1]
+        s.own[0, layer][slot, :, lane, count - 1] = k[:, :, 0]
+        s.own[1, layer][slot, :, lane, count - 1] = v[:, :, 0]
+        # Rows may be in any order. In the grid (slot, lane) the rows of one prompt are adjacent.
+        q = (q * D**-0.5).view(R, K, H // K, D)
+        grid = q.new_zeros(P, K, s.G, H // K, D)
+        grid[slot, :, lane] = q
+        scores = grid.view(P, K, -1, D) @ s.prefix[0, layer, :P, :, :T].mT  # (P, K, G · r, T)
+        own = grid @ s.own[0, layer, :P, :, :, :N].mT  # (P, K, G, r, N)
+        scores = torch.cat((scores.view(*own.shape[:-1], T), own), -1) + hide  # fp32
+        weights = scores.softmax(-1).to(q.dtype)
+        out = weights[..., :T].reshape(P, K, -1, T) @ s.prefix[1, layer, :P, :, :T]  # (P, K, G · r, D)
+        out = out.view(grid.shape) + weights[..., T:] @ s.own[1, layer, :P, :, :, :N]
+        return out[slot, :, lane].reshape(R, H, 1, D)
 
     return attend

@@ -1,4 +1,4 @@
-"""Values of the host as tensors on the device that computes. The host does not wait for a GPU to have them."""
+"""Values on their way between the host and the device that computes. Only `to_host` makes the host wait for a GPU."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,10 @@ def send(values, device=None) -> Tensor:
     if torch.device(device or "cpu").type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list:
+    """The values of all tensors as lists, from one transfer. fp64 holds fp32 and integers below 2^53 exactly."""
+    flat = torch.cat([x.flatten().double() for x in tensors]).cpu()
+    pieces = zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)
+    return [piece.to(x.dtype).view(x.shape).tolist() for piece, x in pieces]

@@ -6,6 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device: on CUDA also what torch holds and would use again."""
+    if device.type != "cuda":
+        return available()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
 
 def available(root: Path = Path("/")) -> int:
     """Bytes; sys.maxsize on a system that does not say. root: where Linux's files are."""

@@ -40,7 +40,7 @@ def choose(args: Args, model: models.Transformer, world: int, plan=None) -> str:
         return args.parallel
     if world == 1 or model.device.type != "cuda" or plan is None:
         return "replicate"
-    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "micro", "lora", "recompute")}
+    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "rows", "micro", "lora", "recompute")}
     sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
     prompt = min(TYPICAL_PROMPT, model.config.context - args.max_new_tokens)
     memory = torch.cuda.mem_get_info(model.device)[1]

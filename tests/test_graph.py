@@ -73,7 +73,7 @@ class Tapes:
             with recorded(slots) as self.tapes[bucket]:
                 run(*bucket)
 
-    def __call__(self, bucket):
+    def __call__(self, *bucket):
         self.replays += 1
         assert self.replays < 1000, "the samples never end"
         for func, args, kwargs, result in self.tapes[bucket]:
@@ -129,7 +129,7 @@ def constants(module, folder, prompts, rank=0):
         slots, calls = allocate(*sizes), []
         run = sampler.run
 
-        def record(bucket):
+        def record(*bucket):
             calls.append(bucket)
             if len(calls) in (2, 7):
                 with recorded(slots) as ops:
@@ -137,7 +137,7 @@ def constants(module, folder, prompts, rank=0):
                     module.decode_step(sampler.model, slots, torch.tensor([3, 4]), 3, 6, 112, 8)
                 numbers.append([(func, [x for x in tree_leaves((args, kwargs)) if not isinstance(x, torch.Tensor)])
                                 for func, args, kwargs, _ in ops])  # fmt: skip
-            run(bucket)
+            run(*bucket)
 
         sampler.run = record
         return slots

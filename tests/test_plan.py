@@ -142,6 +142,18 @@ def test_the_cache_is_the_samplers(monkeypatch):
         sampler.static = dtype == "bf16"
         slots = sampler.allocate(300, 2, 4, 20)
         assert slots.T == positions and made == slots.kv_bytes() * 30 * item / 4
+    sampler, there = rollout.Sampler(models.Transformer(config(layers=1), torch.bfloat16), [2]), None
+    sampler.static = True
+    for free, rows in ((None, 512), (200_000_000, 512), (100_000_000, 256), (30_000_000, 128)):
+        monkeypatch.setattr(rollout, "free_bytes", lambda device, free=free: free or 10**11)
+        memory = {"gpu_memory_bytes": there + free} if free else {}
+        made = plan.plan(config(layers=1), prompts=64, samples=8, new=20, kl=True, **memory)["bytes"]
+        sampler.slots, there = None, sum(made[name] for name in ("weights", "masters", "reference"))
+        slots = sampler.allocate(300, 64, 8, 20)
+        assert slots.P * slots.G == rows and made["KV cache"] == slots.kv_bytes()
+    assert (
+        plan.plan(config(layers=1), rows=16, prompts=64, samples=8, new=20)["bytes"]["KV cache"] == made["KV cache"] / 8
+    )
 
 
 @pytest.mark.parametrize(("c", "size"), [(LLAMA, 8_030_261_248), (QWEN3, 8_190_735_360)], ids=["llama", "qwen3"])
@@ -205,8 +217,8 @@ def test_advice(capsys):
         assert (found, made["parallel"], made["fits"]) == (flags, layout, True)
     assert plan.advice(LLAMA, plan.Setup(gpu_memory_bytes=8e9, lora=16)) is None
     for recompute, cheapest in ((False, "--recompute"), (True, "--micro 2")):
-        room = plan.plan(QWEN3, lora=16, micro=2, recompute=recompute)["total"] / (1 - plan.HEADROOM) * 1.001
-        setup = plan.Setup(lora=16, recompute=recompute, gpu_memory_bytes=room)
+        room = plan.plan(QWEN3, lora=16, rows=128, micro=2, recompute=recompute)["total"] / (1 - plan.HEADROOM) * 1.001
+        setup = plan.Setup(lora=16, rows=128, recompute=recompute, gpu_memory_bytes=room)
         assert plan.advice(QWEN3, setup)[0] == cheapest
 
 

@@ -1,6 +1,7 @@
 """rollout.py: a sample depends on its own five numbers alone, follows the softmax, and ends where it should."""
 
 import random
+from collections import Counter
 
 import plain as plain_sampler
 import pytest
@@ -68,7 +69,7 @@ def test_nothing_else_changes_a_sample(network, sampler, prompts):
     assert len({len(c.tokens) for c in flat(whole)}) > 3  # ragged, or the test shows little
     assert len({tuple(c.tokens) for c in flat(whole)}) == 3 * len(prompts)
     same(whole, [sampler.generate([p], 3, 12, keys=[key], **how)[0] for p, key in zip(prompts, keys, strict=True)])
-    same(whole, [group[:3] for group in sampler.generate(prompts, 8, 12, keys=keys, **how)])
+    same(whole[:2], [group[:3] for group in sampler.generate(prompts[:2], 20, 12, keys=keys[:2], **how)])
     for a, b in zip(flat(sampler.generate(prompts, 3, 5, keys=keys, **how)), flat(whole), strict=True):
         assert (a.tokens, a.ended) == (b.tokens[:5], b.ended and len(b.tokens) <= 5)
     for rows in (1, 7, 12, 1000):
@@ -108,7 +109,7 @@ def random_texts():
 
 def eager(run, buckets):
     """In place of `rollout.Graphs`: nothing is captured."""
-    return lambda bucket: run(*bucket)
+    return run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,16 +306,68 @@ def test_the_end_of_turn_is_the_models_own_set(network, sampler):
     assert Sampler(network, {7, 5}).end_of_turn == [5, 7]
 
 
-def test_another_end_of_turn_is_another_capture(network, prompts, monkeypatch):
-    """Slots are kept between calls, and what was captured for them knows the ends."""
+@pytest.fixture
+def static(network, monkeypatch):
+    """A sampler that works as on CUDA, except that it captures nothing."""
     monkeypatch.setattr(rollout, "Graphs", eager)
-    sampler = Sampler(network)
+    sampler = Sampler(network, rows=40)
     sampler.static = True
-    ended, kept = sampler.generate(prompts, 3, 10), sampler.slots
-    same(sampler.generate(prompts, 3, 10), ended)
-    assert sampler.slots is kept
-    sampler.end_of_turn = [-1]
-    same(sampler.generate(prompts, 3, 10), endless(network).generate(prompts, 3, 10))
+    return sampler
+
+
+def test_slots_are_kept(network, static, prompts):
+    """By a call with fewer or shorter prompts or shorter samples; not with more, with another group or other ends."""
+    shortest, kept = sorted(prompts, key=len)[:2], None
+    for some, samples, new, keeps in [
+        (prompts[1:], 3, 10, False), (prompts[:1], 3, 10, True), (shortest, 3, 10, True), (prompts[1:], 3, 4, True),
+        (prompts[3:], 3, 1, True), (prompts, 3, 11, False), (prompts, 2, 11, False), (prompts[:3], 2, 11, True),
+        (prompts[:3], 9, 11, False), (prompts, 9, 11, False), (prompts[:3], 9, 11, True),
+    ]:  # fmt: skip
+        same(static.generate(some, samples, new), Sampler(network).generate(some, samples, new))
+        assert (static.slots is kept) == keeps
+        kept = static.slots
+    static.end_of_turn = [-1]  # what was captured knows the ends
+    same(static.generate(prompts[:3], 9, 11), endless(network).generate(prompts[:3], 9, 11))
+
+
+def test_transfers_between_host_and_device(static, prompts, monkeypatch):
+    """A few for a pass of prompts and for each look at the device, however many prompts and samples there are."""
+    calls, transfers = Counter(), Counter()
+
+    def counted(owner, name, counter):
+        was = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (counter.update([name]), was(*a, **k))[1])
+
+    for name in ("prefill", "begin_samples", "collect"):
+        counted(rollout.Schedule, name, calls)
+    for name in ("tolist", "item", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__"):
+        counted(torch.Tensor, name, transfers)
+    for name in ("tensor", "as_tensor"):
+        counted(torch, name, transfers)
+    static.lanes = 4
+    samples = static.generate([*prompts, *prompts], 8, 20)
+    assert len(flat(samples)) > 150 and calls["prefill"] < 15 and calls["collect"] < 25
+    # to_host: one copy and one list for each of at most three tensors.
+    assert transfers.pop("cpu") <= calls["prefill"] + 2 * calls["collect"]
+    assert transfers.pop("tolist") <= 3 * calls["prefill"] + 5 * calls["collect"]
+    # send: 4 for a pass, the temperatures and the ends.
+    assert transfers.pop("as_tensor") <= 4 * calls["prefill"] + calls["begin_samples"] + calls["collect"] + 2
+    assert not transfers
+
+
+@pytest.mark.parametrize(
+    "rows, prompts, samples, static, gigabytes, sizes",
+    [(None, 64, 16, False, 900, (16, 8, 304, 200)), (0, 64, 16, True, 64, (32, 8, 320, 200)),
+     (None, 64, 16, True, 160, (64, 8, 320, 200)), (None, 64, 16, True, 10, (16, 8, 320, 200)),
+     (512, 64, 16, True, 10, (64, 8, 320, 200)), (7, 64, 16, True, 10, (1, 7, 320, 200)),
+     (None, 4, 16, True, 64, (4, 16, 320, 200)), (None, 3, 2, True, 64, (3, 2, 320, 200))],
+)  # fmt: skip
+def test_rows_by_memory(rows, prompts, samples, static, gigabytes, sizes):
+    """At the sizes of Llama-3.1-8B: 256 rows take 8 GB. Few prompts may have more lanes each."""
+    shape = SHAPE | {"num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128, "hidden_size": 4096}
+    config = models.Config.from_json(shape | {"model_type": "llama", "num_key_value_heads": 8, "rope_theta": 5e5})
+    _, slots = rollout.sized(config, torch.bfloat16, rows, gigabytes * 10**9, prompts, samples, 300, 200, static)
+    assert slots.sizes == sizes
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,36 @@
+"""A function that changes tensors in place, captured as CUDA graphs: its kernels are then launched all at once.
+
+A graph replays kernels at the addresses of its capture, with the numbers of its capture. Therefore change the tensors
+only in place.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+class Graphs:
+    """`step(*bucket)` as CUDA graphs, one for each of the buckets. Where a capture fails, the step runs eagerly."""
+
+    def __init__(self, step: Callable, buckets: Iterable[tuple[int, ...]]):
+        """The step is also called here, twice for each bucket, and must not change anything that counts yet."""
+        self.step, self.graphs = step, {}
+        try:
+            pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            for bucket in sorted(buckets, reverse=True):  # the largest first: the others fit into its memory
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):  # warm-up
+                    step(*bucket)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    step(*bucket)
+                self.graphs[bucket] = graph
+        except RuntimeError as error:
+            print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    def __call__(self, *bucket: int) -> None:
+        self.graphs[bucket].replay() if bucket in self.graphs else self.step(*bucket)
