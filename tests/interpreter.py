@@ -3,6 +3,7 @@
 The interpreter keeps bf16 as the uint16 of its bits. Its `dot` multiplies these integers, and its cast from fp32 drops
 the low bits, where a GPU rounds to the nearest even. Sums of two bf16 values are wrong too and are not mended, because
 the kernels work in fp32. With NumPy 2.4 a number on the device cannot be a loop's end.
+Each call in a kernel prepares triton.language anew, which takes half of the time; here the first call of a module does.
 """
 
 import os
@@ -45,8 +46,14 @@ def mend() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def call(self, *args, **kwargs):  # a kernel's own function, or one of Triton's, in a kernel
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
-    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang_tensor, interpreter.InterpretedFunction.__call__, patched = patch_tensor, call, set()
 
 
 mend()
