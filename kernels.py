@@ -389,9 +389,8 @@ def fused_step(model: nn.Module, s, end: Tensor, P: int, R: int, T: int, N: int)
     If the model has adapters, call `lora.stack` after they have changed.
     """
     assert R == P * s.G
-    norms = [block.input_layernorm for block in model.layers] + [model.norm]
-    x = model.embed_tokens(s.tokens[:R].gather(1, s.count[:R, None] - 1)[:, 0])
-    y = norms[0](x)
+    norms, last = [block.input_layernorm for block in model.layers] + [model.norm], s.count[:R, None] - 1
+    y = norms[0](x := model.embed_tokens(s.tokens[:R].gather(1, last)[:, 0]))
     for layer, block in enumerate(model.layers):
         attn, mlp = block.self_attn, block.mlp
         q = rope(product(attn.qkv_proj, y), attn, s, model.config)

@@ -65,7 +65,7 @@ def launches(P: int, G: int, rank: int, T: int = 448, N: int = 200, step: str = 
         if rank:
             lora.attach(network, rank, 2.0 * rank)
             lora.stack(network)
-        slots = rollout.Slots(network.config, P, G, T, N, "meta", network.dtype, ordered=True)
+        slots = rollout.Slots(network.config, P, G, T, N, "meta", network.dtype)
         end = torch.tensor([1, 2, 3], device="meta")
     held = {name: getattr(kernels, name) for name in NAMES}
     for name, kernel in held.items():
