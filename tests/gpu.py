@@ -252,7 +252,7 @@ def run_kernels(figures: Figures) -> None:
         figures.keep(f"as near to fp32 as the plain step at {len(SHAPES)} shapes")
     network = drawn(LLAMA | TINY)
     for rows in (4,) if DRY else (128, 256, 512):
-        steps, rounds = (1, 1) if DRY else (20, 7)
+        steps, rounds = (1, 1) if DRY else (20, 5)
         made = figures["steps"][str(rows)] = time_steps(network, rows, steps, rounds, copied)
         plain, fused, share = made["plain"], made["fused"], made["fused"]["share of bandwidth"]
         shown = [f"{made[name]['ms']:.2f} ms and {made[name]['launches']} launches" for name in ("fused", "plain")]
@@ -363,7 +363,7 @@ def run_toy(figures: Figures) -> None:
     if DRY:
         data = tiny.ROOT / "tests" / "data" / "esnli"
         size |= {"model": tiny.build(SCRATCH / "model"), "task": "esnli", "data": data, "intervention": "bias"}
-    size |= {"eval_questions": 5, "fit_questions": 5} if DRY else {"eval_questions": 100, "fit_questions": 100}
+    size |= {"eval_questions": 5, "fit_questions": 5} if DRY else {"eval_questions": 50, "fit_questions": 50}
     first = [x for name, value in size.items() for x in (f"--{name.replace('_', '-')}", str(value))]
     log = out / "metrics.jsonl"
     for given in ([*first, "--steps", str(done)], ["--resume", "--steps", str(more)]):

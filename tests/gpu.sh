@@ -7,7 +7,7 @@
 # Nothing is fetched. A stage that fails, or takes longer than its box, does not stop the next one. BOX=SECONDS gives
 # every stage that many. Exit status 0: all stages passed.
 set -u
-boxes="kernels:100 tests:150 rollout:115 train:70 toy:70"
+boxes="kernels:105 tests:145 rollout:115 train:65 toy:85"
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-$root/out/gpu-$(date +%Y%m%d-%H%M%S)}
