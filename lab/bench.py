@@ -38,7 +38,7 @@ import train
 from grpo import policy_loss, token_logprobs
 from lab import plan
 from lab.machine import Clock, copy_rate, device, facts, peak_memory, seconds_a_row
-from rollout import Sampler
+from rollout import Sampler, sized
 from run import files, lora
 from run.args import Args
 from run.hub import locate
@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler, list[list[int]]]:
         raise ValueError(f"--length and --new together exceed the model's context of {context} tokens; lower one")
     network = random_network(args.model, device()) if args.random else models.load(args.model, device())
     ends = {*network.config.end_of_turn, tokenizer.end_of_turn}
-    sampler = Sampler(network, ends, rows=args.rows or 128, kernels=args.kernels)
+    sampler = Sampler(network, ends, rows=args.rows, kernels=args.kernels)
     introduce(network, prompts, args.samples, args.new)
     return sampler, prompts
 
@@ -214,8 +214,9 @@ def rollout(args: argparse.Namespace) -> dict:
     sampler.generate(prompts[:2], 1, 2)  # warm
     rates, answers = draw_in_turn(sampler, theirs, prompts, args)
     peak, spent = peak_memory(network.device), tokens_of(answers) / next(iter(rates.values()))["ours"]
-    rows = sampler.slots.P * sampler.slots.G if sampler.slots else args.rows or 128
-    limit = rollout_limit(network, prompts, answers, rows, min(sampler.lanes, args.samples))
+    call = len(prompts), args.samples, 1, 1, sampler.static
+    slots = sampler.slots or sized(network.config, network.dtype, args.rows, 0, *call)[1]
+    limit = rollout_limit(network, prompts, answers, rows := slots.P * slots.G, slots.G)
     read = limit["bytes to read in decode, GB"] / limit["bandwidth of a copy, GB/s"]
     figures = {"tokens": tokens_of(answers), "rows": rows, "seconds": spent, **limit,
                "share of the limit": limit["limit, s"] / spent, "share of this bandwidth": read / spent,
@@ -304,9 +305,10 @@ def training(args: argparse.Namespace) -> dict:
     name = f"TRL {importlib.metadata.version('trl')}" if args.against else ""
     sampler, prompts = prepare(args)
     network, longest = sampler.model, sorted(map(len, prompts))[-args.micro :]
+    memory, kind = facts(network.device)["memory, GB"] or 80, "fp32" if network.dtype == torch.float32 else "bf16"
     planned = plan.plan(network.config, prompts=args.count, samples=args.samples, new=args.new, micro=args.micro,
                         prompt_tokens=sum(longest) // len(longest), lora=args.lora, recompute=args.recompute,
-                        dtype="fp32" if network.dtype == torch.float32 else "bf16")["total"] / 1e9  # fmt: skip
+                        rows=args.rows, gpu_memory_bytes=memory * 1e9, dtype=kind)["total"] / 1e9  # fmt: skip
     if args.lora:
         lora.attach(network, args.lora, 2.0 * args.lora)
     network.recompute = args.recompute

@@ -139,7 +139,7 @@ def states(c: models.Config, P: int, G: int, T: int, N: int) -> dict[str, torch.
 def one_step(step, network, state: dict, sizes: tuple, end) -> rollout.Slots:
     """The slots after one replay of the captured step from this state."""
     P, G, T, N = sizes
-    slots = rollout.Slots(network.config, *sizes, DEVICE, network.dtype, ordered=True)
+    slots = rollout.Slots(network.config, *sizes, DEVICE, network.dtype)
     slots.reset(1, 2, N)
     replay = captured(step, network, slots, end, (P, P * G, T, N))
     slots.reset(1, 2, N)
@@ -203,7 +203,7 @@ def time_steps(network, rows: int, steps: int, rounds: int, copied: float) -> di
     """Milliseconds of a plain and a fused step, captured, in turn; launches; the share of the bandwidth `copied`."""
     G, T, N, prompt = (2, 16, 8, 12) if DRY else (8, 320, 128, 300)
     P, own, end = rows // G, N // 2, torch.tensor([-1], device=DEVICE)
-    s = rollout.Slots(network.config, P, G, T, N, DEVICE, network.dtype, ordered=True)
+    s = rollout.Slots(network.config, P, G, T, N, DEVICE, network.dtype)
     s.reset(1, 1, N)
     steps_by = {"plain": rollout.decode_step, "fused": kernels.fused_step}
     runs = {name: captured(step, network, s, end, (P, P * G, T, N)) for name, step in steps_by.items()}

@@ -15,6 +15,7 @@ import tiny
 import torch
 
 import train
+from run import lora
 
 torch.set_num_threads(1)  # as in the processes below: the number of threads changes the rounding
 DATA = tiny.ROOT / "tests" / "data" / "esnli"
@@ -67,6 +68,15 @@ def refused(given):
     code, _, error = call(given)
     assert code == 2 and error.count("\n") == 1 and error.startswith("train.py: "), error
     return error
+
+
+def disturb(network, seed=5):
+    """Adapters as after some training: B is no longer zero."""
+    torch.manual_seed(seed)
+    for adapter in lora.adapters(network):
+        for b in adapter.B.values():
+            b.data.normal_(std=0.1)
+    return network
 
 
 def step_on(policy, groups, rewards, anchor=lambda n: 0.0):

@@ -88,7 +88,7 @@ def test_rollout(folder, tmp_path, capsys):
     assert "2 prompts of" in out and "| ratio" not in out and figures["rates"]["natural ends"]["theirs"] is None
     assert figures["share of the limit"] == pytest.approx(figures["limit, s"] / figures["seconds"])
     read = figures["bytes to read in decode, GB"] / figures["bandwidth of a copy, GB/s"]
-    assert figures["share of this bandwidth"] == pytest.approx(read / figures["seconds"]) and figures["rows"] >= 6
+    assert figures["share of this bandwidth"] == pytest.approx(read / figures["seconds"]) and figures["rows"] == 6
     assert figures["machine"]["torch"] == torch.__version__ and figures["machine"]["date"].startswith("20")
     pytest.importorskip("transformers")
     assert call(*flags, "--against", "transformers", "--json", tmp_path / "both.json") == 0

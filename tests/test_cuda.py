@@ -62,6 +62,14 @@ def test_an_update_is_the_cpus(family, recompute):
         assert (a.cpu() - b).abs().mean() < 1e-5
 
 
+def test_rows_by_memory():
+    """The default decodes 512 rows of a small model together, and its samples are those of 16 rows."""
+    network, texts = random_network("llama").to("cuda"), random_texts()
+    many, few = Sampler(network), Sampler(network, rows=16)
+    same(many.generate(texts, 64, 12), few.generate(texts, 64, 12))
+    assert many.slots.P * many.slots.G > 256 >= 16 >= few.slots.P * few.slots.G
+
+
 ADAPTED = [*((family, 0) for family in FAMILIES), ("llama", 4), ("qwen2", 4)]  # family, rank of LoRA adapters or 0
 
 
@@ -100,7 +108,7 @@ def test_fused_samples_are_the_plain_ones(family, rank, monkeypatch):
 @pytest.mark.parametrize("step", [rollout.decode_step, kernels.fused_step])
 def test_no_synchronisation_in_the_step(step):
     network, end = random_network("llama", torch.bfloat16).to("cuda"), torch.tensor([5], device="cuda")
-    slots = rollout.Slots(network.config, 2, 3, 16, 8, "cuda", torch.bfloat16, ordered=True)
+    slots = rollout.Slots(network.config, 2, 3, 16, 8, "cuda", torch.bfloat16)
     with torch.inference_mode():
         step(network, slots, end, 2, 6, 16, 8)  # compiles
         torch.cuda.set_sync_debug_mode("error")

@@ -15,7 +15,7 @@ import sys
 import pytest
 import tiny
 import torch
-from test_lora import disturb
+from launch import disturb
 from test_rollout import same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map

@@ -8,7 +8,7 @@ import safetensors.torch
 import tiny
 import torch
 import transformers
-from launch import DATA, call, close, finish, flags, lines, start, timeless
+from launch import DATA, call, close, disturb, finish, flags, lines, start, timeless
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_grpo import by_hand, noisy_groups, stepped
 from test_grpo import close as agree
@@ -31,15 +31,6 @@ def tokens(*shape):
 
 def in_transformers(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def disturb(network, seed=5):
-    """Adapters as after some training: B is no longer zero."""
-    torch.manual_seed(seed)
-    for adapter in lora.adapters(network):
-        for b in adapter.B.values():
-            b.data.normal_(std=0.1)
-    return network
 
 
 def adapted(folder, **options):
