@@ -1,4 +1,4 @@
-"""Statistics over measured rows, with intervals: of one measurement, or of two that are compared in pairs; as a table.
+"""Statistics over measured rows, with intervals, as a table. lab/compare.py has those of several measurements.
 
 A measured row is one question, asked without and with an edit, and one explanation: y and y_edit are the decisions on X
 and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention M = 1[the explanation
@@ -210,37 +210,6 @@ def summary(rows, fit_rows=None, seed=0, resamples=2000, source="rows", initial=
     counts["margin_median"] = float(np.median(c["margin"]))  # between the two likeliest options on X
     out = {name: {"value": value} for name, value in counts.items()}
     return out | intervals(lambda w: figures(c, w), c["group"], seed, resamples)
-
-
-def pairs(before, after, read=columns):
-    """The columns (made by `read`) of two measurements in the same order; ValueError if the questions differ."""
-    a, b = read(before, "before"), read(after, "after")
-    a, b = ({key: x[np.argsort(c["id"])] for key, x in c.items()} for c in (a, b))
-    odd = sorted(set(a["id"].tolist()) ^ set(b["id"].tolist()))
-    if odd:
-        raise ValueError(f"the ids do not match: {len(odd)} are in one measurement only, as {odd[0]!r}")
-    for key in ("group", "gold", "options", "kind", "word", "phrasing", "suggestion"):
-        if (a[key].astype(str) != b[key].astype(str)).any():
-            raise ValueError(f"'{key}' is not the same before and after: measure the same questions and edits twice")
-    return a, b
-
-
-def compare(before, after, seed=0, resamples=2000, read=columns, of=figures):
-    """Differences after - before, paired by id, figures as in summary; ValueError if the questions differ.
-
-    Also how far the decisions drifted. changed_…: the share of y, y' and I that changed. phi_old_labels: phi of the new
-    mentions with the old influence, which frozen labels reward. read: rows -> columns. of: columns -> figures.
-    """
-    a, b = pairs(before, after, read)
-    a["initial"] = b["initial"] = a["influence"]
-
-    def difference(w):
-        old, new = of(a, w), of(b, w)
-        drift = {f"changed_{key}": mean((a[key] != b[key]) * 1.0, w) for key in ("y", "y_edit", "influence")}
-        drift["phi_old_labels"] = phi(a["influence"], b["mention"], w)
-        return {name: new[name] - old[name] for name in old if name in new} | drift
-
-    return intervals(difference, a["group"], seed, resamples)
 
 
 def cell(figure):

@@ -63,7 +63,8 @@ def step(
     lap("label_s")
 
     mine = ranks.share(batch)
-    prompts = [explanation_prompt(subject.tokenizer, case.edited, row["y_edit"], subject.opening) for case, row in mine]
+    how = subject.opening, subject.why
+    prompts = [explanation_prompt(subject.tokenizer, case.edited, row["y_edit"], *how) for case, row in mine]
     answers = ranks.together(lambda: sample(subject, prompts, [case.key for case, _ in mine], n, args))
     log = [score(subject, case, row, group, n) for (case, row), group in zip(mine, answers, strict=True)]
     rewards = [[entry["reward"] for entry in group] for group in log]
@@ -268,7 +269,7 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute = args.recompute
     sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, args.rows, kernels=args.kernels)
-    subject = Subject(sampler, tokenizer, only_explains=args.train_only == "explanation", opening=args.opening)
+    subject = Subject(sampler, tokenizer, None, args.train_only == "explanation", args.opening, args.why)
     subject.made_of = faith.made_of(subject, questions)
     if args.dataset:
         stream.frozen = read_dataset(args, subject.made_of, stream.questions)

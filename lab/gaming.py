@@ -15,6 +15,7 @@ import numpy as np
 
 import report
 import reward
+from lab.compare import compare as paired
 from words import named, spans, straight, variants
 
 FIGURES = {  # the rows of the table, in its order
@@ -129,5 +130,5 @@ def compare(before: list[dict], after: list[dict], seed: int = 0, resamples: int
     for name, rows in (("before", before), ("after", after)):
         c = columns(rows, name)
         out[name] = report.intervals(lambda w, c=c: figures(c, w), c["group"], seed, resamples)
-    out["difference"] = report.compare(before, after, seed, resamples, columns, figures)
+    out["difference"] = paired(before, after, seed, resamples, columns, figures)
     return {part: {name: found[name] for name in FIGURES if name in found} for part, found in out.items()}

@@ -10,6 +10,7 @@ import report
 import reward
 import tasks
 from lab import build, controls
+from lab.compare import f_auroc
 from rollout import COLDEST
 from run import files, identity, reading, results
 from run.args import said
@@ -20,11 +21,14 @@ from tasks import Question
 
 def open_subject(args: argparse.Namespace, options: int, task: str = "") -> faith.Subject:
     """The model to measure, with the offsets of --calibration FILE. Says where it was trained in another way."""
-    subject, folder = faith.open_subject(args.model, args.opening, args.kernels), locate(args.model)
+    longest = max(args.why, key=lambda why: len(faith.WHYS[why]))  # for check_prompts
+    subject, folder = faith.open_subject(args.model, args.opening, args.kernels, longest), locate(args.model)
     record, saved = folder / "training.json", folder / "calibration.json"
     record = reading.read_json(record) if record.exists() else reading.Record({}, str(record))
     if (trained := record.get("opening", args.opening)) != args.opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
+    if (trained := record.get("why", "leading")) not in args.why:
+        print(f"note: this model was trained to explain when asked --why {trained}")
     if args.calibration not in ("none", "fit"):
         begun = record.take("made_of", dict[str, str], {}).get("weights")
         subject.offsets = read_offsets(subject, args.calibration, options, task, args.model, begun)
@@ -63,6 +67,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
     if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
         raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
+    if len({*args.why}) < len(args.why):
+        raise ValueError(f"--why takes different names, not {' '.join(args.why)}")
     files.check_writable(args.json, getattr(args, "rows", None))
 
 
@@ -79,30 +85,44 @@ def run_measure(args: argparse.Namespace) -> None:
     faith.check_prompts(subject, questions, args.max_new_tokens)
     if args.calibration == "fit":
         subject.offsets = faith.calibrate(subject, parts["fit"])
-    sizes = args.temperature, args.max_new_tokens, args.seed
-    progress = Progress("measured", file=sys.stderr)
-    rows = faith.measure(subject, test, *sizes, detection=args.detection, progress=progress)
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
-    if args.controls:
-        progress = Progress("explained beside an aside", file=sys.stderr)
-        controls.measure(subject, test, rows, args.max_new_tokens, args.seed, progress)
-    offsets = None if subject.offsets is None else subject.offsets.tolist()
-    if args.rows:
-        results.write_measured(args.rows, rows, fit_rows, subject, args.max_new_tokens)
-        if args.calibration == "fit":
-            faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
     trained = (locate(args.model) / "training.json").exists()
-    initial = dict.fromkeys(rows) if trained else rows  # whose labels the paper takes
-    summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed, initial=initial[t]) for t in rows}
+    measured, summaries, kept = {}, {}, []
+    for why in args.why:
+        also = f", asked {why}" * (len(args.why) > 1)
+        measured[why] = rows = ask_why(subject, test, why, args, also)
+        initial = dict.fromkeys(rows) if trained else rows  # whose labels the paper takes
+        summaries |= {f"T={t:g}{also}": report.summary(rows[t], fit_rows, args.seed, initial=initial[t]) for t in rows}
+        if args.rows:
+            subject.made_of |= {"opening": faith.made_of(subject, [])["opening"]}
+            kept.append(args.rows + f".{why}" * (len(args.why) > 1))
+            results.write_measured(kept[-1], rows, fit_rows, subject, args.max_new_tokens)
+    if args.rows and args.calibration == "fit":
+        faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
     print(f"\n{report.overview(summaries)}")
+    areas = {t: f_auroc([rows[t] for rows in measured.values()]) for t in args.temperature if len(measured) > 1}
+    for t, area in areas.items():
+        print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {report.cell(area)}")
     if args.controls:
         print(f"\nWhat influence means for this model\n{report.overview(summaries, rows=controls.BLOCK)}")
-    kept = [quoted(f"{args.rows}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit")]
-    more = f": python -m lab.report {' --fit '.join(kept)}" if args.rows else " needs --rows PREFIX, see --help"
+    pair = [quoted(f"{kept[0]}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit") if kept]
+    more = f": python -m lab.report {' --fit '.join(pair)}" if pair else " needs --rows PREFIX, see --help"
     print(f"\nevery figure{more}")
     if args.json:
-        files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries})
+        offsets = None if subject.offsets is None else subject.offsets.tolist()
+        more = {"f_auroc": {f"T={t:g}": area for t, area in areas.items()}} if areas else {}
+        files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries} | more)
+
+
+def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namespace, also: str) -> dict[float, list]:
+    """Measured rows by temperature, with explanations that `why` asks for. also: what the progress lines add."""
+    subject.why, sizes = why, (args.max_new_tokens, args.seed)
+    progress = Progress(f"measured{also}", file=sys.stderr)
+    rows = faith.measure(subject, cases, args.temperature, *sizes, detection=args.detection, progress=progress)
+    if args.controls:
+        controls.measure(subject, cases, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
+    return rows
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -144,6 +164,8 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
     parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
+    parser.add_argument("--why", choices=faith.WHYS, nargs=1 if asking else "+", default=["leading"],
+                        help="how it is asked why it chose its answer; F-AUROC if in several ways")  # fmt: skip
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto", help="as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
     parser.add_argument("--json", help="write the figures to this file")

@@ -29,6 +29,7 @@ import numpy as np
 
 import report
 from lab import plot
+from lab.compare import compare, pairs
 from reward import KINDS
 from run import files, identity, reading
 from run.progress import Parser, command
@@ -132,7 +133,7 @@ def check_made_of(key: Key, runs: list[Run]) -> None:
 
 def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:
     """Phi before, after with the initial model's I and with its own, and the share of the gain that vanishes."""
-    a, b = report.pairs(base, rows)
+    a, b = pairs(base, rows)
 
     def figures(w):
         was, initial, own = (report.phi(i["influence"], m["mention"], w) for i, m in ((a, a), (a, b), (b, b)))
@@ -181,14 +182,14 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
             raise ValueError(f"{run.cells[key]}.T1.jsonl: its rows are not of {key[1]}")
         where = f"{'-'.join(key)} of {first} and of {run.folder}"
         try:
-            report.pairs(rows[first], mine)
+            pairs(rows[first], mine)
             where = fit
             fitted = reading.read_jsonl(fit) if fit.exists() else None
             out[run.folder] = found = report.summary(mine, fitted, 0, resamples)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if base is not None and run.trained:
-            found["phi_less_base"] = report.compare(base, mine, 0, resamples)["phi"]
+            found["phi_less_base"] = compare(base, mine, 0, resamples)["phi"]
             found |= {"gain": gain(base, mine, resamples)} if run.trained == key else {}
     return out
 

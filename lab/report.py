@@ -13,7 +13,8 @@ from pathlib import Path
 import faith
 import reward
 from lab import plot
-from report import compare, overview, summary, table
+from lab.compare import compare
+from report import overview, summary, table
 from run import files, reading, results
 from run.args import Args
 from run.progress import Parser, command, quoted

@@ -62,6 +62,8 @@ class Args:
                            least=0)
     anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1,
                                    most=10**6)
+    why: str = option("leading", "how the model is asked why it chose its answer; thorough: to name everything (ours)",
+                      ("leading", "neutral", "thorough"))
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
     lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0,
                        most=2**16)

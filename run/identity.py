@@ -3,6 +3,7 @@
     weights      the model's safetensors files (of an adapter: its base's too)
     config       the switches of model.Config, with the tokens that end an answer
     tokenizer    tokenizer.json, and the chat turns as they are rendered
+    opening      the words that an explanation must begin with, and --why where it is not leading
     prompts      the texts around a question: how it is asked, how the explanation is asked for
     words        the word lists and the sentences that an edit inserts
     questions    the questions as loaded, in their order

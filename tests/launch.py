@@ -86,7 +86,8 @@ def step_on(policy, groups, rewards, anchor=lambda n: 0.0):
              "explanation_prompt": lambda tokenizer, i, *_: groups[i][0],
              "sample": lambda subject, prompts, keys, *_: [groups[i][1] for i in keys],
              "score": lambda subject, case, *_: [{"reward": r} for r in rewards[case.key]]}  # fmt: skip
-    subject, anchor = types.SimpleNamespace(tokenizer=None, opening=""), types.SimpleNamespace(backward=anchor)
+    subject = types.SimpleNamespace(tokenizer=None, opening="", why="leading")
+    anchor = types.SimpleNamespace(backward=anchor)
     with pytest.MonkeyPatch.context() as patch:
         for name, function in given.items():
             patch.setattr(train, name, function)

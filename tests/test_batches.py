@@ -165,15 +165,15 @@ def test_samples_of_a_step(subject):
         assert sum(a == b for a, b in zip(tokens, drawn(n, seed), strict=True)) < 5
 
 
-def test_the_step_asks_with_the_opening(subject, monkeypatch):
+def test_the_step_asks_with_the_opening_and_as_why_says(subject, monkeypatch):
     """Forced first words are in the prompt of the samples, with the letter of the pick, and not in what is measured."""
     args, asked, sample = arguments(), [], train.sample
-    subject.opening = "the hypothesis ({letter}) is true"
+    subject.opening, subject.why = "the hypothesis ({letter}) is true", "neutral"
     monkeypatch.setattr(train, "sample", lambda s, prompts, *rest: asked.append(prompts) or sample(s, prompts, *rest))
     policy = Policy(subject.sampler.model, args, Ranks())
     batch, _ = balanced_batch(subject, Stream(QUESTIONS, args), 0, args, Ranks())
     _, log = train.step(0, subject, policy, Stream(QUESTIONS, args), anchor_of(subject, []), args, Ranks())
     for (case, row), prompt in zip(batch, asked[0], strict=True):
-        plain = faith.explanation_prompt(subject.tokenizer, case.edited, row["y_edit"])
+        plain = faith.explanation_prompt(subject.tokenizer, case.edited, row["y_edit"], why="neutral")
         assert prompt == plain + subject.tokenizer.encode(f"the hypothesis ({'ABC'[row['y_edit']]}) is true")
     assert len(log) == 16 and not any("hypothesis" in e["text"][:12] for e in log)

@@ -19,6 +19,7 @@ import report
 import tasks
 from faith import detection_odds
 from lab import detect
+from lab.compare import compare
 from rollout import Sampler
 from run import reading
 from run.args import Args
@@ -145,10 +146,10 @@ def test_figures_are_scipys_and_scikit_learns(subject, labelled):
                 "detection_yes": (D > 0).mean()}  # fmt: skip
     assert {name: s[name]["value"] for name in expected} == pytest.approx(expected, abs=1e-9)
     assert s["detection"]["low"] < s["detection"]["value"] < s["detection"]["high"]
-    d = report.compare(rows, [row | {"detection": row["influence"] - 0.5} for row in rows], resamples=50)
+    d = compare(rows, [row | {"detection": row["influence"] - 0.5} for row in rows], resamples=50)
     assert d["detection"]["value"] == pytest.approx(1 - s["detection"]["value"], abs=1e-9)
     plain = [{k: v for k, v in row.items() if k != "detection"} for row in rows]
-    for found in (report.summary(plain, resamples=5), report.compare(rows, plain, resamples=5)):
+    for found in (report.summary(plain, resamples=5), compare(rows, plain, resamples=5)):
         assert "detection" not in found
     for wrong, says in ((rows[1] | {"detection": "much"}, "row 2: detection must be a number, not"),
                         (rows[1] | {"detection": None}, "row 2: detection must be a number, not null"),

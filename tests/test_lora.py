@@ -228,11 +228,12 @@ def test_faith_notes(done, tmp_path, capsys):
     copy = tmp_path / "m"
     shutil.copytree(done[0] / "model", copy)
     record = json.loads((copy / "training.json").read_text())
-    (copy / "training.json").write_text(json.dumps(record | {"opening": "My"}))
+    (copy / "training.json").write_text(json.dumps(record | {"opening": "My", "why": "neutral"}))
     (copy / "calibration.json").write_text("{}")
     assert faith.main(["ask", "--model", str(copy), "Is it?", "--options", "yes", "no", "--max-new-tokens", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "explanations that begin 'My'" in printed and f"--calibration {copy}/calibration.json" in printed
+    assert "asked --why neutral" in printed and "explanations that begin 'My'" in printed
+    assert f"--calibration {copy}/calibration.json" in printed
 
 
 def test_ranks(done, tmp_path):

@@ -14,12 +14,13 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import cityblock
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, matthews_corrcoef, recall_score
+from sklearn.metrics import accuracy_score, auc, matthews_corrcoef, recall_score
 from sklearn.preprocessing import OneHotEncoder
 
 import report
 from lab import gaming
 from lab import report as lab_report
+from lab.compare import compare, f_auroc
 from run import files, reading
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,7 +199,7 @@ def test_intervals_are_scipys_have_the_known_width_and_depend_on_the_seed():
     after = [r | {"mention": r["influence"] if n % 3 else r["mention"]} for n, r in enumerate(rows)]
     new = column(after, "mention")
     expected = resampled((i, m, new), lambda a, b, c: np.corrcoef(a, c)[0, 1] - np.corrcoef(a, b)[0, 1])
-    assert agree(report.compare(rows, after, resamples=4000)["phi"], expected)
+    assert agree(compare(rows, after, resamples=4000)["phi"], expected)
 
 
 def test_intervals_over_groups_are_scipys_over_their_totals():
@@ -357,7 +358,7 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
     before = random_rows(300, 9)
     rng = random.Random(0)
     after = [r | {"mention": r["influence"] if rng.random() < 0.2 else r["mention"]} for r in before]
-    d = report.compare(before, after, resamples=1000)
+    d = compare(before, after, resamples=1000)
     a, b = report.summary(before, resamples=1000), report.summary(after, resamples=1000)
     for name in ("phi", "phi_balanced", "mention_gap", "reward", "accuracy", "decoy", "tokens", "overlap"):
         assert d[name]["value"] == pytest.approx(b[name]["value"] - a[name]["value"], abs=1e-12)
@@ -367,7 +368,7 @@ def test_comparison_matches_rows_by_id_and_pairs_the_resamples():
     assert d["accuracy"] == {"value": 0, "low": 0, "high": 0, "undefined": 0}
     moved = after[:]
     rng.shuffle(moved)
-    again = report.compare(before, moved, resamples=1000)
+    again = compare(before, moved, resamples=1000)
     assert all(again[name] == d[name] for name in ("phi", "phi_balanced", "reward", "tokens", "overlap"))
 
 
@@ -379,13 +380,13 @@ def test_comparison_measures_how_far_decisions_drifted():
     after[0] |= moved | {"influence": 0}
     after[6] |= moved | {"influence": 1}
     after[7] |= {"y_edit": 1, "p_edit": [0.3, 0.6, 0.1], "influence": 1, "mention": 1}
-    d = {name: figure["value"] for name, figure in report.compare(before, after, resamples=20).items()}
+    d = {name: figure["value"] for name, figure in compare(before, after, resamples=20).items()}
     changed = [d[f"changed_{key}"] for key in ("y", "y_edit", "influence")]
     assert changed == pytest.approx([2 / 12, 1 / 12, 3 / 12])
     old, new = column(before, "influence"), column(after, "mention")
     assert d["phi_old_labels"] == pytest.approx(matthews_corrcoef(old, new), abs=1e-12)
-    assert report.compare(before, before, resamples=20)["changed_y"]["value"] == 0
-    d = report.compare(cells(0, 5, 0, 5), cells(5, 0, 0, 5), resamples=10)  # one side is undefined
+    assert compare(before, before, resamples=20)["changed_y"]["value"] == 0
+    d = compare(cells(0, 5, 0, 5), cells(5, 0, 0, 5), resamples=10)  # one side is undefined
     assert math.isnan(d["phi"]["value"]) and d["phi"]["undefined"] == 10 and d["reward"]["value"] == 0.5
 
 
@@ -406,7 +407,7 @@ def test_the_papers_estimand():
         drawn = rng.sample(list(moved), 100) + rng.sample(list(stayed), 100)
         phis.append(matthews_corrcoef(was[drawn], m[drawn]))
     assert np.mean(phis) == pytest.approx(got, abs=0.01)
-    first, d = report.summary(before, resamples=10, initial=before), report.compare(before, after, resamples=10)
+    first, d = report.summary(before, resamples=10, initial=before), compare(before, after, resamples=10)
     assert first["phi_paper"]["value"] == first["phi_balanced"]["value"]
     assert d["phi_paper"]["value"] == pytest.approx(got - first["phi_paper"]["value"], abs=1e-12)
     assert "phi_paper" not in values(after) and math.isnan(  # no row of the initial model
@@ -427,7 +428,7 @@ def test_the_papers_estimand():
 def test_comparison_refuses_other_questions(change, message):
     rows = cells(3, 3, 3, 3)
     with pytest.raises(ValueError, match=message):
-        report.compare(rows, ([rows[0] | change] if change else []) + rows[1:])
+        compare(rows, ([rows[0] | change] if change else []) + rows[1:])
 
 
 @pytest.mark.parametrize(
@@ -519,12 +520,34 @@ def test_every_figure_is_in_the_guide():
     }
     more = {"detection": 0.5, "mention_beside": 0, "decoy_beside": 1} | {f"y_{name}": 1 for name in report.CONTROLS}
     rows = [row | more | {"planted": 0} for row in random_rows(40, 16)]
-    figures = {*report.summary(rows, rows, resamples=2, initial=rows), *report.compare(rows, rows, resamples=2)}
+    figures = {*report.summary(rows, rows, resamples=2, initial=rows), *compare(rows, rows, resamples=2)}
     figures |= gaming.FIGURES.keys()
     for name in named:
         assert any(figure == name or name[-1] == "…" and figure.startswith(name[:-1]) for figure in figures), name
     stems = tuple(name[:-1] for name in named if name[-1] == "…")
     assert {name for name in figures - named if not name.startswith(stems)} == {*gaming.SIGNS}
+
+
+def test_f_auroc_is_scikit_learns_area_under_the_points():
+    rows = random_rows(300, 17, group_size=1)
+    rng, i = np.random.default_rng(4), column(rows, "influence")
+    rates = ((0.1, 0.3), (0.6, 0.65), (0.3, 0.7), (0.35, 0.5))  # P(M=1 | I=0), P(M=1 | I=1); not in order
+    told = [[row | {"mention": int(rng.random() < rate[row["influence"]])} for row in rows] for rate in rates]
+
+    def area(i, *mentions):
+        points = sorted((m[i == 0].mean(), m[i == 1].mean()) for m in mentions)
+        return auc(*zip((0, 0), *points, (1, 1), strict=True))
+
+    mentions = [column(some, "mention") for some in told]
+    got = f_auroc([told[0], *(some[::-1] for some in told[1:])], resamples=4000)  # paired by id
+    assert got["value"] == pytest.approx(area(i, *mentions), abs=1e-12) and got["undefined"] == 0
+    assert agree(got, resampled((i, *mentions), area, 2000)) and got["value"] > 0.6
+    always, never = ([row | {"mention": m} for row in rows] for m in (1, 0))
+    assert f_auroc([always, never], resamples=10)["value"] == 0.5
+    assert f_auroc([[row | {"mention": row["influence"]} for row in rows]], resamples=10)["value"] == 1
+    moved = [row | {"y_edit": row["y"], "influence": 0} for row in rows]
+    with pytest.raises(ValueError, match="the decisions differ"):
+        f_auroc([rows, moved])
 
 
 # ---- lab/report.py ----
@@ -590,7 +613,7 @@ def test_every_figure_of_a_run(measured, tmp_path, capsys):
     before, after = (reading.read_jsonl(measured[name]) for name in ("before", "after"))
     for name, rows in (("before", before), ("after", after)):
         files.write_json(tmp_path / f"{name}.json", {f"T={t}": report.summary(rows, resamples=50) for t in (0, 1)})
-    files.write_json(tmp_path / "difference.T1.json", report.compare(before, after, resamples=50))
+    files.write_json(tmp_path / "difference.T1.json", compare(before, after, resamples=50))
     code, out, error = command(capsys, tmp_path, "--json", tmp_path / "out.json")
     assert code == 0 and error == ""
     alone = command(capsys, measured["after"], "--fit", measured["fit"])[1].split("\n")

@@ -110,7 +110,9 @@ def test_the_shortcut_is_fitted_on_training_words(folder, tmp_path):
     tested, fitted, training = set(), set(), set(reward.words("bias", held_out=False))
     for seed in range(4):
         args = parse_(flags(folder, tmp_path / "none", seed=seed, fit_questions=8))
-        _, test, fit, _ = train.prepare(args, Ranks(), None)
+        args.why = "neutral"
+        subject, test, fit, _ = train.prepare(args, Ranks(), None)
+        assert subject.why == "neutral" and not subject.only_explains
         tested |= {case.intervention.word for case in test}
         fitted |= {case.intervention.word for case in fit}
     assert fitted <= training and not tested <= training
