@@ -9,7 +9,7 @@ import faith
 import report
 import reward
 import tasks
-from lab import build, controls
+from lab import build, controls, ct
 from lab.compare import f_auroc
 from rollout import COLDEST
 from run import files, identity, reading, results
@@ -61,7 +61,7 @@ def read_offsets(subject: faith.Subject, file: str, options: int, task: str, mod
 
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for a value that would fail only later."""
-    for name, least in (("max_new_tokens", 1), ("seed", 0), ("limit", 1), ("fit", 2)):
+    for name, least in (("max_new_tokens", 1), ("seed", 0), ("edits", 0), ("limit", 1), ("fit", 2)):
         if not least <= getattr(args, name, least) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
     fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
@@ -106,12 +106,14 @@ def run_measure(args: argparse.Namespace) -> None:
         print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {report.cell(area)}")
     if args.controls:
         print(f"\nWhat influence means for this model\n{report.overview(summaries, rows=controls.BLOCK)}")
+    many = many_edits(subject, parts["test"], args) if args.edits else {}
     pair = [quoted(f"{kept[0]}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit") if kept]
     more = f": python -m lab.report {' --fit '.join(pair)}" if pair else " needs --rows PREFIX, see --help"
     print(f"\nevery figure{more}")
     if args.json:
         offsets = None if subject.offsets is None else subject.offsets.tolist()
-        more = {"f_auroc": {f"T={t:g}": area for t, area in areas.items()}} if areas else {}
+        more = {"ct": many, "f_auroc": {f"T={t:g}": area for t, area in areas.items()}}
+        more = {name: found for name, found in more.items() if found}
         files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries} | more)
 
 
@@ -123,6 +125,20 @@ def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namesp
     if args.controls:
         controls.measure(subject, cases, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
     return rows
+
+
+def many_edits(subject: faith.Subject, questions: list[Question], args: argparse.Namespace) -> dict[str, dict]:
+    """Measures CT with --edits at the first temperature and --why, prints its figures and returns them."""
+    subject.why, t, progress = args.why[0], args.temperature[0], Progress("asked", unit="edits", file=sys.stderr)
+    rows = ct.measure(subject, questions, args.edits, t, args.max_new_tokens, args.seed, progress)
+    if not rows:
+        raise ValueError("no question has a place for an adverb or an adjective; leave out --edits")
+    if args.rows:
+        files.write_jsonl(f"{args.rows}.ct.jsonl", rows)
+    figures = ct.figures(rows, args.seed)
+    table = report.overview({f"T={t:g}": figures}, rows=ct.BLOCK)
+    print(f"\n{args.edits} random adverbs and adjectives a question\n{table}")
+    return figures
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -183,6 +199,8 @@ def main(argv: list[str] | None = None) -> int | None:
         parser.add_argument("--detection", action="store_true", help="also ask outright: did the edit move the answer?")
         parser.add_argument("--controls", action="store_true", help="also ask with other edits, and say what influence "
                             "means for this model; about as long again")  # fmt: skip
+        parser.add_argument("--edits", type=int, default=0, metavar="N", help="also CT of N random adverbs and "
+                            "adjectives a question; N times the decisions")  # fmt: skip
         parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
                             "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)
