@@ -78,9 +78,7 @@ def explanation_turns(question: Question, y: int, why: str = "leading") -> list[
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)]
 
 
-def explanation_prompt(
-    tokenizer: Tokenizer, question: Question, y: int, opening: str = "", why: str = "leading"
-) -> list[int]:
+def explanation_prompt(tokenizer: Tokenizer, question: Question, y: int, opening="", why="leading") -> list[int]:
     """Token ids after which the model explains why it chose option y, in a turn forced to begin with `opening`."""
     turns = explanation_turns(question, y, why)
     return tokenizer.encode(tokenizer.render(turns, opening.replace("{letter}", LETTERS[y])))
