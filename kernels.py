@@ -1,6 +1,6 @@
 """What a decode step consists of besides the network's products with its weights, plainly and as kernels for a GPU.
 
-`rollout.decode_step` is the plain step: about forty small kernels a layer on a GPU. `fused_step` does the same in ten,
+`rollout.decode_step` is the plain step: on a GPU some 36 kernels a layer. `fused_step` does the same in ten,
 written in Triton (Tillet, Kung & Cox 2019). Between the products with the weights lie
 
     add_norm        x = x + delta;  y = norm(x)

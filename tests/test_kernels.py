@@ -45,11 +45,9 @@ def test_compiled_for_gpus(tmp_path):
     result = json.loads(done.stdout)
     launches = {name: kinds["triton"] + sum(kinds["torch"].values()) for name, kinds in result["launches"].items()}
     bare, _, adapted = launches.values()
-    assert len(NAMES) == 7 and bare <= 12 * 32 + 20 and adapted <= bare + 6 * 32 and result["plain"] > 3 * bare, (
-        launches
-    )
+    assert bare <= 12 * 32 + 20 and adapted <= bare + 6 * 32 and result["plain"] > 3 * bare, launches
     found = {(row["kernel"], row["sm"], row["rows"]) for row in result["kernels"]}
-    assert {(name, sm, "16 x 8") for name in NAMES for sm in (80, 90)} <= found and len(found) == 20
+    assert len(NAMES) == 7 and {(name, sm, "16 x 8") for name in NAMES for sm in (80, 90)} <= found and len(found) == 20
     for row in result["kernels"]:
         assert row["spilled"] == row["stack"] == 0 and row["registers"] <= 128 and row["shared"] < 48 * 1024, row
         assert row["wide loads"] >= (48 if row["kernel"] == "attend_kernel" else 2), row
@@ -78,7 +76,8 @@ def test_where_it_runs(monkeypatch):
 
 
 def test_a_cpu_decodes_plainly(network):
-    assert not rollout.Sampler(network).fused and kernels.triton is None
+    assert not rollout.Sampler(network).fused
+    assert torch.version.cuda or kernels.triton is None  # its import would only cost time
     with pytest.raises(ValueError, match="CUDA device"):
         rollout.Sampler(network, kernels="fused")
 
