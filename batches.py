@@ -128,10 +128,7 @@ class DecisionAnchor:
         self.subject, self.policy, self.labelled, self.args, self.ranks = subject, policy, labelled, args, ranks
 
     def backward(self, step: int) -> torch.Tensor:
-        """Backpropagates --anchor · mean KL(initial ‖ current) on the step's cases, in passes of --micro questions.
-
-        Returns this rank's part of the mean, a scalar on its device.
-        """
+        """Backpropagates --anchor · mean KL(initial ‖ current) of the step's cases; returns this rank's part of it."""
         size = min(len(self.labelled), self.args.prompts // 2)
         cases = random.Random(f"{self.args.seed}/{step}/anchor").sample(self.labelled, size)
         mine, mean = self.ranks.share(cases), torch.zeros((), dtype=torch.float64, device=self.ranks.device)

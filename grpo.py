@@ -116,10 +116,7 @@ def informative(rewards: list[list[float]]) -> list[int]:
 
 
 class LossStats:
-    """Figures of one optimizer update, over its micro-batches and all ranks; means are over the tokens scored.
-
-    Until `summary` they stay on the device, so that the host can prepare the next micro-batch.
-    """
+    """Figures of an update over its micro-batches and all ranks, on the device until `summary`; means over tokens."""
 
     def __init__(self, device):
         self.sums, self.gap_max = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros((), device=device)
