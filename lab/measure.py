@@ -27,7 +27,7 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
     record = reading.read_json(record) if record.exists() else reading.Record({}, str(record))
     if (trained := record.get("opening", args.opening)) != args.opening:
         print(f"note: this model was trained with explanations that begin {trained!r}; see --opening")
-    if (trained := record.get("why", "leading")) not in args.why:
+    if (trained := record.get("why", "leading" if record else args.why[0])) not in args.why:
         print(f"note: this model was trained to explain when asked --why {trained}")
     if args.calibration not in ("none", "fit"):
         begun = record.take("made_of", dict[str, str], {}).get("weights")
@@ -100,12 +100,17 @@ def run_measure(args: argparse.Namespace) -> None:
     if args.rows and args.calibration == "fit":
         faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
-    print(f"\n{report.overview(summaries)}")
+    main = dict(list(summaries.items())[: len(args.temperature)])  # of the first --why
+    print(f"\n{report.overview(main)}")
+    if len(measured) > 1:
+        names = {name: report.OVERVIEW[name] for name in ("mention_if_flip", "mention_if_same", "phi")}
+        lines = [[head, *(report.cell(found[name]) for name in names)] for head, found in summaries.items()]
+        print(f"\n{report.grid(['', *names.values()], lines)}")
     areas = {t: f_auroc([rows[t] for rows in measured.values()]) for t in args.temperature if len(measured) > 1}
     for t, area in areas.items():
         print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {report.cell(area)}")
     if args.controls:
-        print(f"\nWhat influence means for this model\n{report.overview(summaries, rows=controls.BLOCK)}")
+        print(f"\nWhat influence means for this model\n{report.overview(main, rows=controls.BLOCK)}")
     many = many_edits(subject, parts["test"], args) if args.edits else {}
     pair = [quoted(f"{kept[0]}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit") if kept]
     more = f": python -m lab.report {' --fit '.join(pair)}" if pair else " needs --rows PREFIX, see --help"

@@ -16,6 +16,7 @@ import rollout
 import tasks
 from lab import compare, paper, report
 from model import Tokenizer, load
+from report import cell as report_cell
 from rollout import Sampler
 from run import reading
 
@@ -213,11 +214,17 @@ def test_why_is_asked_in_several_ways(folder, tmp_path, monkeypatch):
     figures = reading.read_json(written)
     assert list(figures["summary"]) == [f"T=0, asked {why}" for why in rows]
     assert figures["f_auroc"]["T=0"]["value"] == compare.f_auroc(list(rows.values()))["value"]
+    table, whys = out.split("\n\n")[1:3]
+    assert table.split("\n")[0].split()[3:] == ["T=0,", "asked", "leading"] and len(table.split("\n")) == 10
+    phi = report_cell(figures["summary"]["T=0, asked neutral"]["phi"])
+    assert whys.split("\n")[3].startswith("T=0, asked neutral ") and whys.split("\n")[3].endswith(phi)
     assert "F-AUROC over 3 why-questions, T=0: " in out and f"{prefix}.leading.T0.jsonl --fit" in out
     pair = [f"{prefix}.{why}.T0.jsonl" for why in ("leading", "neutral")]
     assert "made with other opening" in refused("lab.report", *pair)
     known = reading.read_json(f"{prefix}.calibration.json")["mean_logp"]  # which does not depend on why
-    again, _ = measured(folder, tmp_path / "again", "--why", "neutral", "--calibration", f"{prefix}.calibration.json")
+    options = ("--why", "neutral", "--calibration", f"{prefix}.calibration.json", "--rows", tmp_path / "again")
+    assert "note: " not in ran(*MEASURE, "--model", folder, "--max-new-tokens", "6", *options)
+    again = reading.read_jsonl(f"{tmp_path}/again.T0.jsonl")
     assert known and [row["text"] for row in again] == [row["text"] for row in rows["neutral"]]
 
 
