@@ -148,8 +148,7 @@ def sized(
     """The rows and, on the meta device, the slots for a call whose longest prompt has `longest` tokens.
 
     rows: how many samples are decoded together. None or 0: 128; on CUDA 512 or 256 if the cache then takes at most a
-    sixth of the `free` bytes. More rows cost little time there. AdamW's moments, the gradients and the activations of
-    a training step are still to come, and may need 14 bytes per weight.
+    sixth of the `free` bytes, because a training step still needs moments, gradients and activations beside it.
     """
     for rows in [rows] if rows else [512, 256, 128] if static else [128]:  # noqa: B020
         G = min(samples, rows, max(lanes, rows // prompts))
@@ -174,8 +173,7 @@ class Sampler:
     """Generates from `model`, whose weights may change between calls, in place.
 
     end_of_turn: token ids that end an answer, by default the model's own. rows: how many samples are decoded together;
-    None or 0: by memory. lanes: how many of them may come from one prompt. kernels: which decode step, see
-    `kernels.may_fuse`.
+    None or 0: by memory. lanes: how many of one prompt, unless prompts are few. kernels: see `kernels.may_fuse`.
     """
 
     def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int | None = None,
