@@ -150,7 +150,7 @@ def test_drawn_weights(folder, tmp_path, monkeypatch):
      ("train", {"--against": "transformers"}, "train --against trl"), ("rollout", {"--lora": 2}, "leave them out"),
      ("train", {"--against": "trl", "--lora": 2}, "leave them out"),
      ("rollout", {"--rows": -1}, "--rows must be at least 0, not -1"),
-     ("rollout", {"--kernels": "fused"}, "they need a CUDA device")],
+     ("rollout", {"--kernels": "fused"}, "it needs a CUDA device")],
 )  # fmt: skip
 def test_mistakes(folder, capsys, what, changes, words):
     flags = {"--model": folder, "--count": 2, "--micro": 1, "--length": 40} | changes

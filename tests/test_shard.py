@@ -114,10 +114,10 @@ def test_choose(network, monkeypatch):
     # Eight GPUs of 80 GB.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
     eight = plan.read(str(tiny.ROOT / "configs" / "llama-3.1-8b.json"))
-    nine = dataclasses.replace(eight, layers=9)  # of its 32: the rest of the memory decides
+    nine, ten = (dataclasses.replace(eight, layers=n) for n in (9, 10))  # of 32: the rest of the memory decides
     for config, changes, kept in (
-        (eight, {}, "shard"), (eight, {"lora": 16, "kl": 0.1}, "replicate"), (nine, {}, "replicate"),
-        (nine, {"kl": 0.1}, "shard"), (nine, {"recompute": False}, "shard"),
+        (eight, {}, "shard"), (eight, {"lora": 16, "kl": 0.1}, "replicate"), (ten, {}, "replicate"),
+        (ten, {"kl": 0.1}, "shard"), (nine, {"recompute": False}, "shard"),
         (nine, {"recompute": False, "micro": 1}, "replicate"), (config_of_smollm2(), {}, "replicate"),
         (network.config, {"max_new_tokens": 500}, "replicate"),  # leaves little context for the prompt
     ):  # fmt: skip
