@@ -17,7 +17,7 @@ import reward
 import tasks
 from faith import Case, Labelled, Subject
 from rollout import option_scores
-from run.args import Args
+from run.args import Args, turns
 from run.device import send
 from run.policy import Policy
 from run.ranks import Ranks
@@ -28,38 +28,46 @@ class NothingToBalance(ValueError):
 
 
 class Stream:
-    """Edited training questions in an endless stream: each epoch in a new order, with new edits."""
+    """Edited training questions in an endless stream: each epoch in a new order, with new edits.
+
+    Each task has epochs of its own, so its questions and edits come as in a run of that task alone.
+    """
 
     def __init__(self, questions: list[tasks.Question], args: Args, kept_back=()):
         """kept_back: the test questions of the run, which are never trained on."""
         self.questions, self.kept_back, self.kind, self.seed = questions, kept_back, args.intervention, args.seed
         self.words = reward.words(args.intervention, held_out=False)
+        self.of = tasks.by_task(questions)
+        self.turns = turns(",".join(self.of), args.mix)
         self.drawn = 0  # cases handed out so far
-        self.epoch, self.remaining = -1, []
+        self.taken = dict.fromkeys(self.of, 0)  # questions of each task that were taken for them
+        self.order: dict[str, list] = {}  # the questions of each task, as their epoch has them
         self.frozen: Labelled = []  # with --labels frozen: cases labelled by the initial model
 
-    def next_cases(self, n: int) -> list[Case]:
-        """The next n cases; questions without a place for an edit are passed over."""
-        cases, passed_over = [], 0
-        while len(cases) < n:
-            if not self.remaining:
-                self.epoch += 1
-                self.remaining = tasks.shuffled(self.questions, self.seed + self.epoch)[::-1]
-            drawn = faith.draw_cases([self.remaining.pop()], self.kind, self.seed * 1000 + self.epoch, self.words)
-            cases += drawn
-            passed_over = 0 if drawn else passed_over + 1
-            if passed_over > len(self.questions):
-                raise ValueError("no training question has a place for an edit; choose another --intervention")
-        self.drawn += n
-        return cases
+    def next_cases(self, n: int, task: str = "") -> list[Case]:
+        """The next n cases of a task, or of all tasks by turns."""
+        return [self.next_case(task or self.turns[self.drawn % len(self.turns)]) for _ in range(n)]
+
+    def next_case(self, task: str) -> Case:
+        """The task's next case; questions without a place for an edit are passed over."""
+        for _ in range(len(self.of[task]) + 1):
+            epoch, place = divmod(self.taken[task], len(self.of[task]))
+            if place == 0 or task not in self.order:
+                self.order[task] = tasks.shuffled(self.of[task], self.seed + epoch)
+            self.taken[task] += 1
+            for case in faith.draw_cases([self.order[task][place]], self.kind, self.seed * 1000 + epoch, self.words):
+                self.drawn += 1
+                return case
+        raise ValueError(f"no training question of {task} has a place for an edit; choose another --intervention")
 
     def position(self) -> dict:
         """Where the stream stands, for a checkpoint."""
-        return {"drawn": self.drawn, "epoch": self.epoch, "remaining": len(self.remaining)}
+        return {"drawn": self.drawn, "taken": dict(self.taken)}
 
-    def resume_at(self, drawn: int, epoch: int, remaining: int) -> None:
-        self.drawn, self.epoch = drawn, epoch
-        self.remaining = tasks.shuffled(self.questions, self.seed + epoch)[::-1][:remaining] if remaining else []
+    def resume_at(self, drawn: int, taken: dict | None = None, epoch: int = 0, remaining: int = 0) -> None:
+        """epoch, remaining: of a checkpoint of earlier versions, which knew one task."""
+        self.drawn, self.order = drawn, {}
+        self.taken = taken or {task: (epoch + 1) * len(questions) - remaining for task, questions in self.of.items()}
 
 
 def label(subject: Subject, cases: list[Case], ranks: Ranks, progress=lambda done, total: None) -> Labelled:
@@ -78,15 +86,21 @@ def balance(labelled: Labelled, size: int) -> Labelled:
 
 
 def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
-    """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none."""
-    if args.labels == "frozen":
-        labelled = random.Random(f"{args.seed}/{step}").sample(stream.frozen, len(stream.frozen))
-        batch = balance(labelled, args.prompts)
-    else:
-        labelled = []
-        while len(batch := balance(labelled, args.prompts)) < args.prompts and len(labelled) < args.candidates:
-            cases = stream.next_cases(min(2 * args.prompts, args.candidates - len(labelled)))
-            labelled += label(subject, cases, ranks)
+    """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none.
+
+    The tasks take turns at the pairs with and without influence, on from one step to the next. So each is balanced by
+    itself. A task with too few of either has fewer pairs in this batch.
+    """
+    pairs, batch, labelled = args.prompts // 2, [], []
+    tasks_of_pairs = [stream.turns[n % len(stream.turns)] for n in range(step * pairs, (step + 1) * pairs)]
+    frozen = random.Random(f"{args.seed}/{step}").sample(stream.frozen, len(stream.frozen))
+    for task in dict.fromkeys(tasks_of_pairs):
+        size, found = 2 * tasks_of_pairs.count(task), [pair for pair in frozen if pair[0].question.task == task]
+        while args.labels != "frozen" and len(balance(found, size)) < size and len(found) < args.candidates:
+            cases = stream.next_cases(min(2 * size, args.candidates - len(found)), task)
+            found += label(subject, cases, ranks)
+        batch += balance(found, size)
+        labelled += found
     if not batch:
         raise NothingToBalance(
             f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
@@ -105,15 +119,22 @@ def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
     rewards = np.array([e["reward"] for e in log])
     groups = rewards.reshape(-1, samples)
     influence = [row["influence"] for _, row in labelled]
-    picks = np.array([row["y"] for _, row in labelled])
-    return {
+    picks, options = np.array([row["y"] for _, row in labelled]), max(len(row["p"]) for _, row in labelled)
+    figures = {
         "reward": float(rewards.mean()), "phi": reward.phi(I.tolist(), M.tolist()),
         "mention_1": float(M[I].mean()), "mention_0": float(M[~I].mean()),
         "influence_rate": float(np.mean(influence)), "labelled": len(influence),
-        "picks": (np.bincount(picks, minlength=len(labelled[0][1]["p"])) / len(picks)).round(3).tolist(),
+        "picks": (np.bincount(picks, minlength=options) / len(picks)).round(3).tolist(),
         "flat_groups": float((groups.min(1) == groups.max(1)).mean()),
         "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
     }  # fmt: skip
+    known = dict.fromkeys(row["task"] for _, row in labelled)
+    for task in known if len(known) > 1 else ():  # a task may have no pair in this batch
+        mine, moved = [e for e in log if e["task"] == task], [r["influence"] for _, r in labelled if r["task"] == task]
+        phi = reward.phi([e["influence"] for e in mine], [e["mention"] for e in mine])
+        figures |= {f"prompts.{task}": len(mine) // samples, f"phi.{task}": phi,
+                    f"labelled.{task}": len(moved), f"influence_rate.{task}": float(np.mean(moved))}  # fmt: skip
+    return figures
 
 
 class DecisionAnchor:
@@ -141,10 +162,13 @@ class DecisionAnchor:
     def divergence(self, labelled: Labelled) -> torch.Tensor:
         """KL(initial ‖ current) over the letters, summed over X and X' of all cases, which are scored in one pass."""
         device, tokenizer = self.ranks.device, self.subject.tokenizer
-        initial = send([p for _, row in labelled for p in (row["p"], row["p_edit"])], device)
+        shift = faith.shifts(self.subject, [q for case, _ in labelled for q in (case.question, case.edited)])
+        initial = np.zeros_like(shift)
+        for place, p in zip(initial, (row[name] for _, row in labelled for name in ("p", "p_edit")), strict=True):
+            place[: len(p)] = p
         pairs = [[faith.decision_prompt(tokenizer, q) for q in (case.question, case.edited)] for case, _ in labelled]
-        letters = faith.letter_tokens(tokenizer, initial.shape[1])
-        logp = self.policy.run(lambda model: option_scores(model, pairs, letters))  # (2 · cases, options)
-        if self.subject.offsets is not None:
-            logp = (logp - send(self.subject.offsets, device).float()).log_softmax(-1)
-        return torch.nn.functional.kl_div(logp, initial, reduction="sum")
+        letters = faith.letter_tokens(tokenizer, shift.shape[1])
+        logp = self.policy.run(lambda model: option_scores(model, pairs, letters))  # (2 · cases, most options)
+        if shift.any():
+            logp = (logp - send(shift, device).float()).log_softmax(-1)
+        return torch.nn.functional.kl_div(logp, send(initial, device).float(), reduction="sum")

@@ -37,7 +37,7 @@ from model import Tokenizer, load
 from reward import Intervention
 from rollout import Completion, Sampler
 from run import files, identity, lora, results
-from tasks import Question
+from tasks import Question, by_task
 
 # ---- prompts: what a fork may change ---------------------------------------------------------------------------
 
@@ -93,11 +93,17 @@ class Subject:
 
     sampler: Sampler
     tokenizer: Tokenizer
-    offsets: np.ndarray | None = None  # mean log p per letter, subtracted before the argmax (`calibrate`)
+    offsets: dict[str, np.ndarray] = field(default_factory=dict)  # {task: what `calibrate` says}
     only_explains: bool = False  # the model's LoRA adapters are off while it decides (--train-only explanation)
     opening: str = ""  # every explanation is forced to begin with these words; the recorded text leaves them out
     why: str = "leading"  # how it is asked why: a key of WHYS
     made_of: dict[str, str] = field(default_factory=dict)  # hashes of what its results depend on (run/identity.py)
+
+    @property
+    def calibration(self) -> list | dict | None:
+        """The offsets as JSON: of one task a list, of several {task: list}; None without any."""
+        lists = {task: values.tolist() for task, values in self.offsets.items()}
+        return lists if len(lists) > 1 else next(iter(lists.values()), None)
 
 
 def open_subject(path: str, opening: str = "", kernels: str = "auto", why: str = "leading") -> Subject:
@@ -105,7 +111,7 @@ def open_subject(path: str, opening: str = "", kernels: str = "auto", why: str =
     tokenizer = Tokenizer(path)
     model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}, kernels=kernels)
-    subject = Subject(sampler, tokenizer, None, results.only_explains(path), opening, why)
+    subject = Subject(sampler, tokenizer, {}, results.only_explains(path), opening, why)
     identity.check_base(path, made_of(subject, [])["config"])
     return subject
 
@@ -142,41 +148,50 @@ def letter_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
     return tokenizer.ids_after(tokenizer.render([{"role": "user", "content": "?"}], BEGIN), LETTERS[:count])
 
 
-def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
-    """Log-probabilities of the option letters (n, options), minus the calibration offsets, normalised.
+ABSENT = 1e4  # subtracted from the log p of a letter that a question does not have: p is 0, and 0 * log p is not NaN
 
-    The decision is their argmax. Every `together` questions in a row are scored in one batch. ValueError if the
-    questions differ in their number of options.
+
+def shifts(subject: Subject, questions: list[Question]) -> np.ndarray:
+    """What `decide` subtracts (n, most options): the calibration offsets of each question's task, or ABSENT."""
+    out = np.full((len(questions), max(len(q.options) for q in questions)), ABSENT)
+    for row, question in zip(out, questions, strict=True):
+        row[: len(question.options)] = subject.offsets.get(question.task, 0.0)
+    return out
+
+
+def decide(subject: Subject, questions: list[Question], together: int = 1) -> np.ndarray:
+    """Log-probabilities of the option letters (n, most options), minus the calibration offsets, normalised.
+
+    The decision is their argmax. A letter that a question does not have has probability 0. Every `together` questions
+    in a row are scored in one batch.
     """
-    counts = {len(q.options) for q in questions}
-    if len(counts) != 1:
-        raise ValueError(f"questions of one task must have equally many options, these have {sorted(counts)}")
-    letters = letter_tokens(subject.tokenizer, counts.pop())
+    shift = shifts(subject, questions)
+    letters = letter_tokens(subject.tokenizer, shift.shape[1])
     prompts = [decision_prompt(subject.tokenizer, q) for q in questions]
     with lora.without(subject.sampler.model) if subject.only_explains else contextlib.nullcontext():
         logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64)
-    if subject.offsets is not None:
-        logp = logp - subject.offsets
+    logp = logp - shift
     return logp - np.log(np.exp(logp).sum(-1, keepdims=True))
 
 
 def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.ndarray]:
-    """(log p on X, log p on X'), each (n, options). A case's X and X' are in one batch: rounding affects both alike."""
+    """(log p on X, log p on X'), each as `decide`. A case's X and X' are in one batch: rounding affects both alike."""
     logp = decide(subject, [q for c in cases for q in (c.question, c.edited)], together=2)
     return logp[0::2], logp[1::2]
 
 
-def calibrate(subject: Subject, questions: list[Question]) -> np.ndarray:
-    """Mean log p per letter over unedited questions (options,): batch calibration (Zhou et al. 2309.17249).
+def calibrate(subject: Subject, questions: list[Question], most: int | None = None) -> dict[str, np.ndarray]:
+    """{task: mean log p per letter over unedited questions (options,)}: batch calibration (Zhou et al. 2309.17249).
 
-    A small model may answer one letter nearly always. Then y' alone predicts I.
+    A small model may answer one letter nearly always. Then y' alone predicts I. most: use so many of each task.
     """
-    return decide(replace(subject, offsets=None), questions).mean(0)
+    plain = replace(subject, offsets={})
+    return {task: decide(plain, some[:most]).mean(0) for task, some in by_task(questions).items()}
 
 
 def write_offsets(subject: Subject, questions: int, task: str, file: Path) -> None:
     """Writes the offsets, and what they were made of, as a calibration.json."""
-    values = {"mean_logp": subject.offsets.tolist(), "questions": questions, "task": task}
+    values = {"mean_logp": subject.calibration, "questions": questions, "task": task}
     files.write_json(file, values | {"made_of": subject.made_of})
 
 
@@ -185,7 +200,7 @@ def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: i
 
     Only the 64 questions with the most bytes are tokenised, each with the longest biasing sentence.
     """
-    decide(replace(subject, offsets=None), questions[:1])
+    decide(subject, [max(questions, key=lambda q: len(q.options))])
     appeal = max(reward.PHRASINGS, key=len).format(persona=max(reward.PERSONAS, key=len), letter="A")
     longest = sorted(questions, key=lambda q: sum(len(t.encode()) for t in q.parts + q.options))[-64:]
     asked = [replace(q, appeal=appeal) for q in longest]
@@ -275,13 +290,14 @@ def decoys(case: Case, text: str, seed: int) -> dict:
 
 def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
     """What is known of a case before it is explained: enough to fit the shortcut baseline."""
-    y, y_edit, d = int(logp.argmax()), int(logp_edit.argmax()), case.intervention
+    y, y_edit, d, n = int(logp.argmax()), int(logp_edit.argmax()), case.intervention, len(case.question.options)
     return {
         "id": case.question.id, "group": case.question.group, "gold": case.question.gold,
-        "y": y, "y_edit": y_edit, "p": np.exp(logp).tolist(), "p_edit": np.exp(logp_edit).tolist(),
+        "y": y, "y_edit": y_edit, "p": np.exp(logp[:n]).tolist(), "p_edit": np.exp(logp_edit[:n]).tolist(),
         "kind": d.kind, "word": d.word, "text_inserted": d.text, "phrasing": d.phrasing, "suggestion": d.suggestion,
         "influence": int(reward.influence(y, y_edit)),
         "planted": None if case.question.moved_by is None else int(d.name in case.question.moved_by),
+        "task": case.question.task,
     }  # fmt: skip
 
 

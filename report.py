@@ -151,10 +151,17 @@ def logistic(x, y, l2=1.0):
     return b
 
 
+def by_task(rows):
+    """{"": all rows}; of several tasks also {".TASK": its rows}."""
+    tasks = dict.fromkeys(row.get("task") for row in rows)
+    return {"": rows} | {f".{t}": [row for row in rows if row.get("task") == t] for t in tasks if len(tasks) > 1}
+
+
 def shortcut(rows, fit_rows):
     """A guess of I that does not read the question: logistic regression on fit_rows -> guessed I of rows (N,).
 
-    It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values).
+    It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
+    in columns of the row's task.
     Returns odds: the log odds of I = 1; phi, phi_balanced: 1 above the threshold of them that gives the highest phi
     or phi_balanced on fit_rows.
     """
@@ -162,13 +169,16 @@ def shortcut(rows, fit_rows):
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")
     for number, row in enumerate(fit_rows, 1):
         check(row, (*SHORTCUT_KEYS, "influence"), f"fit rows, row {number}")
-    seen = sorted({(key, str(r[key])) for r in fit_rows for key in SHORTCUT_KEYS})
-    x_fit, x = (
-        np.array(
-            [[1, r["y_edit"] == r["suggestion"], *(str(r[key]) == v for key, v in seen)] for r in part], dtype=float
-        )
-        for part in (fit_rows, rows)
-    )
+    tasks = sorted({r.get("task", "") for r in fit_rows})
+
+    def features(r):
+        task = r.get("task", "") if len(tasks) > 1 else tasks[0]
+        follows = {(task, "follows")} if r["y_edit"] == r["suggestion"] else set()
+        return follows | {(task, key, str(r[key])) for key in SHORTCUT_KEYS}
+
+    seen = [(task, "follows") for task in tasks] + sorted({f for r in fit_rows for f in features(r) if len(f) > 2})
+    x_fit, x = (np.array([[1, *(f in has for f in seen)] for has in map(features, part)], dtype=float)
+                for part in (fit_rows, rows))  # fmt: skip
     i_fit, one = np.array([r["influence"] for r in fit_rows], dtype=float), np.ones((1, len(fit_rows)))
     b = logistic(x_fit, i_fit)
     odds_fit, odds = np.round(x_fit @ b, 9), np.round(x @ b, 9)  # rounded, so that equal rows stay equal
@@ -238,6 +248,7 @@ def overview(summaries, markdown=False, rows=None):
     """The main figures of {heading: summary or differences} as a table, if they are known; `table` has all of them."""
     rows = rows or (ASKED if any("detection" in part for part in summaries.values()) else OVERVIEW)
     known = {name: text for name, text in rows.items() if any(name in part for part in summaries.values())}
+    known |= {name: name for part in summaries.values() for name in part if name.startswith("Phi-CCT, ")}  # of a task
     return table(summaries, markdown, known, "95 % intervals")
 
 

@@ -88,6 +88,24 @@ def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Quest
     return questions
 
 
+def by_task(questions: list[Question]) -> dict[str, list[Question]]:
+    """{task: its questions}, in the order in which they came."""
+    return {task: [q for q in questions if q.task == task] for task in dict.fromkeys(q.task for q in questions)}
+
+
+def load_splits(paths: dict[str, str], sizes: dict[str, int], skip_bad_rows: bool) -> tuple[list, dict[str, list]]:
+    """All questions of {task: path}, and their splits: of each task by itself, with the same sizes for each.
+
+    There is one split for all seeds, so that no run trains on the test questions of another.
+    """
+    loaded = [load(task, path, skip_bad_rows) for task, path in paths.items()]
+    parts = [split(questions, sizes, seed=0) for questions in loaded]
+    questions = sum(loaded, [])
+    if len({q.id for q in questions}) < len(questions):
+        raise ValueError("two questions of different tasks have the same id; give those of your own another")
+    return questions, {name: sum((part[name] for part in parts), []) for name in sizes}
+
+
 def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
     """The questions in an order that depends on the seed, not on the order in which they came."""
     return sorted(questions, key=lambda q: (_hash(seed, q.task, q.parts, q.options, q.gold), q.id))

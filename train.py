@@ -42,7 +42,7 @@ from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from rollout import Completion, Sampler
 from run import checkpoint, files, identity, lora, reading, results
-from run.args import Args, check, parse
+from run.args import Args, check, data_sets, parse
 from run.checkpoint import RunState
 from run.device import send
 from run.hub import locate
@@ -117,7 +117,7 @@ def sample(subject: Subject, prompts: list[list[int]], keys: list[int], n: int, 
 
 def score(subject: Subject, case: Case, row: dict, group: list[Completion], n: int) -> list[dict]:
     """One log entry per explanation of a labelled case, with its mention and its reward."""
-    known = {key: row[key] for key in ("id", "word", "text_inserted", "y", "y_edit", "influence")}
+    known = {key: row[key] for key in ("task", "id", "word", "text_inserted", "y", "y_edit", "influence")}
     entries = []
     for answer in group:
         text = subject.tokenizer.decode(answer.tokens)
@@ -217,8 +217,11 @@ def evaluate(
     )
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
-        initial = rows if before is None else before
-        summaries = {f"T={t:g}": report.summary(rows[t], fit_rows, args.seed, initial=initial.get(t)) for t in rows}
+        initial, fitted, summaries = rows if before is None else before, report.by_task(fit_rows), {}
+        for t in rows:
+            for part, some in report.by_task(rows[t]).items():
+                figures = report.summary(some, fitted.get(part, []), args.seed, initial=initial.get(t))
+                summaries[f"T={t:g}{part}"] = figures
         results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows
@@ -256,9 +259,8 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
         raise ValueError(f"{args.out} already holds something, maybe another run; choose another --out or remove it")
     if args.resume and (done := checkpoint.steps_done(Path(args.out) / "checkpoints")) > args.steps:
         raise ValueError(f"--steps {args.steps}: the run has done {done}; give at least that, or leave out --steps")
-    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
-    parts = tasks.split(questions, sizes, seed=0)  # one split for all seeds: no run trains on test questions
+    questions, parts = tasks.load_splits(data_sets(args.task, args.data), sizes, args.skip_bad_rows)
     stream = Stream(parts["fit"] + parts["train"], args, parts["test"])
     identity.check_unseen(args.model, parts["test"], "--eval-questions", stream.questions)
     tokenizer = models.Tokenizer(args.model)
@@ -269,7 +271,7 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute = args.recompute
     sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, args.rows, kernels=args.kernels)
-    subject = Subject(sampler, tokenizer, None, args.train_only == "explanation", args.opening, args.why)
+    subject = Subject(sampler, tokenizer, {}, args.train_only == "explanation", args.opening, args.why)
     subject.made_of = faith.made_of(subject, questions)
     if args.dataset:
         stream.frozen = read_dataset(args, subject.made_of, stream.questions)
@@ -295,10 +297,10 @@ def run(
         print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
               f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip
     if args.calibrate:
-        plain = stream.questions[: args.calibration_questions]
-        subject.offsets = faith.calibrate(subject, plain)
+        subject.offsets = faith.calibrate(subject, stream.questions, args.calibration_questions)
         if ranks.rank == 0:
-            faith.write_offsets(subject, len(plain), args.task, out / "calibration.json")
+            used = sum(min(len(some), args.calibration_questions) for some in stream.of.values())
+            faith.write_offsets(subject, used, args.task, out / "calibration.json")
     if args.resume and (out / "before.json").exists():
         before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
@@ -331,7 +333,7 @@ def run(
 @command("train.py", ranks=True)
 def main(argv: list[str] | None = None) -> None:
     # The only place that imports lab/, and only what the flags ask for.
-    args = parse(argv, {"task": tasks.TASKS, "intervention": reward.KINDS}, toy.SETTINGS)
+    args = parse(argv, {"intervention": reward.KINDS}, toy.SETTINGS)
     take_step, plan, read_dataset = step, None, None
     from lab.report import finish
 

@@ -35,6 +35,7 @@ import tasks
 from batches import balance
 from faith import Case, Labelled, Subject
 from run import files, identity, reading
+from run.args import data_sets
 from run.hub import locate
 from run.progress import Parser, Progress, add_note, command
 from tasks import Question
@@ -156,18 +157,24 @@ def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple
     for name, words in (("test", None), ("fit", reward.words(kind, held_out=False))):  # the edits that train.py draws
         cases = faith.draw_cases(parts[name], kind, args.seed, words)
         collected[name] = label(subject, iter(cases), logs[name], len(cases))
-    cases, most = candidates(parts["train"], kind, args.seed, args.edits), len(parts["train"]) * args.edits
-    labelled = label(subject, cases, logs["train"], most, args.size)
-    collected["train"] = train = balance(labelled, args.size)
-    moved = sum(row["influence"] for _, row in labelled)
-    found = f"{moved} of {len(labelled)} edits moved it; raise --edits, give more data, or try --calibrate or another "
-    found += "--intervention"
-    if not train:
-        raise ValueError(f"the model gives nothing to balance: {found}")
-    often = "rarely" if 2 * moved < len(labelled) else "often"
-    short = f"{len(train)} of {args.size} rows, since the model flips too {often}: {found}"
+    collected["train"], tried, short, trainable = [], [], [], tasks.by_task(parts["train"])
+    for task, questions in trainable.items():
+        log = logs["train"].with_stem(logs["train"].stem + f"-{task}" * (len(trainable) > 1))
+        cases, most = candidates(questions, kind, args.seed, args.edits), len(questions) * args.edits
+        labelled = label(subject, cases, log, most, args.size)
+        train = balance(labelled, args.size)
+        moved = sum(row["influence"] for _, row in labelled)
+        often = "rarely" if 2 * moved < len(labelled) else "often"
+        found = (f"{len(train)} of {args.size} rows of {task}, since the model flips too {often}: {moved} of "
+                 f"{len(labelled)} edits moved it; raise --edits, give more data, or try --calibrate or another "
+                 "--intervention")  # fmt: skip
+        if not train:
+            raise ValueError(f"nothing to balance: {found}")
+        short += [found] * (len(train) < args.size)
+        collected["train"] += train
+        tried += labelled
     splits = {name: rates(collected[name]) for name in collected}
-    return collected, {"splits": splits, "labelled": rates(labelled), "short": short * (len(train) < args.size)}
+    return collected, {"splits": splits, "labelled": rates(tried), "short": "; ".join(short)}
 
 
 def build(args: argparse.Namespace) -> dict:
@@ -177,9 +184,8 @@ def build(args: argparse.Namespace) -> dict:
     model.
     """
     out, file = Path(args.out), Path(args.out) / "manifest.json"
-    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
-    parts = tasks.split(questions, sizes, seed=0)  # as train.py
+    questions, parts = tasks.load_splits(data_sets(args.task, args.data), sizes, args.skip_bad_rows)  # as train.py
     if (locate(args.model) / "adapter_config.json").exists():
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
@@ -199,18 +205,18 @@ def build(args: argparse.Namespace) -> dict:
     if not manifest["complete"]:
         faith.check_prompts(subject, questions, 1)
         out.mkdir(parents=True, exist_ok=True)
-        if args.calibrate and not manifest.get("mean_logp"):
-            plain = (parts["fit"] + parts["train"])[: args.calibration_questions]  # those of train.py
-            manifest["mean_logp"] = faith.calibrate(subject, plain).tolist()
+        if args.calibrate:
+            plain = parts["fit"] + parts["train"]  # those of train.py
+            subject.offsets = faith.calibrate(subject, plain, args.calibration_questions)
+            manifest["mean_logp"] = subject.calibration
         files.write_json(file, manifest)
-        subject.offsets = np.array(manifest["mean_logp"]) if args.calibrate else None
         collected, notes = collect(subject, parts, logs, args)
         for name, labelled in collected.items():
             files.write_jsonl(out / f"{name}.jsonl", [record(*pair) for pair in labelled])
         manifest |= notes | {"complete": True, "sha256": identity.file_digest(out / "train.jsonl")}
         files.write_json(file, manifest)
-    for log in logs.values():
-        log.unlink(missing_ok=True)
+    for log in out.glob("labelling-*.jsonl"):
+        log.unlink()
     return manifest
 
 
@@ -218,14 +224,14 @@ def build(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(prog="lab.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
-    parser.add_argument("--task", choices=tasks.TASKS, required=True)
-    parser.add_argument("--data", required=True, help="folder or file with the task's published data")
+    parser.add_argument("--task", required=True, help=f"{', '.join(tasks.TASKS)}; several with commas between")
+    parser.add_argument("--data", required=True, help="folder or file with the task's published data, for each task")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--calibrate", action="store_true", help="as in train.py: for small models")
     numbers = {  # default, least, most, help
-        "size": (6000, 2, math.inf, "training rows, half of them with influence"),
+        "size": (6000, 2, math.inf, "training rows of each task, half of them with influence"),
         "edits": (8, 1, 1000, "maximum edits of a training question"),
         "eval_questions": (300, 0, math.inf, "test questions, as in train.py"),
         "fit_questions": (300, 1, math.inf, "questions that fit the shortcut baseline, as in train.py"),

@@ -34,7 +34,7 @@ def answers(subject: Subject, batch: Labelled, n: int) -> list[dict]:
     """One log entry per labelled case, as train.score gives; a yes counts as a mention."""
     log = []
     for (_, row), D in zip(batch, detection_odds(subject, batch), strict=True):
-        known = {key: row[key] for key in ("id", "word", "text_inserted", "y", "y_edit", "influence")}
+        known = {key: row[key] for key in ("task", "id", "word", "text_inserted", "y", "y_edit", "influence")}
         said = int(D > 0)
         log.append({"step": n, **known, "mention": said, "reward": float(said == row["influence"]), "detection": D,
                     "tokens": 1, "ended": True, "text": YES_NO[said]})  # fmt: skip

@@ -31,7 +31,8 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
         print(f"note: this model was trained to explain when asked --why {trained}")
     if args.calibration not in ("none", "fit"):
         begun = record.take("made_of", dict[str, str], {}).get("weights")
-        subject.offsets = read_offsets(subject, args.calibration, options, task, args.model, begun)
+        offsets = read_offsets(subject, args.calibration, options, task, args.model, begun)
+        subject.offsets = {task or "ask": offsets}
     elif args.calibration == "none" and saved.exists():
         print(f"note: this model was trained with calibrated decisions; see --calibration {quoted(saved)}")
     return subject
@@ -43,11 +44,13 @@ def read_offsets(subject: faith.Subject, file: str, options: int, task: str, mod
     """
     try:
         saved = reading.read_json(file)
+        if task and task not in saved.take("task", str, task).split(","):
+            saved.refuse("task", f"{task!r}, as --task")
+        if isinstance(saved.get("mean_logp"), dict):  # of several tasks
+            saved = reading.Record({**saved, "mean_logp": saved["mean_logp"].get(task)}, saved.where)
         offsets = saved.take("mean_logp", list[float])
         if len(offsets) != options:
             saved.refuse("mean_logp", f"{options} numbers, one per option")
-        if task and saved.take("task", str, task) != task:
-            saved.refuse("task", f"{task!r}, as --task")
         if "made_of" in saved:
             now = faith.made_of(subject, [])
             identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
@@ -116,10 +119,9 @@ def run_measure(args: argparse.Namespace) -> None:
     more = f": python -m lab.report {' --fit '.join(pair)}" if pair else " needs --rows PREFIX, see --help"
     print(f"\nevery figure{more}")
     if args.json:
-        offsets = None if subject.offsets is None else subject.offsets.tolist()
         more = {"ct": many, "f_auroc": {f"T={t:g}": area for t, area in areas.items()}}
         more = {name: found for name, found in more.items() if found}
-        files.write_json(args.json, {"args": vars(args), "mean_logp": offsets, "summary": summaries} | more)
+        files.write_json(args.json, {"args": vars(args), "mean_logp": subject.calibration, "summary": summaries} | more)
 
 
 def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namespace, also: str) -> dict[float, list]:

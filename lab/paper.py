@@ -58,8 +58,13 @@ class Run:
     row: str
     cells: dict[Key, Path]  # without .T1.jsonl
     args: dict
-    trained: Key | None = None
+    trained: Key | None = None  # its tasks with commas between
     steps: int = 0
+
+
+def home_of(trained: Key | None) -> list[Key]:
+    """The cells that a run was trained on."""
+    return [(task, trained[1]) for task in trained[0].split(",")] if trained else []
 
 
 def read(folder: str | Path) -> Run:
@@ -155,15 +160,17 @@ def over_seeds(figures: list[dict]) -> dict | None:
     return {"value": value, "low": low, "high": high, "undefined": len(figures) - len(known), "seeds": len(figures)}
 
 
-def columns(home: Key | None, runs: list[Run]) -> dict[Key, str]:
-    """The cells of runs trained on `home` and their headings; without `home` all cells."""
+def columns(trained: Key | None, runs: list[Run]) -> dict[Key, str]:
+    """The cells of runs trained on `trained` and their headings; without it all cells."""
     there = {key: ", ".join(key) for run in runs for key in run.cells}
-    if not home:
+    if not trained:
         return there
-    task, kind = home
-    far = {key: f"OOD: {key[0]}" for key in sorted(there) if key[1] == kind and key != home}
-    cross = {key: f"cross-intervention: {key[1]}" for key in ((task, other) for other in KINDS if other != kind)}
-    return {home: "in-distribution"} | far | {key: head for key, head in cross.items() if key in there}
+    home, others = home_of(trained), [kind for kind in KINDS if kind != trained[1]]
+    near = {key: "in-distribution" + f": {key[0]}" * (len(home) > 1) for key in home}
+    far = {key: f"OOD: {key[0]}" for key in sorted(there) if key[1] == trained[1] and key not in home}
+    cross = {(task, kind): f"cross-intervention: {kind}" + f", {task}" * (len(home) > 1)
+             for kind in others for task, _ in home}  # fmt: skip
+    return near | far | {key: head for key, head in cross.items() if key in there}
 
 
 def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
@@ -190,7 +197,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
             raise ValueError(f"{where}: {error}") from None
         if base is not None and run.trained:
             found["phi_less_base"] = compare(base, mine, 0, resamples)["phi"]
-            found |= {"gain": gain(base, mine, resamples)} if run.trained == key else {}
+            found |= {"gain": gain(base, mine, resamples)} if key in home_of(run.trained) else {}
     return out
 
 
@@ -256,13 +263,14 @@ def text(table: dict, markdown: bool) -> str:
                 for row, of in table["rows"].items()]  # fmt: skip
         if any(words != "–" for line in body for words in line[1:]):
             parts += [title, report.grid(["", *heads], body, markdown)]
-    home, body = table["columns"][0], []
-    for row, of in table["rows"].items():
-        gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
-        body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
-    if body:
-        parts += ["What labels of the initial model reward, in-distribution"]
-        parts += [report.grid(["", *GAIN.values()], body, markdown)]
+    for home in table["columns"]:
+        body = []
+        for row, of in table["rows"].items():
+            gains = [f["gain"] for f in of["cells"][home] if "gain" in f]
+            body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
+        if body:
+            parts += [f"What labels of the initial model reward, {home}"]
+            parts += [report.grid(["", *GAIN.values()], body, markdown)]
     return "\n\n".join(parts)
 
 

@@ -23,8 +23,9 @@ class Args:
 
     model: str = option("toy", "Hugging Face directory, id in the local cache, or made here: toy, toy-qwen3, toy-plain",
                         on_resume=True)  # which may have moved: results.identify compares the weights and the questions
-    task: str = option("toy", "data set")
-    data: str = option("", "folder or file with the task's published data; the toy has its own", on_resume=True)
+    task: str = option("toy", "data set: esnli, social_iqa, comve, strategyqa, toy, jsonl; several with commas between")
+    data: str = option("", "folder or file with the published data of each task; the toy has its own", on_resume=True)
+    mix: str = option("", "with several tasks: their shares of a batch, such as 2,1. Default: even")
     skip_bad_rows: bool = option(False, "leave out rows of --data that cannot be read, and say how many")
     intervention: str = option("adverb", "what is inserted into a question")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
@@ -33,11 +34,11 @@ class Args:
     labels: str = option("on-policy", "influence according to the current model (on-policy) or the initial one "
                          "(frozen, as in the paper)", ("on-policy", "frozen"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
-    calibration_questions: int = option(300, "with --calibrate: unedited training questions for these means", least=1)
+    calibration_questions: int = option(300, "with --calibrate: so many unedited training questions per task", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence", least=2)
     samples: int = option(8, "explanations sampled per edited question: the group", least=2, most=2**20)
-    candidates: int = option(256, "label at most this many edited questions per step to balance its batch", least=2)
+    candidates: int = option(256, "label at most this many edited questions per task to balance a batch", least=2)
     frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2,
                                    most=10**6)
     dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used",
@@ -81,9 +82,9 @@ class Args:
     recompute: bool = option(False, "activation checkpointing: less memory, a third more work", on_resume=True)
     updates: int = option(1, "optimizer updates per batch of explanations", least=1)
     micro: int = option(4, "groups per pass; the result does not depend on it", least=1, on_resume=True)
-    eval_questions: int = option(300, "test questions measured before and after, never trained on; 0: none", least=0)
+    eval_questions: int = option(300, "test questions per task, measured before and after; not trained on", least=0)
     eval_before: bool = option(True, "measure the initial model too")
-    fit_questions: int = option(300, "training questions that fit the shortcut baseline", least=1)
+    fit_questions: int = option(300, "training questions per task that fit the shortcut baseline", least=1)
     note: str = option("", "a line for the model card, such as the source of the weights", on_resume=True)
     save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: no", least=0, on_resume=True)
     checkpoint_every: int = option(20, "steps between checkpoints; the last two are kept; 0: none, not even when "
@@ -120,9 +121,28 @@ def check_options(settings, flag=flag) -> None:
             raise ValueError(f"{flag(field)} must be above {known['above']}, not {value}")
 
 
+def data_sets(task: str, data: str) -> dict[str, str]:
+    """{task: its path} of --task and --data, where commas part several. ValueError where they do not match."""
+    names = task.split(",")
+    paths = data.split(",") if len(names) > 1 else [data]
+    if len(set(names)) < len(names) or len(paths) != len(names):
+        raise ValueError(f"--task {task} --data {data}: name each task once, and one path for each of them")
+    return dict(zip(names, paths, strict=True))
+
+
+def turns(task: str, mix: str) -> list[str]:
+    """The tasks in the order in which they take turns, over and over: in even shares, or in those of --mix."""
+    names = task.split(",")
+    shares = mix.split(",") if mix else ["1"] * len(names)
+    if len(shares) != len(names) or not all(s.isdecimal() and 0 < int(s) <= 1000 for s in shares):
+        raise ValueError(f"--mix {mix}: give a whole number from 1 to 1000 for each of {task}, such as 2,1")
+    return [names[n] for _, n in sorted(((k + 0.5) / int(s), n) for n, s in enumerate(shares) for k in range(int(s)))]
+
+
 def check(args: Args) -> None:
     """Raises ValueError for a value that no run can have."""
     check_options(args)
+    data_sets(args.task, args.data), turns(args.task, args.mix)
     if not args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels != "frozen":

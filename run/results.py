@@ -7,7 +7,7 @@ from pathlib import Path
 
 import model as models
 from run import files, identity
-from run.args import Args, command
+from run.args import Args, command, data_sets
 from run.hub import locate
 from run.progress import say
 from run.reading import read_json
@@ -74,7 +74,7 @@ def write_identity(args: Args, made_of: dict[str, str], stream) -> None:
 
 def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, subject, max_new_tokens: int) -> None:
     """Writes what faith.measure gave: PREFIX.T0.jsonl, …, PREFIX.fit.jsonl, and PREFIX.identity.json."""
-    how = {"calibration": None if subject.offsets is None else subject.offsets.tolist(), "length": max_new_tokens}
+    how = {"calibration": subject.calibration, "length": max_new_tokens}
     made_of = subject.made_of | {name: identity.digest(value) for name, value in how.items()}
     parts = {f"T{t:g}": rows[t] for t in rows} | {"fit": fit_rows}
     for part in parts:
@@ -102,7 +102,8 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     folder = Path(args.out) / name
     if args.resume:  # the run may have written it before it was stopped
         shutil.rmtree(folder, ignore_errors=True)
-    record = dataclasses.asdict(args) | {"data": str(Path(args.data).resolve())}
+    paths = data_sets(args.task, args.data).values()
+    record = dataclasses.asdict(args) | {"data": ",".join(str(Path(path).resolve()) for path in paths)}
     record |= {"history": earlier} if (earlier := history(args)) else {}
     record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"]}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]

@@ -47,13 +47,14 @@ measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a c
         echo "mkdir -p $(dirname "$to"); ${each}python faith.py --rows $to --json $to.json --temperature 1 $* > $to.log 2>&1"
 }
 
-game() {  # BASE RUN CELL: signs of gaming in RUN/gaming.json and .txt, and a page of explanations to read
-    current "$2/gaming.json" "$2" ||
-        echo "python -m lab.page $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $2/gaming.html --json $2/gaming.json > $2/gaming.txt"
+game() {  # BASE RUN CELL [NAME]: signs of gaming in RUN/gaming.json and .txt, and a page of explanations to read
+    local to=$2/${4:-gaming}
+    current "$to.json" "$2" ||
+        echo "python -m lab.page $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $to.html --json $to.json > $to.txt"
 }
 
 go() {  # JOBS: runs the lines of its input, JOBS at a time, each with its number in SLOT; a failure ends all
-    if [ -n "${DRY:-}" ]; then cat && return; fi
+    if [ -n "${DRY:-}" ]; then cat; return; fi
     xargs -P "$1" --process-slot-var=SLOT -d '\n' -I{} \
         bash -o pipefail -c '(eval "$1") || { echo "failed: $1" >&2; exit 255; }' go {}
 }

@@ -92,7 +92,7 @@ def test_stream():
         resumed.resume_at(**stream.position())
         assert resumed.next_cases(9) == stream.next_cases(9) and resumed.drawn == taken + 9
     wordless = [tasks.Question("strategyqa", "1", ("Hm?",), ("yes", "no"), 0, "1")]
-    with pytest.raises(ValueError, match="no training question has a place"):
+    with pytest.raises(ValueError, match="no training question of strategyqa has a place"):
         Stream(wordless, arguments(intervention="adverb")).next_cases(1)
 
 
@@ -105,7 +105,7 @@ def anchor_of(subject, labelled, **changes):
 @pytest.mark.parametrize("weight, micro", [(2.0, 4), (0.5, 2), (0.5, 1)])
 def test_anchor_by_hand(subject, offsets, weight, micro):
     """Loss and gradient of KL(initial ‖ current) over the letters of X and X', against each prompt alone."""
-    subject.offsets = None if offsets is None else np.array(offsets)
+    subject.offsets = {} if offsets is None else {"esnli": np.array(offsets)}
     labelled = labelled_cases(subject, 3)
     network, tokenizer = subject.sampler.model, subject.tokenizer
     anchor = anchor_of(subject, labelled, prompts=6, anchor=weight, micro=micro)

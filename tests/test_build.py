@@ -294,12 +294,14 @@ def test_a_model_that_flips_too_rarely(folder, tmp_path, capsys, monkeypatch):
     rows, manifest = read(tmp_path / "few")
     moved = round(manifest["labelled"]["rows"] * manifest["labelled"]["influence_rate"])
     assert 0 < 2 * moved == len(rows["train"]) < 600 and sum(row["influence"] for row in rows["train"]) == moved
-    line = f"{2 * moved} of 600 rows, since the model flips too rarely: {moved} of {manifest['labelled']['rows']} edits"
+    line = f"{2 * moved} of 600 rows of esnli, since the model flips too rarely: {moved} of "
+    line += f"{manifest['labelled']['rows']} edits"
     assert manifest["short"].startswith(line) and line in capsys.readouterr().out
     for constant in (0, 1):
         monkeypatch.setattr(reward, "influence", lambda y, y_edited, constant=constant: constant)
-        words = f"nothing to balance: {12 * constant} of 12 edits moved it"
-        refused(capsys, flags(folder, tmp_path / f"{constant}", edits=1), words)
+        words = ("too rarely: 0 of 12 edits moved it", "too often: 12 of 12 edits moved it")[constant]
+        given = flags(folder, tmp_path / f"{constant}", edits=1)
+        refused(capsys, given, f"nothing to balance: 0 of 40 rows of esnli, since the model flips {words}")
 
 
 # ---- train.py ------------------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def test_calibrated_labels(folder, tmp_path):
     assert manifest["mean_logp"] == offsets
     args = parse(training(folder, tmp_path / "n", tmp_path / "set", **given), {}, {})
     subject, _, _, stream = train.prepare(args, Ranks(), build.read_dataset)
-    subject.offsets = np.array(offsets)
+    subject.offsets = {"esnli": np.array(offsets)}
     p = faith.decision_rows(subject, [stream.frozen[0][0]])[0]["p"]
     assert p == pytest.approx(rows["train"][0]["p"], abs=1e-5)
     error = launch.refused(training(folder, tmp_path / "n", tmp_path / "set"))

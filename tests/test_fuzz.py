@@ -167,7 +167,7 @@ def read_from(tmp_path_factory):
             torch.nn.init.normal_(B, std=0.1)
     models.save(network, place / "adapter")
     subject = faith.open_subject(model)
-    subject.offsets = np.array([-0.75, -1.5])
+    subject.offsets = {"ask": np.array([-0.75, -1.5])}
     faith.write_offsets(subject, 5, "ask", model / CALIBRATION)
     return {
         "config.json": (model, our_logits, their_logits),

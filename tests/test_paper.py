@@ -220,6 +220,19 @@ def test_tables_by_what_was_trained_on(paper_runs, folder):
     assert untrained["columns"] == ["comve, bias", "esnli, adverb", "esnli, bias"]
 
 
+def test_a_run_of_two_tasks_is_at_home_in_both(paper_runs, tmp_path):
+    runs, cells = paper_runs
+    rows = cells["s1"] | {("comve", "adverb"): cells["s1"][CROSS]}
+    both = write_run(tmp_path / "both", rows, task="esnli,comve", labels="frozen")
+    made = table_of(runs["base"], both)
+    assert made["title"] == "trained on esnli,comve, bias" and made["columns"] == [
+        "in-distribution: esnli", "in-distribution: comve", "cross-intervention: adverb, esnli",
+        "cross-intervention: adverb, comve"]  # fmt: skip
+    gains = [head for head, (cell,) in made["rows"]["RQ2-frozen"]["cells"].items() if "gain" in cell]
+    assert gains == made["columns"][:2]
+    assert all(f"initial model reward, {head}" in paper.text(made, False) for head in gains)
+
+
 def test_bad_input_is_one_line(paper_runs, folder, tmp_path, capsys):
     runs, home = paper_runs[0], paper_runs[1]["s1"][HOME]
     missing = [home[0], {key: value for key, value in home[1].items() if key != "mention"}]

@@ -44,6 +44,11 @@ def lines(script, out, **environment):
         yield words[at], words[at + 1 :]
 
 
+def homes_of(run):
+    """The names of the cells that a run was trained on."""
+    return [f"{task}-{run.intervention}" for task in run.task.split(",")]
+
+
 def planned(script, tmp_path, monkeypatch):
     """The parsed commands: runs by folder, data sets by folder, cells by run and name, the folders of each table."""
     runs, sets, cells, tables, games = {}, {}, defaultdict(dict), [], {}
@@ -63,8 +68,10 @@ def planned(script, tmp_path, monkeypatch):
         if program == "lab.page":  # of each run at home, beside the base's
             before, after, *rest = words
             folder = after.split("/cells/")[0]
-            assert rest == ["--to", f"{folder}/gaming.html", "--json", f"{folder}/gaming.json"] and folder not in games
-            games[folder] = before
+            cell = after.removeprefix(f"{folder}/")
+            page = f"{folder}/gaming" + f"-{cell[6:].rpartition('-')[0]}" * (script == "paper.sh")
+            assert rest == ["--to", f"{page}.html", "--json", f"{page}.json"] and (folder, cell) not in games
+            games[folder, cell] = before
             continue
         assert {"faith.py": faith.main, "lab.paper": paper.main, "lab.build": build.main}[program](words) == 0
         (args,) = seen
@@ -76,30 +83,30 @@ def planned(script, tmp_path, monkeypatch):
             folder, name = args.rows.split("/cells/")
             assert args.json == f"{args.rows}.json" and 1 in args.temperature and name not in cells[folder]
             cells[folder][name] = args
-    homes = {folder: f"{run.task}-{run.intervention}.T1.jsonl" for folder, run in runs.items()}
-    assert games == {folder: f"{Path(folder).parent}/base/cells/{home}" for folder, home in homes.items()}
+    homes = [(folder, f"cells/{name}.T1.jsonl") for folder, run in runs.items() for name in homes_of(run)]
+    assert games == {(folder, home): f"{Path(folder).parent}/base/{home}" for folder, home in homes}
     return runs, sets, cells, tables
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch):
     runs, sets, cells, tables = planned(script, tmp_path, monkeypatch)
-    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 24}[script]
+    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12}[script]
     assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
     assert sorted(folder for table in tables for folder in table) == sorted(cells)
     for table in tables:
         base, *trained = table
         assert base.endswith("/base") and set(trained) <= set(runs)
         for folder in trained:
-            run, home = runs[folder], f"{runs[folder].task}-{runs[folder].intervention}"
-            assert home in cells[folder] and len(cells[folder]) == (3 if script == "toy_paper.sh" else 5)
+            run, count = runs[folder], {"toy_paper.sh": 3, "smollm2_paper.sh": 5, "paper.sh": 6}[script]
+            assert {*homes_of(run)} <= {*cells[folder]} and len(cells[folder]) == count
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
                 for key in "task data intervention limit fit seed max_new_tokens opening words".split():
                     assert getattr(cell, key) == getattr(cells[base][name], key)
                 assert cell.opening == run.opening and cell.max_new_tokens == run.max_new_tokens
                 assert name.endswith(f"-{cell.intervention}")
-                if cell.task == run.task:  # never a question trained on
+                if cell.task in run.task.split(","):  # never a question trained on
                     assert cell.limit <= run.eval_questions
                 fitted = cells[base][name].calibration
                 assert (cell.calibration != "none") == run.calibrate
@@ -110,7 +117,7 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
         rows[run.model, run.task, run.intervention].append(row)
     assert all(set(of) == set(paper.ROWS[1:]) for of in rows.values())
 
-    assert len(sets) == (8 if script == "paper.sh" else 0)
+    assert len(sets) == (4 if script == "paper.sh" else 0)
     assert {run.dataset for run in runs.values()} - {""} == set(sets)
     for run in runs.values():
         for key in ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate"):

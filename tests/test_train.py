@@ -264,7 +264,8 @@ def test_more_processes_than_gpus(monkeypatch, rank):
 
 
 RANKS = [
-    (2, {"prompts": 6, "candidates": 192}),  # three groups each: an odd number
+    # Three groups each: an odd number. Of two tasks.
+    (2, {"prompts": 6, "candidates": 192, "task": "esnli,strategyqa", "data": f"{DATA},{DATA.parent}/strategyqa"}),
     # One rank has no group.
     (3, {"prompts": 2, "kl": 0.05, "updates": 2, "labels": "frozen", "opening": "the hypothesis", "anchor": 3.0,
          "anchor_questions": 5}),
