@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import notebook
 import pytest
 import torch
 
@@ -214,3 +215,12 @@ def test_it_is_an_ordinary_model(run):
         assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == ids
         with torch.no_grad():
             assert (models.load(folder)(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-4
+
+
+def test_the_tour(run, monkeypatch):
+    """docs/tour.ipynb says what it would say if it were run now; its numbers depend a little on the machine's base."""
+    tour, (_, _, cache) = ROOT / "docs" / "tour.ipynb", run
+    monkeypatch.chdir(tour.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the tour adds to it
+    notebook.check_alike(json.loads(tour.read_text(encoding="utf-8")), notebook.run(tour), tolerance=0.15)
