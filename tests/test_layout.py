@@ -1,6 +1,10 @@
 """The house: three rooms, one rule of imports (lab → root → run), no circles, budgets, the step on one screen."""
 
 import ast
+import contextlib
+import importlib
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +82,33 @@ def test_the_step_is_one_screen():
 
 def test_readme_and_help_fit():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+# The results and the log name commands as they were.
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "faq", "guide", "larger"))]
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+FLAG = r"--[a-z][a-z0-9-]*"
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """{program: all that its --help names}."""
+    found = {}
+    for name in ("train", "faith", "toy", *(f"lab.{name}" for room, name in NAMES if room == "lab")):
+        if main := getattr(importlib.import_module(name), "main", None):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert main(["--help"]) == 0 and (name != "faith" or main(["ask", "--help"]) == 0)
+            found[name if name.startswith("lab.") else f"{name}.py"] = {*re.findall(FLAG, printed.getvalue())}
+    found["train.py"] |= TORCHRUN
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_that_the_documents_name(path, flags):
+    """Each is some program's; in a command, that program's."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    assert {*re.findall(FLAG, text)} <= set().union(*flags.values())
+    for line in re.findall(r"(?:torchrun|python) [^`\n#&]*", text):
+        for program in flags.keys() & {*line.split()}:
+            wrong = {*re.findall(FLAG, line)} - flags[program]
+            assert not wrong, f"{program} has no {wrong}: {line}"
