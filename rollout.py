@@ -11,8 +11,9 @@ Three ideas make it fast, and none changes a sample:
                       it is captured as a CUDA graph, once per bucket, and replayed.
 
 A token is drawn by the inverse CDF of softmax(logits / T) in fp32 at u = hash(seed, step, question key, sample,
-position) / 2^24. There is no generator and no state: a sample depends on these five numbers alone (up to rounding), not
-on its neighbours, lane, bucket, order of refill or number of ranks. The sampler does not know about rewards.
+position) / 2^24. There is no generator and no state: a sample depends on these five numbers and T alone (up to
+rounding), not on its neighbours, lane, bucket, order of refill or number of ranks. Each T numbers its own samples, so
+draws at T = 1 do not depend on what else is asked (two T share their u). The sampler does not know about rewards.
 
 Axes: P slots (prompts), G lanes per slot (group), R rows decoded together, T prompt tokens, N new tokens,
 H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.
@@ -94,12 +95,12 @@ class Slots:
         self.seed.fill_(seed), self.step.fill_(step), self.limit.fill_(limit)
         self.bad.fill_(NEVER), self.finished.fill_(True)
 
-    def begin(self, begun: dict[int, "Sample"], keys: list[int], temperatures: Tensor) -> None:
-        """Puts samples, whose first token is drawn already, into lanes. temperatures (samples,) fp32: by number."""
+    def begin(self, begun: dict[int, "Sample"], keys: list[int], temperatures: Tensor, hashed: Tensor) -> None:
+        """Puts samples, whose first token is drawn already, into lanes. temperatures, hashed (samples,): by number."""
         rows = [(lane, keys[x.prompt], x.number, x.token) for lane, x in begun.items()]
         lane, key, number, token = send(rows, self.length.device).T
         self.tokens[lane, 0], self.count[lane], self.finished[lane] = token, 1, False
-        self.question[lane], self.sample[lane], self.temperature[lane] = key, number, temperatures[number]
+        self.question[lane], self.sample[lane], self.temperature[lane] = key, hashed[number], temperatures[number]
 
     def move(self, source: int, target: int) -> None:
         """Moves the prompt and the lanes of slot `source` into slot `target`."""
@@ -217,7 +218,6 @@ class Sampler:
             lora.stack(self.model)
         slots = self.allocate(max(map(len, prompts)), len(prompts), samples, max_new_tokens)
         slots.reset(seed, step, max_new_tokens)
-        temperatures = send(temperatures, self.model.device)
         work = Schedule(self, slots, prompts, keys or range(len(prompts)), temperatures, max_new_tokens)
         while True:
             work.fill_free_slots()
@@ -292,9 +292,10 @@ class Sample:
 class Schedule:
     """One call of `Sampler.generate`: which samples are where. `generate` calls its methods in the order below."""
 
-    def __init__(self, sampler: Sampler, slots: Slots, prompts: list, keys: Sequence, temperatures: Tensor, limit: int):
-        self.sampler, self.slots, self.prompts, self.keys = sampler, slots, prompts, keys
-        self.temperatures, self.limit = temperatures, limit  # (samples,); the most tokens of a sample
+    def __init__(self, sampler: Sampler, slots: Slots, prompts: list, keys: Sequence, temperatures: list, limit: int):
+        self.sampler, self.slots, self.prompts, self.keys, self.limit = sampler, slots, prompts, keys, limit
+        numbers = [temperatures[:j].count(t) for j, t in enumerate(temperatures)]  # each among those of its temperature
+        self.temperatures, self.hashed = (send(x, slots.length.device) for x in (temperatures, numbers))  # (samples,)
         self.results: list[list] = [[None] * len(temperatures) for _ in prompts]
         self.todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts; the longest is taken first
         self.waiting: dict[int, list[Sample]] = {}  # {slot in use: its samples that have not begun, the next one last}
@@ -324,7 +325,7 @@ class Schedule:
         logits, drawn = model.head(model.hidden(tokens, positions, attend=attend)[0, last]), []  # (P, V)
         for row in torch.arange(len(some) * samples, device=model.device).split(FIRST_ROWS):
             prompt, number = row // samples, row % samples
-            u = uniforms(s.seed, s.step, keys[prompt], number, 0)
+            u = uniforms(s.seed, s.step, keys[prompt], self.hashed[number], 0)
             drawn.append(sample_tokens(logits[prompt], self.temperatures[number], u))
         drawn = (torch.cat(x).view(-1, samples) for x in zip(*drawn, strict=True))
         finite, *drawn = to_host(logits.isfinite().all(), *drawn)
@@ -345,7 +346,7 @@ class Schedule:
             if not any(lane in self.busy for lane in lanes):
                 del self.waiting[p]
         if begun:
-            self.slots.begin(begun, self.keys, self.temperatures)
+            self.slots.begin(begun, self.keys, self.temperatures, self.hashed)
 
     def compact(self) -> None:
         """Once all prompts have a slot, moves the last used slots into free ones, so that decode steps read fewer."""

@@ -81,7 +81,8 @@ class Sampler:
         rows.k[:, :, :, :T], rows.v[:, :, :, :T] = (x.repeat_interleave(G, 1) for x in (cache.k, cache.v))
         positions = lengths.repeat_interleave(G)  # (R,) where the next token goes
         question = torch.tensor(keys, device=device).repeat_interleave(G)
-        sample = torch.arange(G, device=device).repeat(P)
+        numbers = [temperatures[:j].count(t) for j, t in enumerate(temperatures)]  # among those of its temperature
+        sample = torch.tensor(numbers, device=device).repeat(P)
         temperature, end = torch.tensor(temperatures, device=device).repeat(P), torch.tensor(self.end_of_turn)
         drawn, logprobs = torch.zeros(P * G, N, dtype=torch.int64), torch.zeros(P * G, N)
         ended, counts = torch.zeros(P * G, dtype=torch.bool), torch.zeros(P * G, dtype=torch.int64)

@@ -128,6 +128,9 @@ def test_measured_rows(subject, questions):
     assert subject.tokenizer.decode(alone.tokens) == rows[0.0][3]["text"]
     some = faith.measure(subject, cases[5:8], (0.0, 1.0), max_new_tokens=12, seed=5)
     assert [r["text"] for r in some[1.0]] == [r["text"] for r in rows[1.0][5:8]]
+    for temperatures in ((1.0,), (1.0, 0.0), (0.0, 0.5, 1.0)):  # nor on what else is asked
+        again = faith.measure(subject, cases, temperatures, max_new_tokens=12, seed=5, nulls=7)
+        assert list(again) == list(temperatures) and again[1.0] == rows[1.0]
 
 
 def run(*args):

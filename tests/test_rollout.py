@@ -72,6 +72,10 @@ def test_nothing_else_changes_a_sample(network, sampler, prompts):
     same(whole[:2], [group[:3] for group in sampler.generate(prompts[:2], 20, 12, keys=keys[:2], **how)])
     for a, b in zip(flat(sampler.generate(prompts, 3, 5, keys=keys, **how)), flat(whole), strict=True):
         assert (a.tokens, a.ended) == (b.tokens[:5], b.ended and len(b.tokens) <= 5)
+    for temperatures in ([0.0, 1.0], [0.7, 1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.5]):  # what else is asked
+        mixed = sampler.generate(prompts, len(temperatures), 12, temperatures, **how, keys=keys)
+        ours = [[c for c, t in zip(group, temperatures, strict=True) if t == 1] for group in mixed]
+        same(ours, [group[: temperatures.count(1.0)] for group in whole])
     for rows in (1, 7, 12, 1000):
         order = random.Random(rows).sample(range(len(prompts)), len(prompts))
         given = [[x[i] for i in order] for x in (prompts, keys, whole)]
@@ -350,8 +354,8 @@ def test_transfers_between_host_and_device(static, prompts, monkeypatch):
     # to_host: one copy and one list for each of at most three tensors.
     assert transfers.pop("cpu") <= calls["prefill"] + 2 * calls["collect"]
     assert transfers.pop("tolist") <= 3 * calls["prefill"] + 5 * calls["collect"]
-    # send: 4 for a pass, the temperatures and the ends.
-    assert transfers.pop("as_tensor") <= 4 * calls["prefill"] + calls["begin_samples"] + calls["collect"] + 2
+    # send: 4 for a pass, the temperatures with their numbers, and the ends.
+    assert transfers.pop("as_tensor") <= 4 * calls["prefill"] + calls["begin_samples"] + calls["collect"] + 3
     assert not transfers
 
 
