@@ -46,6 +46,7 @@ from run.args import Args, check, data_sets, parse
 from run.checkpoint import RunState
 from run.device import send
 from run.hub import locate
+from run.log import find, opened
 from run.policy import Policy, learning_rate, make_policy
 from run.progress import Laps, Progress, command, say
 from run.ranks import Ranks
@@ -145,7 +146,7 @@ def micro_batch(groups: list, rewards: list[list[float]], totals: list[int], arg
 SKIPS = 5  # this many steps in a row without a finite update end the run
 
 
-def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, state: RunState) -> str:
+def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, state: RunState, logged) -> str:
     """All remaining steps, logged and saved; returns why it stopped early, or an empty string.
 
     ValueError where it stopped before anything was learned; SystemExit where a signal stopped it.
@@ -162,7 +163,9 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
             state.advance(n + 1)
             if ranks.rank == 0:
                 files.append_jsonl(Path(args.out) / "explanations.jsonl", log)
-                files.append_jsonl(Path(args.out) / "metrics.jsonl", [record | {"position": stream.drawn}])
+                record |= {"position": stream.drawn}
+                files.append_jsonl(Path(args.out) / "metrics.jsonl", [record])
+                logged(n, record)
                 text = progress_line(record, len(log), args, progress.minutes_left(n + 1, args.steps))
                 progress.show(text, n + 1, args.steps, always=record["skipped"] > 0)
             if args.checkpoint_every and (n + 1) % args.checkpoint_every == 0:
@@ -283,9 +286,13 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
 
 
 def run(
-    args: Args, ranks: Ranks, policy: Policy, take_step, finish, subject, test: list[Case], fit: list[Case], stream
-) -> None:
-    """The whole run, with what `prepare` returned: measure, train, save, measure again. finish: lab/report.py's."""
+    args: Args, ranks: Ranks, policy: Policy, take_step, finish, logged,
+    subject: Subject, test: list[Case], fit: list[Case], stream: Stream,
+) -> None:  # fmt: skip
+    """The whole run, with what `prepare` returned: measure, train, save, measure again.
+
+    finish: lab/report.py's. logged(n, values): run/log.py's.
+    """
     out, before = Path(args.out), {}
     subject.made_of = ranks.on_first(lambda: results.identify(args, subject.made_of))
     if ranks.rank == 0:
@@ -318,7 +325,9 @@ def run(
         ranks.together(state.resume)
         if ranks.rank == 0:
             results.write_args(args, state.steps)
-    problem = train(args, ranks, take_step, subject, policy, stream, anchor, state)
+    if ranks.rank == 0 and before and not state.steps:
+        logged(0, {"before": reading.read_json(out / "before.json")})
+    problem = train(args, ranks, take_step, subject, policy, stream, anchor, state, logged)
     if ranks.rank == 0:
         if problem:
             say(f"stopped after step {state.steps}: {problem}")
@@ -326,6 +335,8 @@ def run(
         subject.made_of |= {"weights": identity.weights(out / "model")}
     after = evaluate(subject, test, fit, "after", args, ranks, before) if test else {}
     if ranks.rank == 0:
+        if after:
+            logged(state.steps, {"after": reading.read_json(out / "after.json")})
         finish(args, test, before, after)
     ranks.gather([])  # all ranks wait until rank 0 has written everything
 
@@ -345,12 +356,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.dataset:
             from lab.build import read_dataset
         check(args)
+        if args.log != "none":
+            ranks.on_first(lambda: find(args.log) and None)
         prepare_defaults(args, ranks)
         ranks.on_first(lambda: held.enter_context(files.in_use(args.out)))
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
         with checkpoint.way_on_named(args):
             policy = make_policy(subject.sampler.model, args, ranks, plan)
-            run(args, ranks, policy, take_step, finish, subject, test, fit, stream)
+            logged = held.enter_context(opened(args, checkpoint.steps_done(Path(args.out) / "checkpoints"), ranks.rank))
+            run(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Args:
     fit_questions: int = option(300, "training questions per task that fit the shortcut baseline", least=1)
     note: str = option("", "a line for the model card, such as the source of the weights", on_resume=True)
     save_every: int = option(0, "also save the model as OUT/step-N every N steps; 0: no", least=0, on_resume=True)
+    log: str = option("none", "also log to OUT/tensorboard, or to Weights & Biases", ("none", "tensorboard", "wandb"),
+                      on_resume=True)
     checkpoint_every: int = option(20, "steps between checkpoints; the last two are kept; 0: none, not even when "
                                    "stopped", least=0, on_resume=True)
     resume: bool = option(False, "continue the run in --out with its saved flags; a flag given again overrides, if it "
