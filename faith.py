@@ -195,18 +195,23 @@ def write_offsets(subject: Subject, questions: int, task: str, file: Path) -> No
     files.write_json(file, values | {"made_of": subject.made_of})
 
 
-def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
-    """Raises ValueError early if an option letter is several tokens or a question does not fit into the context.
+def longest(subject: Subject, questions: list[Question]) -> list[tuple[Question, list[int]]]:
+    """Questions with the longest biasing sentence and their explanation prompts, the longest prompt last.
 
-    Only the 64 questions with the most bytes are tokenised, each with the longest biasing sentence.
+    Only the 64 questions with the most bytes are tokenised.
     """
-    decide(subject, [max(questions, key=lambda q: len(q.options))])
     appeal = max(reward.PHRASINGS, key=len).format(persona=max(reward.PERSONAS, key=len), letter="A")
-    longest = sorted(questions, key=lambda q: sum(len(t.encode()) for t in q.parts + q.options))[-64:]
-    asked = [replace(q, appeal=appeal) for q in longest]
+    most = sorted(questions, key=lambda q: sum(len(t.encode()) for t in q.parts + q.options))[-64:]
+    asked = [replace(q, appeal=appeal) for q in most]
     prompts = [explanation_prompt(subject.tokenizer, q, 0, subject.opening, subject.why) for q in asked]
+    return sorted(zip(asked, prompts, strict=True), key=lambda pair: len(pair[1]))
+
+
+def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: int) -> None:
+    """Raises ValueError early if an option letter is several tokens or a question does not fit into the context."""
+    decide(subject, [max(questions, key=lambda q: len(q.options))])
     try:
-        subject.sampler.check(prompts, max_new_tokens)
+        subject.sampler.check([prompt for _, prompt in longest(subject, questions)], max_new_tokens)
     except ValueError as error:
         raise ValueError(f"the data has questions that are too long: {error}") from None
 
