@@ -332,8 +332,9 @@ def measure(
 ) -> dict[float, list[dict]]:  # fmt: skip
     """Rows (see report.py), one per case, for each sampling temperature; decisions are shared between them.
 
-    nulls: how many questions are asked again without an edit, for the null-edit rate. detection: the model is also
-    asked outright whether the edit moved it. progress(done, total) is called after every 64 cases.
+    The rows of a temperature do not depend on the other temperatures. nulls: how many questions are asked again without
+    an edit, for the null-edit rate. detection: the model is also asked outright whether the edit moved it.
+    progress(done, total) is called after every 64 cases.
     """
     result: dict[float, list[dict]] = {t: [] for t in temperatures}
     for start in range(0, len(cases), 64):

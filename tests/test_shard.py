@@ -74,13 +74,19 @@ def full(self, *plans):
         raise OSError(28, "No space left on device")
     return write(self, *plans)
 FileSystemWriter.write_data = full
+run = train.run
+def rehearsed(args, ranks, policy, *rest):
+    ranks.together(lambda: train.rehearse(rest[3], policy, rest[6].questions, args, ranks))
+    return run(args, ranks, policy, *rest)
+train.run = rehearsed
 """
 
 
-def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
+def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, whole, tmp_path):
     """A shard that cannot be written is reported once, the checkpoint before it stays, and the run goes on.
 
-    When one rank is told to stop while it works and the other waits, both save the finished steps and leave.
+    A rehearsal before it, in which all ranks take part, changes nothing. When one rank is told to stop while it works
+    and the other waits, both save the finished steps and leave.
     """
     out = tmp_path / "o"
     given = flags(folder, out, parallel="shard", **CHANGES | {"checkpoint_every": 2})
@@ -96,7 +102,9 @@ def test_one_rank_cannot_save_and_then_is_told_to_stop(folder, tmp_path):
     finish(process, timeout=60)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000005"]
     assert checkpoint.newest(out / "checkpoints").name == "step-00000005"
-    assert len(reading.read_jsonl(out / "metrics.jsonl")) == 5
+    metrics = [reading.read_jsonl(run / "metrics.jsonl") for run in (out, whole)]
+    assert len(metrics[0]) == 5 and [m["reward"] for m in metrics[0]] == [m["reward"] for m in metrics[1][:5]]
+    assert [m["loss"] for m in metrics[0]] == pytest.approx([m["loss"] for m in metrics[1][:5]], abs=1e-4)
 
 
 def test_choose(network, monkeypatch):
