@@ -27,7 +27,6 @@ import itertools
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,14 +40,13 @@ import toy
 from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, batch_metrics, label
 from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, Packed, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
-from rollout import Completion, Sampler, sized
+from rollout import Completion, Sampler
 from run import checkpoint, files, identity, lora, reading, results
 from run.args import Args, check, data_sets, parse
 from run.checkpoint import RunState
 from run.device import send
 from run.hub import locate
 from run.log import find, opened
-from run.memory import free_bytes
 from run.policy import Policy, learning_rate, make_policy
 from run.progress import Laps, Progress, command, say
 from run.ranks import Ranks
@@ -146,40 +144,6 @@ def micro_batch(groups: list, rewards: list[list[float]], totals: list[int], arg
     A = advantages(torch.tensor(rewards), args.advantage).flatten().repeat_interleave(lengths)
     weights = token_weights(lengths, args.loss, args.max_new_tokens, *totals)
     return packed, *(send(x, device) for x in (old, A, weights))
-
-
-def rehearse(subject: Subject, policy: Policy, questions: list[tasks.Question], args: Args, ranks: Ranks) -> None:
-    """The largest micro-batch that may come, forward and backward, so that memory runs out now and not after hours.
-
-    It is of the longest prompts, with explanations of --max-new-tokens. The sampler's cache and AdamW's moments, which
-    stay in memory from step 1 on, take their room too. Nothing is drawn or kept. ValueError if memory is too small.
-    """
-    model, device, longest = policy.model, ranks.device, faith.longest(subject, questions)
-    share, half = (-(-count // ranks.world) for count in (args.prompts, args.prompts // 2))  # the most that a rank has
-    answer = Completion([0] * args.max_new_tokens, [0.0] * args.max_new_tokens, False)
-    groups = [(prompt, [answer] * args.samples) for _, prompt in longest[-min(args.micro, share) :]]
-    anchored = [
-        (Case(replace(asked, appeal=""), asked, None), dict.fromkeys(("p", "p_edit"), [0.0] * len(asked.options)))
-        for asked, _ in longest[-min(args.micro, half) :]
-    ]
-    sizes = share, args.samples, len(longest[-1][1]), args.max_new_tokens, subject.sampler.static
-    try:
-        _, slots = sized(model.config, model.dtype, args.rows, free_bytes(device), *sizes)
-        held = [torch.empty(slots.kv_bytes(), dtype=torch.uint8, device=device)]
-        held += [torch.empty_like(master) for master in policy.masters for _ in ("exp_avg", "exp_avg_sq")]
-        if args.anchor:
-            policy.backward(DecisionAnchor(subject, policy, [], args, ranks).divergence(anchored))
-        backward(policy, *micro_batch(groups, [[0.0] * args.samples] * len(groups), [1, 1], args, device), args)
-    except torch.OutOfMemoryError as error:
-        more = ["--recompute"] * (not args.recompute) + ["--lora 16"] * (not args.lora)
-        line = (f"the largest micro-batch does not fit into memory ({str(error).split(' GPU ')[0].strip('. ')}); lower "
-                f"--micro {args.micro}, --rows, --samples {args.samples} or --max-new-tokens {args.max_new_tokens}"
-                + f", or add {' or '.join(more)}" * bool(more))  # fmt: skip
-        if policy.sharded:  # the other ranks wait in the middle of a pass, so this one speaks for itself
-            time.sleep(10 * (ranks.rank > 0))  # if the first one fails too, its line is enough
-            ranks.leave(), ranks.refuse(line)
-        raise ValueError(line) from None
-    policy.adam.zero_grad(set_to_none=True)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------
@@ -344,9 +308,6 @@ def run(
             results.write_identity(args, subject.made_of, stream)
         print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
               f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip
-    if ranks.device.type == "cuda" and args.objective == "disclosure":
-        ranks.together(lambda: rehearse(subject, policy, stream.questions, args, ranks))
-        torch.cuda.empty_cache()  # CUDA graphs cannot take what torch has cached
     if args.calibrate:
         subject.offsets = faith.calibrate(subject, stream.questions, args.calibration_questions)
         if ranks.rank == 0:
@@ -407,6 +368,10 @@ def main(argv: list[str] | None = None) -> None:
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
         with checkpoint.way_on_named(args):
             policy = make_policy(subject.sampler.model, args, ranks, plan)
+            if ranks.device.type == "cuda" and args.objective == "disclosure":
+                from lab.rehearsal import rehearse
+
+                ranks.together(lambda: rehearse(subject, policy, stream.questions, args, ranks))
             logged = held.enter_context(opened(args, checkpoint.steps_done(Path(args.out) / "checkpoints"), ranks.rank))
             run(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream)
 

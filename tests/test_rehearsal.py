@@ -1,4 +1,4 @@
-"""train.rehearse: a pass as large as any that may come, and nothing else changes. On CUDA a run begins with it."""
+"""rehearsal.rehearse: a pass as large as any that may come, and nothing else changes. On CUDA a run begins with it."""
 
 import random
 
@@ -11,6 +11,7 @@ import faith
 import grpo
 import model as models
 import train
+from lab import rehearsal
 from rollout import Sampler
 from run import lora
 from run.args import Args
@@ -24,7 +25,7 @@ def forced(monkeypatch):
     run = train.run
 
     def rehearsed(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream):
-        ranks.together(lambda: train.rehearse(subject, policy, stream.questions, args, ranks))
+        ranks.together(lambda: rehearsal.rehearse(subject, policy, stream.questions, args, ranks))
         return run(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream)
 
     monkeypatch.setattr(train, "run", rehearsed)
@@ -49,7 +50,7 @@ def test_it_is_the_largest_pass(folder, questions, monkeypatch, rank, dtype):
     before = [w.clone() for w in network.parameters()]
     random.seed(3)
     generators = torch.get_rng_state(), random.getstate()
-    train.rehearse(subject, policy, questions, args, ranks)
+    rehearsal.rehearse(subject, policy, questions, args, ranks)
     drawn = [case.edited for case in faith.draw_cases(questions, "bias", 0)]
     lengths = sorted(len(faith.explanation_prompt(subject.tokenizer, q, 0)) for q in drawn)
     (groups,) = seen

@@ -74,9 +74,10 @@ def full(self, *plans):
         raise OSError(28, "No space left on device")
     return write(self, *plans)
 FileSystemWriter.write_data = full
+from lab import rehearsal
 run = train.run
 def rehearsed(args, ranks, policy, *rest):
-    ranks.together(lambda: train.rehearse(rest[3], policy, rest[6].questions, args, ranks))
+    ranks.together(lambda: rehearsal.rehearse(rest[3], policy, rest[6].questions, args, ranks))
     return run(args, ranks, policy, *rest)
 train.run = rehearsed
 """
