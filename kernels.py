@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +49,35 @@ def may_fuse(kernels: str, device: torch.device, dtype: torch.dtype) -> bool:
     """
     if kernels not in ("auto", "fused", "plain"):
         raise ValueError(f"--kernels must be auto, fused or plain, not {kernels!r}")
-    cuda, compilers = device.type == "cuda", (os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))
+    cuda = device.type == "cuda"
     problems = {
         f"it needs a CUDA device, and the model is on the {device.type}": not (cuda or INTERPRETED),
         "it needs the package triton, which is not installed": not triton,
-        "it needs gcc or clang, which Triton calls, and neither is installed": cuda and not any(compilers),
         f"it needs weights in bf16, not {dtype}": cuda and dtype != torch.bfloat16,
         "it needs an Ampere GPU or a newer one": cuda and torch.cuda.get_device_capability(device) < (8, 0),
     }
     problem = next((problem for problem, holds in problems.items() if holds), "")
+    if kernels != "plain" and cuda and not problem and (problem := launch_fails(device)) and kernels == "auto":
+        print(f"note: decoding with --kernels plain, because {problem}", file=sys.stderr, flush=True)
     if problem and kernels == "fused":
         raise ValueError(f"--kernels fused: {problem}; give --kernels plain, or leave it out")
     return not problem and (kernels == "fused" or (kernels == "auto" and cuda))
+
+
+def launch_fails(device: torch.device) -> str:
+    """Why Triton cannot compile and launch a kernel on this GPU, or an empty string."""
+    try:
+        probe[(1,)](torch.zeros(1, device=device))
+        return ""
+    except Exception as error:  # there are many kinds
+        return (
+            f"Triton fails ({type(error).__name__}: {' '.join(str(error).split())[-200:]}); it needs gcc and Python.h"
+        )
+
+
+@jit
+def probe(x_ptr):
+    tl.store(x_ptr, 1.0)
 
 
 # ---- the token, plainly ----------------------------------------------------------------------------------------
@@ -350,7 +367,9 @@ def attend(q: Tensor, layer: int, s, c, splits: int = 0) -> Tensor:
     R, G, H, K, D, P = len(q), s.G, c.heads, c.kv_heads, c.head_dim, len(q) // s.G
     queries = min(block_of(G * H // K, 16), 32)  # more would need registers that the programs of own tokens lack
     groups = triton.cdiv(G * H // K, queries)
-    splits = splits or max(1, min(s.T // 64, 256 // (P * K * groups), 8))
+    splits = splits or max(
+        1, min(256 // (P * K * groups), 8)
+    )  # not by T, so that a sum does not depend on other prompts
     parts, lse = (torch.empty(R, H, splits + 1, n, dtype=torch.float32, device=q.device) for n in (D, 1))
     # 32 keys, loaded two blocks ahead: four programs share a multiprocessor, so that its loads never pause.
     attend_kernel[(P * K, splits * groups + G)](

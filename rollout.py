@@ -150,6 +150,8 @@ def sized(
     rows: how many samples are decoded together. None or 0: 128; on CUDA 512 or 256 if the cache then takes at most a
     sixth of the `free` bytes, because a training step still needs moments, gradients and activations beside it.
     """
+    if static:  # few sizes, so that calls in turn share slots, graphs and rounding
+        prompts = 1 << (prompts - 1).bit_length()
     for rows in [rows] if rows else [512, 256, 128] if static else [128]:  # noqa: B020
         G = min(samples, rows, max(lanes, rows // prompts))
         step = 64 if static else 16  # on CUDA coarsely, because each size is captured
@@ -231,17 +233,23 @@ class Sampler:
     def allocate(self, longest: int, prompts: int, samples: int, new: int) -> Slots:
         """Slots for these prompts and samples: on CUDA those of the last call, if they are large enough."""
         model, device, kept = self.model, self.model.device, self.slots
-        call = samples, longest, new, self.static, self.lanes
+        calls, how = [(prompts, samples, longest, new)], (self.static, self.lanes)
         if kept and self.captured[2] == self.end_of_turn:
             rows, most, _ = self.captured
-            _, least = sized(model.config, model.dtype, rows, 0, max(prompts, most), *call)
+            both = max(prompts, most), samples, max(longest, kept.T), max(new, kept.N)
+            _, wanted = sized(model.config, model.dtype, rows, 0, *both, *how)
             # Larger slots cost no time, because `Schedule.bucket` goes by the call.
-            if least.G == kept.G and all(a <= b for a, b in zip(least.sizes, kept.sizes, strict=True)):
+            if wanted.sizes == kept.sizes:
                 return kept
+            if wanted.G == kept.G:  # large enough for both, or calls in turn would make them anew each time
+                calls.insert(0, both)
         self.slots = self.run = kept = None  # frees their memory first
         free = free_bytes(device)
-        rows, least = sized(model.config, model.dtype, self.rows, free, prompts, *call)
-        if (needed := least.kv_bytes()) > free:
+        for prompts, *call in calls:
+            rows, least = sized(model.config, model.dtype, self.rows, free, prompts, *call, *how)
+            if (needed := least.kv_bytes()) <= free:
+                break
+        else:
             raise ValueError(f"the KV cache of {least.P} prompts x {least.G} samples takes {needed / 1e9:.1f} GB, and "
                              f"{free / 1e9:.1f} GB are free, enough for {free * least.P // needed} prompts at a time; "
                              "lower train.py's --rows, --samples or --max-new-tokens")  # fmt: skip

@@ -75,7 +75,7 @@ class Args:
     parallel: str = option("auto", "with several ranks: replicate (each has all weights, masters and moments), shard "
                            "(a part of them and a copy to sample from; FSDP2) or auto (replicate if it fits)",
                            ("auto", "replicate", "shard"), on_resume=True)
-    rows: int = option(0, "samples decoded together; 0: 128, on a GPU up to 512 if memory allows", least=0, most=2**20,
+    rows: int = option(0, "samples decoded together; 0: 128, on a GPU up to 512 if memory allows", least=0, most=2**13,
                        on_resume=True)
     kernels: str = option("auto", "how a GPU decodes: fused (kernels in Triton, bf16), plain (the same in PyTorch) or "
                           "auto (fused where it can run)", ("auto", "fused", "plain"), on_resume=True)

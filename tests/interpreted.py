@@ -88,9 +88,16 @@ def test_rope(family, dtype):
     close(s.own.where(s.own != 99, 0), wanted.where(wanted != 99, 0), dtype, 2)
 
 
+def test_a_launch_is_tried(monkeypatch):
+    assert kernels.launch_fails(torch.device("cpu")) == ""
+    monkeypatch.setattr(kernels, "probe", {(1,): lambda x: (_ for _ in ()).throw(AssertionError("no libcuda\n found"))})
+    assert kernels.launch_fails(torch.device("cpu")).startswith("Triton fails (AssertionError: no libcuda found)")
+
+
 #         P, G, H, K, D,   T,  N, splits
 SIZES = [(3, 3, 4, 2, 16, 150, 12, 2), (1, 1, 2, 2, 24, 70, 5, 3), (2, 4, 4, 1, 8, 33, 90, 1),
-         (1, 5, 7, 1, 12, 40, 6, 0), (1, 3, 16, 1, 8, 40, 6, 1), (1, 2, 4, 2, 128, 130, 40, 0)]  # fmt: skip
+         (1, 5, 7, 1, 12, 40, 6, 0), (1, 3, 16, 1, 8, 40, 6, 1), (1, 2, 4, 2, 128, 130, 40, 0),
+         (1, 70, 2, 2, 8, 40, 4, 0), (2, 33, 7, 1, 12, 40, 4, 0)]  # fmt: skip
 
 
 @half

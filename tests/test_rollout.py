@@ -330,6 +330,18 @@ def test_slots_are_kept(network, static, prompts):
         same(static.generate(some, samples, new), Sampler(network).generate(some, samples, new))
         assert (static.slots is kept) == keeps
         kept = static.slots
+    many, longest = shortest * 3, [max(prompts, key=len)]
+    for some, keeps in (
+        (many, False),
+        (longest, False),
+        (many, True),
+        (longest, True),
+        (many * 2, False),
+        (longest, True),
+    ):
+        same(static.generate(some, 2, 5), Sampler(network).generate(some, 2, 5))
+        assert (static.slots is kept) == keeps, (len(some), len(some[0]))
+        kept = static.slots
     static.end_of_turn = [-1]  # what was captured knows the ends
     same(static.generate(prompts[:3], 9, 11), endless(network).generate(prompts[:3], 9, 11))
 
@@ -364,7 +376,7 @@ def test_transfers_between_host_and_device(static, prompts, monkeypatch):
     [(None, 64, 16, False, 900, (16, 8, 304, 200)), (0, 64, 16, True, 64, (32, 8, 320, 200)),
      (None, 64, 16, True, 160, (64, 8, 320, 200)), (None, 64, 16, True, 10, (16, 8, 320, 200)),
      (512, 64, 16, True, 10, (64, 8, 320, 200)), (7, 64, 16, True, 10, (1, 7, 320, 200)),
-     (None, 4, 16, True, 64, (4, 16, 320, 200)), (None, 3, 2, True, 64, (3, 2, 320, 200))],
+     (None, 4, 16, True, 64, (4, 16, 320, 200)), (None, 3, 2, True, 64, (4, 2, 320, 200))],
 )  # fmt: skip
 def test_rows_by_memory(rows, prompts, samples, static, gigabytes, sizes):
     """At the sizes of Llama-3.1-8B: 256 rows take 8 GB. Few prompts may have more lanes each."""
