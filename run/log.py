@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from run import files
 from run.args import Args, command
 from run.progress import say
 
@@ -34,7 +35,7 @@ def wandb(args: Args, steps: int) -> tuple:
     run = find("wandb")(project=project, name=file.parent.name, dir=file.parent, resume="allow", allow_val_change=True,
                         id=file.read_text() if file.exists() else None, config=vars(args),
                         settings={"console": "off", "quiet": True})  # fmt: skip
-    file.write_text(run.id)  # with it a resumed run continues this one
+    files.write_text(file, run.id)  # with it a resumed run continues this one
     run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back to a checkpoint
     write = lambda n, values: (run.log if "step" in values else run.summary.update)(values)  # noqa: E731
     return write, lambda failed: run.finish(exit_code=int(failed))
