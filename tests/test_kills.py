@@ -20,7 +20,7 @@ PHASES = {  # name: has a process come so far? new(file): it has written the fil
     "starting": (lambda out, new: True, 3.0),
     "measuring and labelling": (lambda out, new: new(out / "args.json"), 0.5),
     "training": (lambda out, new: new(out / "metrics.jsonl"), 0.3),
-    "saving a checkpoint": (lambda out, new: any(map(new, out.glob("checkpoints/*.part"))), 0.02),
+    "saving a checkpoint": (lambda out, new: any(map(new, out.glob("checkpoints/*"))), 0.02),
     "saving the model, measuring": (lambda out, new: any(map(new, out.glob("model*"))), 0.1),
 }
 
