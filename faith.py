@@ -106,10 +106,10 @@ class Subject:
         return lists if len(lists) > 1 else next(iter(lists.values()), None)
 
 
-def open_subject(path: str, opening: str = "", kernels: str = "auto", why: str = "leading") -> Subject:
-    """The model in `path`, decoded by `kernels`. ValueError for an adapter whose base changed since it was trained."""
+def open_subject(path: str, opening="", kernels="auto", why="leading", dtype="auto") -> Subject:
+    """The model in `path`. ValueError for an adapter whose base changed since it was trained."""
     tokenizer = Tokenizer(path)
-    model = load(path, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load(path, "cuda" if torch.cuda.is_available() else "cpu", dtype)
     sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn}, kernels=kernels)
     subject = Subject(sampler, tokenizer, {}, results.only_explains(path), opening, why)
     identity.check_base(path, made_of(subject, [])["config"])

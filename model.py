@@ -227,6 +227,9 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, positions, mask, attend))
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def read_config(folder: Path) -> Config:
     raw, generation = read_json(folder / "config.json"), folder / "generation_config.json"
     there = generation.exists() or generation.is_symlink()
@@ -253,9 +256,11 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = None) -> Transformer:
+def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | str = "auto") -> Transformer:
     """A Transformer of the folder's config with undefined weights. dtype: as in `load`."""
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    if dtype == "auto":
+        dtype = "fp32" if torch.device(device).type == "cpu" else "bf16"
+    dtype = DTYPES.get(dtype, dtype)
     config = read_config(folder)
     try:
         with torch.device("meta"):
@@ -268,10 +273,11 @@ def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | None = 
     return model
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"):
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
-    For a PEFT adapter: its base model with the adapter attached. dtype: by default fp32 on CPU, bf16 elsewhere.
+    For a PEFT adapter: its base model with the adapter attached. dtype: of torch, or fp32, bf16 or auto, which is fp32
+    on a CPU and bf16 elsewhere.
     ValueError names a tensor that is missing, stored twice, unknown to the model, quantized or not finite.
     """
     folder = locate(path)

@@ -272,7 +272,7 @@ def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case]
     stream = Stream(parts["fit"] + parts["train"], args, parts["test"])
     identity.check_unseen(args.model, parts["test"], "--eval-questions", stream.questions)
     tokenizer = models.Tokenizer(args.model)
-    network = models.load(args.model, ranks.device)
+    network = models.load(args.model, ranks.device, args.dtype)
     if lora.adapters(network):
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     if args.lora:

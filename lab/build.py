@@ -48,8 +48,8 @@ LABEL = ("kind", "word", "suggestion", "phrasing", "y", "y_edit", "p", "p_edit",
 def settings(args) -> dict:
     """The flags of a build, or of a train.py run, that fix the splits and the labels."""
     return {
-        "task": args.task, "intervention": args.intervention, "eval_questions": args.eval_questions,
-        "fit_questions": args.fit_questions,
+        "task": args.task, "intervention": args.intervention, "dtype": args.dtype,
+        "eval_questions": args.eval_questions, "fit_questions": args.fit_questions,
         "calibration_questions": args.calibration_questions if args.calibrate else 0,
     }  # fmt: skip
 
@@ -63,9 +63,10 @@ def record(case: Case, row: dict) -> dict:
 
 def check_flags(manifest: reading.Record, flags: dict, where: str, advice: str) -> None:
     """ValueError where the data set was built with other flags."""
+    known = {"dtype": "auto"} | manifest  # an older one names no dtype
     for name, value in flags.items():
-        if manifest.get(name) != value:
-            raise ValueError(f"{where} was built with {name} {manifest.get(name)!r}, not {value!r}; {advice}")
+        if known.get(name) != value:
+            raise ValueError(f"{where} was built with {name} {known.get(name)!r}, not {value!r}; {advice}")
 
 
 def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> Labelled:
@@ -190,7 +191,7 @@ def build(args: argparse.Namespace) -> dict:
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
     identity.check_unseen(args.model, parts["test"], "--eval-questions", parts["fit"] + parts["train"])
-    subject = faith.open_subject(args.model)
+    subject = faith.open_subject(args.model, dtype=args.dtype)
     made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
@@ -228,6 +229,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--data", required=True, help="folder or file with the task's published data, for each task")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
     parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--calibrate", action="store_true", help="as in train.py: for small models")
     numbers = {  # default, least, most, help

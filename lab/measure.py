@@ -22,7 +22,8 @@ from tasks import Question
 def open_subject(args: argparse.Namespace, options: int, task: str = "") -> faith.Subject:
     """The model to measure, with the offsets of --calibration FILE. Says where it was trained in another way."""
     longest = max(args.why, key=lambda why: len(faith.WHYS[why]))  # for check_prompts
-    subject, folder = faith.open_subject(args.model, args.opening, args.kernels, longest), locate(args.model)
+    subject = faith.open_subject(args.model, args.opening, args.kernels, longest, args.dtype)
+    folder = locate(args.model)
     record, saved = folder / "training.json", folder / "calibration.json"
     record = reading.read_json(record) if record.exists() else reading.Record({}, str(record))
     if (trained := record.get("opening", args.opening)) != args.opening:
@@ -189,6 +190,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
     parser.add_argument("--why", choices=faith.WHYS, nargs=1 if asking else "+", default=["leading"],
                         help="how it is asked why it chose its answer; F-AUROC if in several ways")  # fmt: skip
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto", help="as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")
     parser.add_argument("--json", help="write the figures to this file")

@@ -47,7 +47,6 @@ from run.progress import Parser, command
 
 HEADROOM = 0.05  # share of the memory left for CUDA's context, NCCL, fragments, the sampler's working tensors
 RATE, BANDWIDTH, LINK = 990e12, 3.35e12, 0.45e12  # an H100's operations a second; bytes a second of memory, of NVLink
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Setup:
     anchor: bool = option(False, "with train.py's --anchor (X and X' of --micro questions in a pass)")
     recompute: bool = option(False, "activation checkpointing")
     parallel: str = option("auto", "replicate, shard, or whichever fits", ("auto", "replicate", "shard"))
-    dtype: str = option("bf16", "type of the weights: bf16 on GPUs, fp32 on a CPU", tuple(DTYPES))
+    dtype: str = option("bf16", "type of the weights: bf16 on GPUs, fp32 on a CPU", tuple(models.DTYPES))
     attention: str = option("fused", "a fused kernel, or math, which keeps all scores", ("fused", "math"))
 
     def __post_init__(self):
@@ -140,7 +139,7 @@ class Fused(TorchFunctionMode):
 def meta_network(config: models.Config, setup: Setup, **changes) -> models.Transformer:
     """The network on the meta device, with the setup's adapters. changes: overrides of its config."""
     with torch.device("meta"):
-        network = models.Transformer(dataclasses.replace(config, **changes), DTYPES[setup.dtype])
+        network = models.Transformer(dataclasses.replace(config, **changes), models.DTYPES[setup.dtype])
     network.recompute = setup.recompute
     return lora.attach(network, setup.lora, setup.lora) if setup.lora else network
 
@@ -172,7 +171,7 @@ def hidden_bytes(config: models.Config, setup: Setup, sizes: tuple[int, int, int
 
 def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
     """Bytes that come and go with a micro-batch. They are the same with shards and without."""
-    micro, item = min(setup.micro, setup.share), DTYPES[setup.dtype].itemsize
+    micro, item = min(setup.micro, setup.share), models.DTYPES[setup.dtype].itemsize
     sizes = [(micro, setup.prompt_tokens, setup.samples, setup.new)]
     if setup.anchor:  # the two texts of a question are equal up to the edit; we assume it is half way
         half = setup.prompt_tokens // 2 + 1
@@ -193,7 +192,7 @@ def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
 def sampler_slots(config: models.Config, setup: Setup, stay: dict[str, int]) -> Slots:
     """The sampler's cache, as it allocates it, on the meta device. stay: bytes by purpose; some are there by then."""
     there = sum(stay[name] for name in ("weights", "masters", "reference", "inference copy"))
-    dtype, free = DTYPES[setup.dtype], max(0, round(setup.gpu_memory_bytes) - there)
+    dtype, free = models.DTYPES[setup.dtype], max(0, round(setup.gpu_memory_bytes) - there)
     call = setup.share, setup.samples, setup.prompt_tokens, setup.new, dtype != torch.float32
     return sized(config, dtype, setup.rows, free, *call)[1]
 
@@ -206,7 +205,7 @@ def stacked_bytes(block: models.Block) -> int:
 
 def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[str, int]) -> dict:
     """{"bytes": per GPU by purpose, "total": at the peak, "parameters", "trained": how many}."""
-    network, item, sharded = meta_network(config, setup), DTYPES[setup.dtype].itemsize, parallel == "shard"
+    network, item, sharded = meta_network(config, setup), models.DTYPES[setup.dtype].itemsize, parallel == "shard"
     modules = network, network.layers[0]
     parameters, block = (sum(w.numel() for w in module.parameters()) for module in modules)
     trained, block_trained = (sum(w.numel() for w in module.parameters() if w.requires_grad) for module in modules)
@@ -235,7 +234,7 @@ def count(config: models.Config, setup: Setup, parallel: str, micro_batch: dict[
 def seconds(c: models.Config, setup: Setup, parallel: str, made: dict) -> dict[str, float]:
     """The fewest seconds of a step, by phase. made: what `count` returned."""
     parameters, trained = made["parameters"], made["trained"]
-    item, N, share, sharded = DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
+    item, N, share, sharded = models.DTYPES[setup.dtype].itemsize, setup.gpus, setup.share, parallel == "shard"
     prompt, new, samples, slots = setup.prompt_tokens, setup.new, setup.samples, sampler_slots(c, setup, made["bytes"])
     head, pair = c.vocab_size * c.hidden_size, 4 * c.layers * c.heads * c.head_dim  # pair: operations of q with k, v
     body = parameters - head * (1 if c.tied else 2)  # two operations per token and weight

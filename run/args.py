@@ -75,6 +75,8 @@ class Args:
     parallel: str = option("auto", "with several ranks: replicate (each has all weights, masters and moments), shard "
                            "(a part of them and a copy to sample from; FSDP2) or auto (replicate if it fits)",
                            ("auto", "replicate", "shard"), on_resume=True)
+    dtype: str = option("auto", "type of the weights: auto (fp32 on a CPU, bf16 on a GPU), fp32 or bf16, which a "
+                       "CPU with AVX512-BF16 or AMX computes faster", ("auto", "fp32", "bf16"))
     rows: int = option(0, "samples decoded together; 0: 128, on a GPU up to 512 if memory allows", least=0, most=2**13,
                        on_resume=True)
     kernels: str = option("auto", "how a GPU decodes: fused (kernels in Triton, bf16), plain (the same in PyTorch) or "

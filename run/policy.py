@@ -140,5 +140,7 @@ def make_policy(model: models.Transformer, args: Args, ranks: Ranks, plan: Calla
         sharded = shard.shard(model, like, ranks.world)
     reference = None
     if args.kl and not detection:
-        reference = (sharded or model) if args.lora else models.load(args.model, ranks.device).requires_grad_(False)
+        reference = sharded or model
+        if not args.lora:
+            reference = models.load(args.model, ranks.device, args.dtype).requires_grad_(False)
     return Policy(model, args, ranks, sharded, reference)

@@ -354,6 +354,7 @@ ANOTHER = [  # changes of train.py's flags, of the manifest (None removes), of t
     ({"task": "social_iqa", "data": DATA.parent / "social_iqa"}, {}, {}, "built with task 'esnli'"),
     ({"model": "other"}, {}, {}, "made with other weights"), ({"data": "other"}, {}, {}, "made with other questions"),
     ({"calibrate": True}, {}, {}, "built with calibration_questions 0, not 300"),
+    ({"dtype": "bf16"}, {"dtype": None}, {}, "built with dtype 'auto', not 'bf16'"),
     ({"dataset": DATA}, {}, {}, "is no data set"), ({}, {"complete": False}, {}, "is not finished"),
     ({}, {"splits": None}, {}, "splits must be an object"), ({}, {}, None, "has 39 lines"),
     ({}, {}, LEAK, "is no training question of this run"), ({}, {}, {"parts": ["A.", "B."]}, "is no training question"),

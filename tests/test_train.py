@@ -162,6 +162,18 @@ def test_frozen_labels_with_kl_and_two_updates(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "o" / "before.json").exists() and (tmp_path / "o" / "model").exists()
 
 
+def test_weights_in_bf16(folder, tmp_path, monkeypatch):
+    """--dtype bf16 on a CPU: the trained model and the KL's reference compute in bf16; masters keep small updates."""
+    seen, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda *given: seen.append(load(*given)) or seen[-1])
+    ran(flags(folder, tmp_path / "o", dtype="bf16", kl=0.05, lr=1e-5, steps=2, eval_questions=0))
+    assert [network.dtype for network in seen] == [torch.bfloat16, torch.bfloat16]
+    assert {w.dtype for w in weights(tmp_path / "o" / "model").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "o" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    metrics = lines(tmp_path / "o" / "metrics.jsonl")
+    assert all(0 < m["sampler_gap_max"] < 0.1 and m["grad_norm"] > 0 and not m["skipped"] for m in metrics)
+
+
 def test_a_run_without_any_mention(folder, tmp_path):
     """The tiny model knows no adverbs: every group is flat, there is nothing to learn, and no figure is made up."""
     ran(flags(folder, tmp_path / "o", intervention="adverb", steps=1, eval_questions=0, candidates=400))
