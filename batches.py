@@ -112,7 +112,7 @@ def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, rank
 def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
     """Figures of a whole step, from its explanations (`samples` in a row per case) and the cases that were labelled.
 
-    Phi of a balanced batch is usually higher than at the natural rate, which train.evaluate measures.
+    Phi of a balanced batch is usually higher than at the natural rate, which before.json and after.json have.
     """
     I = np.array([e["influence"] for e in log], bool)  # noqa: E741
     M = np.array([e["mention"] for e in log], bool)

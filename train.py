@@ -7,7 +7,8 @@
     loss       −min(ρ A, clip(ρ) A) per explanation token, ρ = exp(logp − logp when sampled), + β KL
     update     AdamW on fp32 weights                                                            (run/policy.py)
 
-Only the explanation is trained, including its end-of-turn token. The reward does not train the decision.
+Only the explanation is trained, including its end-of-turn token. The reward does not train the decision. What a run
+does around this, such as measuring before and after, is in lab/experiment.py.
 
 Paper (arXiv 2607.21090): GRPO, the reward, frozen labels. Ours: on-policy labels (the default), the loss's
 normalisations (GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783), all hyperparameters.
@@ -22,33 +23,25 @@ Axes: G group (explanations of a question), M explanation tokens in a micro-batc
 from run import early  # noqa: F401
 
 # isort: split
-import contextlib
-import itertools
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-import faith
 import model as models
-import report
 import reward
-import tasks
 import toy
-from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, batch_metrics, label
+from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, batch_metrics
 from faith import Case, Subject, explanation_prompt
 from grpo import LossStats, Packed, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
-from rollout import Completion, Sampler
-from run import checkpoint, files, identity, lora, reading, results
-from run.args import Args, check, data_sets, parse
+from rollout import Completion
+from run import checkpoint, files, results
+from run.args import Args, parse
 from run.checkpoint import RunState
 from run.device import send
-from run.hub import locate
-from run.log import find, opened
-from run.policy import Policy, learning_rate, make_policy
-from run.progress import Laps, Progress, command, say
+from run.policy import Policy, learning_rate
+from run.progress import Laps, Progress, command
 from run.ranks import Ranks
 from run.stop import saved_when_stopped
 
@@ -203,177 +196,11 @@ def progress_line(record: dict, explanations: int, args: Args, minutes_left: flo
     )
 
 
-def evaluate(
-    subject: Subject,
-    cases: list[Case],
-    fit: list[Case],
-    name: str,
-    args: Args,
-    ranks: Ranks,
-    before: dict | None = None,
-) -> dict:
-    """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}.
-
-    before: the initial model's rows so returned, where it is another model.
-    """
-    fit_rows = [row for _, row in label(subject, fit, ranks)]
-    mine, nulls, detection = ranks.share(cases), -(-100 // ranks.world), args.objective == "detection"
-    unit = "questions" + " of this rank" * (ranks.world > 1)
-    progress = Progress(f"measured {name} training", ranks.rank, unit=unit)
-    measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, detection, progress)
-    )
-    rows = {t: ranks.gather(measured[t]) for t in measured}
-    if ranks.rank == 0:
-        initial, fitted, summaries = rows if before is None else before, report.by_task(fit_rows), {}
-        for t in rows:
-            for part, some in report.by_task(rows[t]).items():
-                figures = report.summary(some, fitted.get(part, []), args.seed, initial=initial.get(t))
-                summaries[f"T={t:g}{part}"] = figures
-        results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
-        files.write_json(Path(args.out) / f"{name}.json", summaries)
-    return rows
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------
-
-
-def prepare_defaults(args: Args, ranks: Ranks) -> None:
-    """Fills in what the flags leave open: the toy's folders, and a new folder for the run."""
-    if args.model in toy.VARIANTS and not Path(args.model).is_dir():
-        folder = None
-        for first in (True, False):  # rank 0 makes it, then the others find it made
-            made = ranks.together(lambda: toy.prepare(args.model) if (ranks.rank == 0) == first else None)  # noqa: B023
-            folder = made or folder
-        args.model = str(folder / "model")
-        args.data = args.data or (str(folder) if args.task == "toy" else "")
-    elif args.model in toy.VARIANTS and ranks.rank == 0:
-        say(f"--model {args.model}: the directory of this name, not the toy")
-    elif args.model.startswith("toy"):
-        try:
-            locate(args.model)
-        except ValueError:
-            toy.prepare(args.model)  # it says which toys there are
-    if not args.data:
-        raise ValueError("--task and --data are needed with a model of your own; see python train.py --help")
-    name = f"{args.task}-{args.intervention}-{time.strftime('%Y%m%d-%H%M%S')}"
-    taken = (Path("out") / (name + f"-{n}" * (n > 1)) for n in itertools.count(1))
-    args.out = args.out or ranks.gather([str(next(path for path in taken if not path.exists()))])[0]
-
-
-def prepare(args: Args, ranks: Ranks, read_dataset) -> tuple[Subject, list[Case], list[Case], Stream]:
-    """Loads and checks all that a run needs before it starts: the model, test and fit cases, the training stream."""
-    if not args.resume and files.holds_something(args.out):
-        raise ValueError(f"{args.out} already holds something, maybe another run; choose another --out or remove it")
-    if args.resume and (done := checkpoint.steps_done(Path(args.out) / "checkpoints")) > args.steps:
-        raise ValueError(f"--steps {args.steps}: the run has done {done}; give at least that, or leave out --steps")
-    sizes = {"test": args.eval_questions, "fit": args.fit_questions, "train": -1}
-    questions, parts = tasks.load_splits(data_sets(args.task, args.data), sizes, args.skip_bad_rows)
-    stream = Stream(parts["fit"] + parts["train"], args, parts["test"])
-    identity.check_unseen(args.model, parts["test"], "--eval-questions", stream.questions)
-    tokenizer = models.Tokenizer(args.model)
-    network = models.load(args.model, ranks.device, args.dtype)
-    if lora.adapters(network):
-        raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
-    if args.lora:
-        lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
-    network.recompute = args.recompute
-    sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, args.rows, kernels=args.kernels)
-    subject = Subject(sampler, tokenizer, {}, args.train_only == "explanation", args.opening, args.why)
-    subject.made_of = faith.made_of(subject, questions)
-    if args.dataset:
-        stream.frozen = read_dataset(args, subject.made_of, stream.questions)
-    faith.check_prompts(subject, questions, args.max_new_tokens)
-    words = reward.words(args.intervention, held_out=False)
-    test = faith.draw_cases(parts["test"], args.intervention, args.seed)
-    fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
-    return subject, test, fit, stream
-
-
-def run(
-    args: Args, ranks: Ranks, policy: Policy, take_step, finish, logged,
-    subject: Subject, test: list[Case], fit: list[Case], stream: Stream,
-) -> None:  # fmt: skip
-    """The whole run, with what `prepare` returned: measure, train, save, measure again.
-
-    finish: lab/report.py's. logged(n, values): run/log.py's.
-    """
-    out, before = Path(args.out), {}
-    subject.made_of = ranks.on_first(lambda: results.identify(args, subject.made_of))
-    if ranks.rank == 0:
-        if not args.resume:
-            out.mkdir(parents=True, exist_ok=True)
-            results.write_args(args)
-        if not all((out / name).exists() for name in ("identity.json", identity.LIST)):
-            results.write_identity(args, subject.made_of, stream)
-        print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
-              f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip
-    if args.calibrate:
-        subject.offsets = faith.calibrate(subject, stream.questions, args.calibration_questions)
-        if ranks.rank == 0:
-            used = sum(min(len(some), args.calibration_questions) for some in stream.of.values())
-            faith.write_offsets(subject, used, args.task, out / "calibration.json")
-    if args.resume and (out / "before.json").exists():
-        before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
-    elif test and args.eval_before:
-        before = evaluate(subject, test, fit, "before", args, ranks)
-    if args.labels == "frozen" and not args.dataset:
-        progress = Progress("labelled", ranks.rank)
-        stream.frozen = label(subject, stream.next_cases(args.frozen_questions), ranks, progress)
-    held = []
-    if args.anchor:
-        progress = Progress("labelled for the anchor", ranks.rank)
-        held = label(subject, stream.next_cases(args.anchor_questions), ranks, progress)
-    anchor = DecisionAnchor(subject, policy, held, args, ranks)
-    state = RunState(out / "checkpoints", policy, stream, subject.made_of, ranks, args.checkpoint_every)
-    if args.resume:  # only now, because all above needs the initial model
-        ranks.together(state.resume)
-        if ranks.rank == 0:
-            results.write_args(args, state.steps)
-    if ranks.rank == 0 and before and not state.steps:
-        logged(0, {"before": reading.read_json(out / "before.json")})
-    problem = train(args, ranks, take_step, subject, policy, stream, anchor, state, logged)
-    if ranks.rank == 0:
-        if problem:
-            say(f"stopped after step {state.steps}: {problem}")
-        results.save_model(args, policy.model, "model")  # before anything else can fail
-        subject.made_of |= {"weights": identity.weights(out / "model")}
-    after = evaluate(subject, test, fit, "after", args, ranks, before) if test else {}
-    if ranks.rank == 0:
-        if after:
-            logged(state.steps, {"after": reading.read_json(out / "after.json")})
-        finish(args, test, before, after)
-    ranks.gather([])  # all ranks wait until rank 0 has written everything
-
-
 @command("train.py", ranks=True)
 def main(argv: list[str] | None = None) -> None:
-    # The only place that imports lab/, and only what the flags ask for.
-    args = parse(argv, {"intervention": reward.KINDS}, toy.SETTINGS)
-    take_step, plan, read_dataset = step, None, None
-    from lab.report import finish
+    from lab import experiment  # the only place that imports lab/
 
-    with Ranks() as ranks, contextlib.ExitStack() as held:
-        if args.objective == "detection":
-            from lab.detect import step as take_step
-        if args.parallel == "auto" and ranks.world > 1:
-            from lab.plan import plan
-        if args.dataset:
-            from lab.build import read_dataset
-        check(args)
-        if args.log != "none":
-            ranks.on_first(lambda: find(args.log) and None)
-        prepare_defaults(args, ranks)
-        ranks.on_first(lambda: held.enter_context(files.in_use(args.out)))
-        subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks, read_dataset))
-        with checkpoint.way_on_named(args):
-            policy = make_policy(subject.sampler.model, args, ranks, plan)
-            if ranks.device.type == "cuda" and args.objective == "disclosure":
-                from lab.rehearsal import rehearse
-
-                ranks.together(lambda: rehearse(subject, policy, stream.questions, args, ranks))
-            logged = held.enter_context(opened(args, checkpoint.steps_done(Path(args.out) / "checkpoints"), ranks.rank))
-            run(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream)
+    experiment.run(parse(argv, {"intervention": reward.KINDS}, toy.SETTINGS), step, train)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from launch import DATA
 import faith
 import reward
 import tasks
-import train
-from lab import build
+from lab import build, experiment
 from run import files, identity, reading
 from run.args import parse
 from run.ranks import Ranks
@@ -313,9 +312,9 @@ def training(folder, out, dataset, **changes):
 
 
 def test_a_run_takes_its_labels(done, folder, tmp_path, monkeypatch):
-    seen, label = [], train.label
+    seen, label = [], experiment.label
     monkeypatch.setattr(
-        train, "label", lambda subject, cases, *rest: seen.extend(cases) or label(subject, cases, *rest)
+        experiment, "label", lambda subject, cases, *rest: seen.extend(cases) or label(subject, cases, *rest)
     )
     launch.ran(training(folder, tmp_path / "o", done))
     rows, _ = read(done)
@@ -338,7 +337,7 @@ def test_calibrated_labels(folder, tmp_path):
     rows, manifest = read(tmp_path / "set")
     assert manifest["mean_logp"] == offsets
     args = parse(training(folder, tmp_path / "n", tmp_path / "set", **given), {}, {})
-    subject, _, _, stream = train.prepare(args, Ranks(), build.read_dataset)
+    subject, _, _, stream = experiment.prepare(args, Ranks())
     subject.offsets = {"esnli": np.array(offsets)}
     p = faith.decision_rows(subject, [stream.frozen[0][0]])[0]["p"]
     assert p == pytest.approx(rows["train"][0]["p"], abs=1e-5)

@@ -16,7 +16,7 @@ import torch
 from launch import call, close, finish, ran, refused, same, script, start, timeless, until
 
 import model as models
-import train
+from lab import experiment
 from run import checkpoint, files, lora, reading, results
 from run.args import Args
 from run.progress import again
@@ -228,7 +228,7 @@ def test_a_signal_before_the_first_step(folder, whole, tmp_path, monkeypatch):
     """While the initial model is measured: a line says how to go on, and the run then begins anew."""
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(experiment, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert call(flags(folder, out))[::2] == (143, f"train.py: stopped by SIGTERM; continue with: {again(out)}\n")
     assert "continuing after step 0\n" in ran(["--resume", "--out", out])
     same(whole, out)

@@ -17,7 +17,7 @@ ORDER = ["words", "tasks", "reward", "chat", "kernels", "model", "rollout", "rep
 FILES = {path: (path.parent.name if path.parent != ROOT else "root")
          for path in [*ROOT.glob("*.py"), *(ROOT / "run").glob("*.py"), *(ROOT / "lab").glob("*.py")]
          if path.name != "__init__.py"}  # fmt: skip
-LAZY = [("train", "main"), ("faith", "main")]  # what a command line asks for, imported from lab when it is needed
+LAZY = [("train", "main"), ("faith", "main")]  # the command lines, whose other half is in lab
 NAMES = {(room, path.stem): path for path, room in FILES.items()}
 
 
@@ -52,7 +52,7 @@ def test_the_order_names_every_file_of_the_root():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports(path):
     for room, name, function in imports(path):
-        if FILES[path] == "root" and room == "lab":  # what a run was asked for, loaded when it is needed
+        if FILES[path] == "root" and room == "lab":  # see LAZY
             assert (path.stem, function) in LAZY, f"{path.name} imports lab.{name}"
             continue
         assert not function, f"{path.name} imports {name} inside {function}"

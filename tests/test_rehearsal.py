@@ -11,7 +11,7 @@ import faith
 import grpo
 import model as models
 import train
-from lab import rehearsal
+from lab import experiment, rehearsal
 from rollout import Sampler
 from run import lora
 from run.args import Args
@@ -22,13 +22,13 @@ from run.ranks import Ranks
 @pytest.fixture
 def forced(monkeypatch):
     """On the CPU, too, a run begins with it."""
-    run = train.run
+    run = experiment.measure_and_train
 
-    def rehearsed(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream):
+    def rehearsed(args, ranks, policy, step, train, logged, subject, test, fit, stream):
         ranks.together(lambda: rehearsal.rehearse(subject, policy, stream.questions, args, ranks))
-        return run(args, ranks, policy, take_step, finish, logged, subject, test, fit, stream)
+        return run(args, ranks, policy, step, train, logged, subject, test, fit, stream)
 
-    monkeypatch.setattr(train, "run", rehearsed)
+    monkeypatch.setattr(experiment, "measure_and_train", rehearsed)
 
 
 @pytest.mark.parametrize("rank, dtype", [(0, torch.float32), (0, torch.bfloat16), (4, torch.bfloat16)])

@@ -18,6 +18,7 @@ import reward
 import tasks
 import toy
 import train
+from lab import experiment
 from run.args import Args, parse
 from run.policy import learning_rate
 from run.ranks import Ranks
@@ -111,7 +112,7 @@ def test_the_shortcut_is_fitted_on_training_words(folder, tmp_path):
     for seed in range(4):
         args = parse_(flags(folder, tmp_path / "none", seed=seed, fit_questions=8))
         args.why = "neutral"
-        subject, test, fit, _ = train.prepare(args, Ranks(), None)
+        subject, test, fit, _ = experiment.prepare(args, Ranks())
         assert subject.why == "neutral" and not subject.only_explains
         tested |= {case.intervention.word for case in test}
         fitted |= {case.intervention.word for case in fit}
@@ -147,7 +148,7 @@ def test_a_run_repeats(done, folder, tmp_path):
 def test_frozen_labels_with_kl_and_two_updates(folder, tmp_path, monkeypatch):
     """Labels are taken once, however the model changes. The second update is off-policy."""
     seen, label = [], batches.label
-    for module in (train, batches):
+    for module in (experiment, batches):
         monkeypatch.setattr(module, "label", lambda s, cases, *rest: seen.append(len(cases)) or label(s, cases, *rest))
     output = ran(flags(folder, tmp_path / "o", labels="frozen", kl=0.05, updates=2, lr=5e-3, steps=3, eval_questions=0,
                        loss="dapo", advantage="mean", decay="linear", anchor=1.0, anchor_questions=6))  # fmt: skip
