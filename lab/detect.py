@@ -7,9 +7,9 @@
 
     loss = −log p(yes if I = 1, no if I = 0), p over these two answers; the mean of a batch balanced by influence
 
-faith.py asks the question and measures D = log p(yes) − log p(no). Detection, the point-biserial correlation of D and I
-(report.py), measures what the model knows. Phi-CCT measures what its explanations say. Only the answer yes or no is
-trained. --anchor keeps the decisions in place.
+Measured is D = log p(yes) − log p(no). Detection, the point-biserial correlation of D and I (report.py), says what the
+model knows. Phi-CCT says what its explanations tell. Only the answer yes or no is trained. --anchor keeps the decisions
+in place.
 
 Paper (arXiv 2607.21090): supervised training to predict I, and the comparison. Ours: the question, D, the anchor.
 docs/guide.md has the commands: train.py --objective detection, faith.py --detection.
@@ -21,13 +21,42 @@ import torch
 from torch import Tensor
 
 from batches import DecisionAnchor, Stream, balanced_batch, batch_metrics
-from faith import YES_NO, Labelled, Subject, detection_odds, detection_prompt, yes_no_tokens
+from faith import WOULD, YES_NO, Case, Labelled, Subject, explanation_turns
+from model import Tokenizer
 from rollout import option_scores
 from run.args import Args
 from run.device import send
 from run.policy import Policy, learning_rate
 from run.progress import Laps
 from run.ranks import Ranks
+
+
+def detection_prompt(tokenizer: Tokenizer, case: Case, y_edit: int) -> list[int]:
+    """Token ids after which the model says whether its answer y_edit would have been different without the edit."""
+    would = {"role": "user", "content": WOULD.format(text=case.intervention.text)}
+    return tokenizer.encode(tokenizer.render([*explanation_turns(case.edited, y_edit)[:-1], would]))
+
+
+def yes_no_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens of YES_NO at the start of an assistant turn; ValueError where one is not a single token."""
+    return tokenizer.ids_after(tokenizer.render([{"role": "user", "content": "?"}]), YES_NO)
+
+
+def detection_odds(subject: Subject, labelled: Labelled) -> list[float]:
+    """log p(yes) − log p(no) of each case. Only y_edit is read from a row."""
+    if not labelled:
+        return []
+    prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
+    logp = subject.sampler.option_logprobs(prompts, yes_no_tokens(subject.tokenizer))  # (n, 2)
+    return (logp[:, 1] - logp[:, 0]).tolist()
+
+
+def ask_outright(subject: Subject, cases: list[Case], measured: dict[float, list[dict]]) -> None:
+    """Adds "detection", the odds, to the rows of faith.measure. They are the same at each temperature."""
+    odds = detection_odds(subject, list(zip(cases, next(iter(measured.values())), strict=True)))
+    for rows in measured.values():
+        for row, value in zip(rows, odds, strict=True):
+            row["detection"] = value
 
 
 def answers(subject: Subject, batch: Labelled, n: int) -> list[dict]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faith
-import model as models
 import report
 import reward
 import tasks
@@ -19,7 +18,6 @@ from lab.build import read_dataset
 from lab.plan import plan
 from lab.rehearsal import rehearse
 from lab.report import finish
-from rollout import Sampler
 from run import checkpoint, files, identity, lora, reading, results
 from run.args import Args, check, data_sets
 from run.checkpoint import RunState
@@ -81,15 +79,14 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
     questions, parts = tasks.load_splits(data_sets(args.task, args.data), sizes, args.skip_bad_rows)
     stream = Stream(parts["fit"] + parts["train"], args, parts["test"])
     identity.check_unseen(args.model, parts["test"], "--eval-questions", stream.questions)
-    tokenizer = models.Tokenizer(args.model)
-    network = models.load(args.model, ranks.device, args.dtype)
+    subject = faith.open_subject(args.model, args.opening, args.kernels, args.why, args.dtype)
+    network = subject.sampler.model
     if lora.adapters(network):
         raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
     if args.lora:
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
-    network.recompute = args.recompute
-    sampler = Sampler(network, {*network.config.end_of_turn, tokenizer.end_of_turn}, args.rows, kernels=args.kernels)
-    subject = Subject(sampler, tokenizer, {}, args.train_only == "explanation", args.opening, args.why)
+    network.recompute, subject.sampler.rows = args.recompute, args.rows
+    subject.only_explains = args.train_only == "explanation"
     subject.made_of = faith.made_of(subject, questions)
     if args.dataset:
         stream.frozen = read_dataset(args, subject.made_of, stream.questions)
@@ -119,7 +116,7 @@ def measure_and_train(
         subject.offsets = faith.calibrate(subject, stream.questions, args.calibration_questions)
         if ranks.rank == 0:
             used = sum(min(len(some), args.calibration_questions) for some in stream.of.values())
-            faith.write_offsets(subject, used, args.task, out / "calibration.json")
+            results.write_offsets(out / "calibration.json", subject, used, args.task)
     if args.resume and (out / "before.json").exists():
         before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
@@ -167,12 +164,14 @@ def evaluate(
     before: the initial model's rows so returned, where it is another model.
     """
     fit_rows = [row for _, row in label(subject, fit, ranks)]
-    mine, nulls, detection = ranks.share(cases), -(-100 // ranks.world), args.objective == "detection"
+    mine, nulls = ranks.share(cases), -(-100 // ranks.world)
     unit = "questions" + " of this rank" * (ranks.world > 1)
     progress = Progress(f"measured {name} training", ranks.rank, unit=unit)
     measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, detection, progress)
+        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
     )
+    if args.objective == "detection":
+        ranks.together(lambda: detect.ask_outright(subject, mine, measured))
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
         initial, fitted, summaries = rows if before is None else before, report.by_task(fit_rows), {}

@@ -9,7 +9,7 @@ import faith
 import report
 import reward
 import tasks
-from lab import build, controls, ct
+from lab import build, controls, ct, detect
 from lab.compare import f_auroc
 from rollout import COLDEST
 from run import files, identity, reading, results
@@ -102,7 +102,7 @@ def run_measure(args: argparse.Namespace) -> None:
             kept.append(args.rows + f".{why}" * (len(args.why) > 1))
             results.write_measured(kept[-1], rows, fit_rows, subject, args.max_new_tokens)
     if args.rows and args.calibration == "fit":
-        faith.write_offsets(subject, len(parts["fit"]), args.task, f"{args.rows}.calibration.json")
+        results.write_offsets(f"{args.rows}.calibration.json", subject, len(parts["fit"]), args.task)
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
     main = dict(list(summaries.items())[: len(args.temperature)])  # of the first --why
     print(f"\n{report.overview(main)}")
@@ -129,7 +129,9 @@ def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namesp
     """Measured rows by temperature, with explanations that `why` asks for. also: what the progress lines add."""
     subject.why, sizes = why, (args.max_new_tokens, args.seed)
     progress = Progress(f"measured{also}", file=sys.stderr)
-    rows = faith.measure(subject, cases, args.temperature, *sizes, detection=args.detection, progress=progress)
+    rows = faith.measure(subject, cases, args.temperature, *sizes, progress=progress)
+    if args.detection:
+        detect.ask_outright(subject, cases, rows)
     if args.controls:
         controls.measure(subject, cases, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
     return rows

@@ -72,6 +72,12 @@ def write_identity(args: Args, made_of: dict[str, str], stream) -> None:
     files.write_text(Path(args.out) / identity.LIST, seen)
 
 
+def write_offsets(file: str | Path, subject, questions: int, task: str) -> None:
+    """Writes the offsets that so many questions gave, and what they were made of, as a calibration.json."""
+    values = {"mean_logp": subject.calibration, "questions": questions, "task": task}
+    files.write_json(file, values | {"made_of": subject.made_of})
+
+
 def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, subject, max_new_tokens: int) -> None:
     """Writes what faith.measure gave: PREFIX.T0.jsonl, …, PREFIX.fit.jsonl, and PREFIX.identity.json."""
     how = {"calibration": subject.calibration, "length": max_new_tokens}

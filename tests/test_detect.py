@@ -17,7 +17,6 @@ import faith
 import model as models
 import report
 import tasks
-from faith import detection_odds
 from lab import detect
 from lab.compare import compare
 from rollout import Sampler
@@ -36,7 +35,7 @@ def labelled(subject):
 
 def test_odds_are_transformers(folder, subject, labelled):
     reference, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    odds = detection_odds(subject, labelled)
+    odds = detect.detection_odds(subject, labelled)
     assert len(odds) == 20 and np.std(odds) > 0.1
     for (case, row), D in zip(labelled, odds, strict=True):
         would = f'Would your answer have been different without "{row["text_inserted"]}"? Answer yes or no.'
@@ -45,7 +44,7 @@ def test_odds_are_transformers(folder, subject, labelled):
         asked = [{"role": role, "content": text} for role, text in turns]
         chat = words.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         ids = words(chat, add_special_tokens=False, return_tensors="pt").input_ids
-        assert faith.detection_prompt(subject.tokenizer, case, row["y_edit"]) == ids[0].tolist()
+        assert detect.detection_prompt(subject.tokenizer, case, row["y_edit"]) == ids[0].tolist()
         with torch.no_grad():
             logits = reference(ids).logits[0, -1].double()
         yes, no = (logits[words.convert_tokens_to_ids(word)] for word in ("yes", "no"))
@@ -60,7 +59,7 @@ def test_answers_that_are_not_a_token_each_are_refused(subject, labelled, swap, 
     plain = subject.tokenizer.encode
     subject.tokenizer.encode = lambda text: plain(re.sub("yes|no", lambda m: swap.get(m[0], m[0]), text))
     with pytest.raises(ValueError, match=says):
-        detection_odds(subject, labelled)
+        detect.detection_odds(subject, labelled)
 
 
 # ---- the step ----
@@ -91,7 +90,7 @@ def test_loss_and_gradient_are_cross_entropy(subject, labelled, micro):
     network.load_state_dict(models.load(network.source).state_dict())
     network.zero_grad()
     tokens = [subject.tokenizer.tokenizer.token_to_id(word) for word in ("no", "yes")]
-    prompts = [faith.detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
+    prompts = [detect.detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in labelled]
     logits = torch.stack([network(torch.tensor([prompt]))[0, -1, tokens] for prompt in prompts])
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(influences))
     loss.backward()
@@ -135,8 +134,9 @@ def test_what_is_not_finite_changes_nothing(subject, labelled, where, monkeypatc
 
 def test_figures_are_scipys_and_scikit_learns(subject, labelled):
     cases, rng = [case for case, _ in labelled], np.random.default_rng(0)
-    measured = faith.measure(subject, cases, (0.0, 1.0), 6, nulls=0, detection=True)
-    odds = detection_odds(subject, labelled)
+    measured = faith.measure(subject, cases, (0.0, 1.0), 6, nulls=0)
+    detect.ask_outright(subject, cases, measured)
+    odds = detect.detection_odds(subject, labelled)
     assert [r["detection"] for r in measured[0.0]] == [r["detection"] for r in measured[1.0]] == odds
     rows = [row | {"detection": D + float(rng.normal(0, 2)) - np.median(odds)}  # so that it says yes to some
             for row, D in zip(measured[1.0], odds, strict=True)]  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_run(done, subject):
     subject.sampler = Sampler(models.load(done / "model"))
     parts = tasks.split(tasks.load("esnli", DATA), {"test": 5}, seed=0)
     cases = faith.draw_cases(parts["test"], "bias", 0)
-    wanted = detection_odds(subject, list(zip(cases, after, strict=True)))
+    wanted = detect.detection_odds(subject, list(zip(cases, after, strict=True)))
     assert wanted == pytest.approx([row["detection"] for row in after], abs=1e-4)
     figures = reading.read_json(done / "after.json")["T=1"]
     assert {"phi", "detection", "detection_phi", "accuracy", "shortcut_detection", "phi_paper"} <= figures.keys()

@@ -38,7 +38,7 @@ import model as models
 import reward
 import tasks
 from lab import measure
-from run import lora
+from run import lora, results
 from run.args import Args, parse
 from run.progress import command
 
@@ -168,7 +168,7 @@ def read_from(tmp_path_factory):
     models.save(network, place / "adapter")
     subject = faith.open_subject(model)
     subject.offsets = {"ask": np.array([-0.75, -1.5])}
-    faith.write_offsets(subject, 5, "ask", model / CALIBRATION)
+    results.write_offsets(model / CALIBRATION, subject, 5, "ask")
     return {
         "config.json": (model, our_logits, their_logits),
         "generation_config.json": (model, lambda it: set(models.load(it).config.end_of_turn), their_ends),

@@ -13,6 +13,7 @@ import torch
 from launch import DATA, call, close, finish, flags, lines, ran, refused, same, script, start, timeless, weights
 
 import batches
+import faith
 import model as models
 import reward
 import tasks
@@ -166,7 +167,8 @@ def test_frozen_labels_with_kl_and_two_updates(folder, tmp_path, monkeypatch):
 def test_weights_in_bf16(folder, tmp_path, monkeypatch):
     """--dtype bf16 on a CPU: the trained model and the KL's reference compute in bf16; masters keep small updates."""
     seen, load = [], models.load
-    monkeypatch.setattr(models, "load", lambda *given: seen.append(load(*given)) or seen[-1])
+    for module in (faith, models):
+        monkeypatch.setattr(module, "load", lambda *given: seen.append(load(*given)) or seen[-1])
     ran(flags(folder, tmp_path / "o", dtype="bf16", kl=0.05, lr=1e-5, steps=2, eval_questions=0))
     assert [network.dtype for network in seen] == [torch.bfloat16, torch.bfloat16]
     assert {w.dtype for w in weights(tmp_path / "o" / "model").values()} == {torch.bfloat16}
