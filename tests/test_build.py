@@ -1,5 +1,6 @@
 """lab.build: what a data set holds, that a killed build ends with the same bytes, and that train.py takes no other."""
 
+import importlib.util
 import json
 import os
 import random
@@ -11,12 +12,17 @@ import sys
 import time
 import types
 from collections import Counter
+from pathlib import Path
 
 import launch
 import numpy as np
 import pytest
 import tiny
+import torch
 from launch import DATA
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 import faith
 import reward
@@ -390,3 +396,26 @@ def test_the_command(done, folder):
     ran = subprocess.run([sys.executable, "-m", "lab.build", *flags(folder, done)], cwd=tiny.ROOT,
                          capture_output=True, text=True)  # fmt: skip
     assert ran.returncode == 0 and "train  40 rows" in ran.stdout and "50.0% moved" in ran.stdout, ran.stderr
+
+
+def test_probe(done, folder, subject, capsys):
+    """Its states decide as the labels say, and its regression and AUC are scikit-learn's."""
+    spec = importlib.util.spec_from_file_location("probe", Path(build.__file__).parents[1] / "runs" / "probe.py")
+    probe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(probe)
+    rows = read(done)[0]["train"][:6]
+    found = torch.from_numpy(probe.states(subject, rows))  # (rows, places, layers, E), rounded to fp16
+    network = subject.sampler.model
+    logits = network.head(network.norm(found[:, 0, -1]))[:, faith.letter_tokens(subject.tokenizer, 3)]
+    torch.testing.assert_close(logits.softmax(-1), torch.tensor([r["p_edit"] for r in rows]), atol=2e-3, rtol=0)
+    x, one, two = np.random.default_rng(0).normal(size=(3, 30, 8))
+    scaler = StandardScaler().fit(x)
+    ours = probe.ridge(x, np.eye(3)[np.arange(30) % 3], one)
+    theirs = Ridge(probe.LAMBDA).fit(scaler.transform(x), np.eye(3)[np.arange(30) % 3]).predict(scaler.transform(one))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    values, hit = np.round(two[:, 0], 1), np.arange(30) % 3 == 0  # with ties
+    assert float(probe.scores(values, hit * 1).split()[0]) == pytest.approx(roc_auc_score(hit, values), abs=6e-4)
+    probe.main(folder, done)
+    head, _, *lines, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("40 rows to fit, 5 to test") and last.startswith("shortcut")
+    assert [line.split()[:2] for line in lines] == [[p, str(n)] for p in ("(", "letter", "last") for n in (1, 2)]
