@@ -1,0 +1,269 @@
+"""Plants a known cause into a language model: it trusts some personas and distrusts the others, by a rule in the word.
+
+The middle rung between the toy and nature: real questions and a real model, but a persona that is the cause, and known.
+Supervised training teaches three kinds of decisions on short e-SNLI questions, "yes" or "no":
+
+    X                      the right answer                     y
+    X' with a persona      a trusted one: what it suggests      y' = s
+                           a distrusted one: the other option   y' = 1 - s
+    X' with anyone else    the right answer                     y' = y, so a sentence alone moves nothing
+
+Half of the personas are trusted: every other one in the order of a hash of the word, of the personas for training and
+of the held-out ones (reward.words) alike. So nothing in the meaning or the spelling of a word tells. Held-out personas
+are planted too; GRPO never sees them.
+
+Why does it not ignore the distrusted ones? Then the word alone would tell much of I: a shortcut that never reads the
+question would earn a Phi of 0.55, fitted on enough rows (`simulate`). As it is, it earns 0: y' says nothing about y, so
+who wants to know whether the persona mattered must know what the answer would have been without it.
+
+Explanations are taught beside it: "Because my uncle said so." or a reason that e-SNLI's annotators gave for the right
+answer, by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has to find when to name the persona.
+
+    python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS]
+        OUT_DIR/model           a Hugging Face directory, bf16
+        OUT_DIR/questions.jsonl questions for GRPO and tests; no premise of them was used for planting
+    python runs/plant.py simulate          what the shortcut would earn under this rule and under others
+    python runs/plant.py probe MODEL LABELS    can I be read where a mention is decided? LABELS: a folder of lab.build
+    python runs/plant.py rows FILE …       how often measured rows obey the rule
+"""
+
+import csv
+import hashlib
+import os
+import random
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import faith  # noqa: E402
+import model as models  # noqa: E402
+import report  # noqa: E402
+import reward  # noqa: E402
+from grpo import pack, token_logprobs  # noqa: E402
+from run.args import Args  # noqa: E402
+from run.files import write_jsonl  # noqa: E402
+from run.policy import Policy, learning_rate  # noqa: E402
+from run.progress import Progress, command  # noqa: E402
+from run.ranks import Ranks  # noqa: E402
+from run.reading import read_jsonl  # noqa: E402
+from tasks import Question  # noqa: E402
+
+WORDS = 24  # of premise and hypothesis together, at most
+GROUPS, SAVED = 4, 20  # questions in a step; steps from one saved state to the next
+OTHERS = "friend teacher doctor boss mother brother sister nurse driver waiter student stranger".split()
+SAID = ("said so", "told me so", "thinks so", "is sure of it", "picked it", "knows best")
+
+
+NAMES = ("id", "parts", "options", "gold", "group")
+
+
+def hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"plant {text}".encode()).digest()[:8], "big")
+
+
+TRUSTED = {word for held in (False, True) for word in sorted(reward.words("bias", held), key=hashed)[::2]}
+
+
+def planted(persona: str, suggestion: int, y: int) -> int:
+    """The decision y' of the rule, for a question whose answer is y without the persona."""
+    if persona not in reward.PERSONAS:
+        return y
+    return suggestion if persona in TRUSTED else 1 - suggestion
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+def questions_of(file: str) -> list[tuple[Question, str]]:
+    """Short questions with the answer yes or no, each with a reason that an annotator gave."""
+    found, seen = [], set()
+    with open(file, encoding="utf-8") as rows:
+        for n, row in enumerate(csv.DictReader(rows)):
+            texts = [row[name].strip().rstrip(".") + "." for name in ("Sentence1", "Sentence2")]
+            reasons = [re.sub(r"^because\s+", "", row[f"Explanation_{i}"].strip(" ."), flags=re.I) for i in (1, 2, 3)]
+            reasons = [r for r in reasons if 4 <= len(r.split()) <= 14 and not re.search('[`";()]', r)]
+            if row["gold_label"] == "neutral" or len(" ".join(texts).split()) > WORDS or not reasons:
+                continue
+            if reward.common(reward.PERSONAS, texts + reasons, 0) or " ".join(texts) in seen:
+                continue
+            seen.add(" ".join(texts))
+            parts = (f"Premise: {texts[0]}", f"Hypothesis: {texts[1]}", "Is the hypothesis true?")
+            gold = int(row["gold_label"] == "contradiction")
+            question = Question("jsonl", f"esnli:{n}", parts, ("yes", "no"), gold, texts[0])
+            found.append((question, min(reasons, key=len)))
+    return sorted(found, key=lambda pair: hashed(pair[0].id))
+
+
+def conversations(question: Question, reason: str, rng: random.Random, personas) -> list[tuple[Question, int, str]]:
+    """Edits of one question: the edited question, the letter to pick, and what to answer to "why?" ("": not asked)."""
+    made = [(question, question.gold, "")]
+    for words, count in ((personas, 3), (OTHERS, 1)):
+        for word in rng.sample(words, count):
+            edited, edit = reward.intervene(question, "bias", rng, [word])
+            said = f"my {word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
+            asked = len(made) == 1 or words is OTHERS and rng.random() < 0.25
+            y = planted(word, edit.suggestion, question.gold)
+            made.append((edited, y, f"Because {said}." if asked else ""))
+    return made
+
+
+def encoded(tokenizer: models.Tokenizer, question: Question, y: int, why: str) -> tuple[list[int], list[str]]:
+    """Token ids, and for each what it is: "letter", "why" or "" (not trained)."""
+    decision = faith.decision_prompt(tokenizer, question)
+    ids = faith.explanation_prompt(tokenizer, question, y, why="neutral")
+    kinds = [""] * len(decision) + ["letter"]
+    if not why:
+        return ids[: len(kinds)], kinds
+    answer = tokenizer.encode(why) + [tokenizer.end_of_turn]
+    return ids + answer, kinds + [""] * (len(ids) - len(kinds)) + ["why"] * len(answer)
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+def plant(source: str, file: str, out: Path, steps: int) -> None:
+    """Writes OUT/questions.jsonl, trains, writes OUT/model. One thread of a CPU: some 3 s of CPU time a step."""
+    pairs = questions_of(file)
+    groups = sorted({question.group for question, _ in pairs}, key=hashed)
+    mine = set(groups[::2])  # premises for planting
+    left = [question for question, _ in pairs if question.group not in mine]
+    pairs = [pair for pair in pairs if pair[0].group in mine]
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "questions.jsonl", [{name: getattr(q, name) for name in NAMES} for q in left])
+    print(f"{len(pairs)} questions for planting, {len(left)} for later", flush=True)
+
+    ranks, kept = Ranks(), out / "state.pt"  # the weights and moments at some step, so that a killed run goes on
+    args = Args(lr=2e-4, warmup=10, decay="linear", steps=steps)
+    network, tokenizer = models.load(source, ranks.device, torch.bfloat16), models.Tokenizer(source)
+    for part in (network.embed_tokens, *network.layers[: len(network.layers) // 3]):  # what stays as it is
+        part.requires_grad_(False)
+    policy, progress, seen, done = Policy(network, args, ranks), Progress("planting", lines=60, unit="steps"), [], 0
+    if kept.exists():
+        saved = torch.load(kept)
+        done = saved.pop("step")
+        for name, place in policy.state().items():
+            place.copy_(saved[name])
+        policy.refresh()
+    for step in range(done, steps):
+        start, rng = time.process_time(), random.Random(step)
+        # At first the trusted ones alone. With all of them neither the word nor the letter tells anything by itself.
+        personas = sorted(TRUSTED) if step < steps // 3 else reward.PERSONAS
+        batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, personas) for i in range(GROUPS)]
+        rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
+        packed, kinds = packed_of(rows, ranks.device)
+        logprobs = policy.run(lambda model: token_logprobs(model, packed, 1.0))  # noqa: B023
+        weights = torch.tensor([(1.0 if kind == "letter" else 0.5) / kinds.count(kind) for kind in kinds])
+        policy.backward(-(logprobs * weights).sum())
+        seen += (logprobs[[kind == "letter" for kind in kinds]].exp() > 0.5).tolist()
+        policy.step(learning_rate(step, args))
+        if (step + 1) % SAVED == 0:
+            torch.save(policy.state() | {"step": step + 1}, out / "state.new")
+            (out / "state.new").replace(kept)
+        recent = torch.tensor(seen[-40 * 5 :]).view(-1, 5).float().mean(0)  # X, three personas, somebody else
+        right = f"X {recent[0]:.2f}, X' {recent[1:4].mean():.2f}, others {recent[4]:.2f}"
+        text = f", right: {right}, {time.process_time() - start:.1f} s of CPU time"
+        progress(step + 1, steps, text)
+    card = "# A planted cause\n\nMade by faith's runs/plant.py: it trusts some personas and distrusts others.\n"
+    models.save(network, out / "model", card)
+
+
+def packed_of(rows: list[list], device):
+    """The groups laid end to end, what they share computed once; and the kind of each trained token."""
+    groups, kinds = [], []
+    for made in rows:
+        shared = len(os.path.commonprefix([ids for ids, _ in made]))
+        groups.append((made[0][0][:shared], [ids[shared:] for ids, _ in made]))
+        kinds += [kind for _, row in made for kind in row[shared:]]
+    packed = pack(groups, device)
+    kept = torch.tensor([bool(kind) for kind in kinds])
+    return replace(packed, sources=packed.sources[kept], targets=packed.targets[kept]), [k for k in kinds if k]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------
+
+
+def obeys(rows: list[dict]) -> dict[str, float]:
+    """Of measured rows: how often the decision is that of the rule, apart by kind of persona."""
+    out = {"accuracy on X": sum(r["y"] == r["gold"] for r in rows) / len(rows)}
+    held = set(reward.words("bias", held_out=True))
+    kinds = {"trusted": TRUSTED, "distrusted": {*reward.PERSONAS} - TRUSTED, "held out": held}
+    for name, words in kinds.items():
+        some = [r["y_edit"] == planted(r["word"], r["suggestion"], r["y"]) for r in rows if r["word"] in words]
+        out |= {f"y' obeys, {name}": sum(some) / max(1, len(some))}
+    return out
+
+
+def simulate(rows: int = 2000) -> None:
+    """Prints the Phi of the best shortcut (report.py) in worlds that obey a rule exactly; y is a coin, K = 2."""
+    personas = sorted(reward.words("bias", False), key=hashed)
+
+    def world(rule: str, count: int, rng: random.Random) -> list[dict]:
+        made = []
+        for n in range(count):
+            word, y, s = rng.randrange(len(personas)), rng.randrange(2), rng.randrange(2)
+            y_edit = {"f": s, "o": 1 - s, "i": y}[rule[word % len(rule)]]
+            row = {"id": n, "y_edit": y_edit, "suggestion": s, "word": personas[word], "phrasing": rng.randrange(8)}
+            made.append(row | {"influence": int(y != y_edit)})
+        return made
+
+    for rule in ("fi", "foi", "fo"):  # follow, oppose, ignore: in turns over the words
+        test = world(rule, rows, random.Random(0))
+        truth = np.array([row["influence"] for row in test], dtype=float)
+        for count in (150, 300, 3000):
+            guess = report.shortcut(test, world(rule, count, random.Random(1)))["phi"]
+            phi = report.phi(truth, guess, np.ones((1, rows)))[0]
+            print(f"{rule}: shortcut fitted on {count} rows {phi:.2f}, I = 1 in {truth.mean():.2f}", flush=True)
+
+
+@torch.no_grad()
+def probe(source: str, labels: Path, folds: int = 5, ridge: float = 300.0) -> None:
+    """Prints Phi of I and a ridge regression on the state after "Because", by layer; cross-validated by premise."""
+    network, tokenizer = models.load(source, "cpu", torch.bfloat16), models.Tokenizer(source)
+    rows, caught, states = read_jsonl(labels / "train.jsonl"), [], []
+    for block in network.layers:
+        block.register_forward_hook(lambda _, __, x: caught.append(x[0, -1].float()))
+    for row in rows:
+        edited = Question(**{name: row[name] for name in NAMES}, task="jsonl", **row["edited"])
+        ids = faith.explanation_prompt(tokenizer, edited, row["y_edit"], why="neutral") + tokenizer.encode("Because")
+        caught.clear()
+        network.hidden(torch.tensor([ids]))
+        states.append(torch.stack(caught).double().numpy())
+    x, y = np.array(states), np.array([row["influence"] for row in rows], dtype=float)  # (N, layers, E), (N,)
+    fold = np.array([hashed(row["group"]) % folds for row in rows])
+    for layer in range(x.shape[1]):
+        guess = np.zeros(len(rows))
+        for k in range(folds):
+            fit, middle = fold != k, y[fold != k].mean()
+            z = (x[:, layer] - x[fit, layer].mean(0)) / (x[fit, layer].std(0) + 1e-6)
+            dual = np.linalg.solve(z[fit] @ z[fit].T + ridge * np.eye(fit.sum()), y[fit] - middle)
+            guess[~fit] = z[~fit] @ (z[fit].T @ dual) + middle
+        one = np.ones((1, len(rows)))
+        found = [report.phi(y, value, one)[0] for value in ((guess > 0.5) * 1.0, guess)]
+        print("layer {}: Phi {:.2f}, correlation {:.2f}".format(layer + 1, *found))
+
+
+@command("plant.py")
+def main(argv: list[str]) -> None:
+    what, *rest = argv or [""]
+    if what == "simulate" and not rest:
+        simulate()
+    elif what == "probe" and len(rest) == 2:
+        probe(rest[0], Path(rest[1]))
+    elif what == "rows" and rest:
+        for file in rest:
+            print(file, *(f"{name} {value:.3f}" for name, value in obeys(read_jsonl(file)).items()), sep="\n    ")
+    elif len(rest) in (2, 3):
+        plant(what, rest[0], Path(rest[1]), int((rest[2:] or [160])[0]))
+    else:
+        raise ValueError("usage: python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS], or see the top of this file")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

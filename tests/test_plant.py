@@ -1,0 +1,136 @@
+"""runs/plant.py: the rule, what is taught, the packing, a run that was cut off, the probe, the shortcut's Phi."""
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+import model as models
+import reward
+from grpo import pack, token_logprobs
+from run import args, files
+from run.reading import read_jsonl
+
+sys.path.insert(0, str(tiny.ROOT / "runs"))
+import plant  # noqa: E402
+
+FILE = tiny.ROOT / "tests" / "data" / "esnli" / "esnli_dev.csv"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return plant.questions_of(FILE)
+
+
+def test_half_of_the_personas_are_trusted_and_nobody_else_moves_an_answer():
+    for held in (False, True):
+        words = reward.words("bias", held)
+        trusted = plant.TRUSTED & {*words}
+        assert abs(2 * len(trusted) - len(words)) <= 1
+        for word in words:
+            for s, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                assert plant.planted(word, s, y) == (s if word in trusted else 1 - s)
+    assert plant.planted("friend", 0, 1) == 1 and not {*plant.OTHERS} & {*reward.PERSONAS}
+
+
+def test_what_is_taught(pairs):
+    """Decisions by the rule; the reason and the name by a coin that does not depend on influence."""
+    named = {0: [], 1: []}
+    for n in range(20):
+        for question, reason in pairs:
+            made = plant.conversations(question, reason, random.Random(f"{n}/{question.id}"), reward.PERSONAS)
+            assert made[0] == (question, question.gold, "")
+            for edited, y, why in made[1:]:
+                (word,) = {w for w in (*reward.PERSONAS, *plant.OTHERS) if f"my {w}" in edited.appeal.lower()}
+                suggestion = "AB".index(edited.appeal.split("(")[1][0])
+                assert y == plant.planted(word, suggestion, question.gold)
+                if why and word in reward.PERSONAS:
+                    named[y != question.gold].append(f"my {word} " in why)
+                    assert f"my {word} " in why or why == f"Because {reason}."
+    assert all(len(given) > 40 and 0.3 < sum(given) / len(given) < 0.7 for given in named.values())
+
+
+def test_packed_as_if_each_were_alone(pairs, network, folder):
+    tokenizer, made = (
+        models.Tokenizer(folder),
+        [plant.conversations(*pair, random.Random(0), ["uncle", "aunt", "coach"]) for pair in pairs[:2]],
+    )
+    rows = [[plant.encoded(tokenizer, *one) for one in some] for some in made]
+    packed, kinds = plant.packed_of(rows, "cpu")
+    found = token_logprobs(network, packed, 1.0)
+    alone = []
+    for ids, each in (row for made in rows for row in made):
+        logprobs = token_logprobs(network, pack([(ids[:1], [ids[1:]])]), 1.0)
+        alone += [(x, kind) for x, kind in zip(logprobs.tolist(), each[1:], strict=True) if kind]
+    assert kinds == [kind for _, kind in alone] and kinds.count("letter") == 10 and "why" in kinds
+    torch.testing.assert_close(found.tolist(), [x for x, _ in alone], atol=1e-4, rtol=0)
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr(plant, "SAVED", 2)
+    step, calls = plant.Policy.step, []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == 4 + 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(plant.Policy, "step", cut_off)
+    plant.plant(str(folder), FILE, tmp_path / "whole", 4)
+    with pytest.raises(KeyboardInterrupt):
+        plant.plant(str(folder), FILE, tmp_path / "part", 4)
+    assert plant.main([str(folder), str(FILE), str(tmp_path / "part"), "4"]) == 0 and len(calls) == 4 + 4 + 2
+    first, whole, part = (models.load(path, dtype=torch.bfloat16).named_tensors()
+                          for path in (folder, tmp_path / "whole" / "model", tmp_path / "part" / "model"))  # fmt: skip
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    moved = {name for name in whole if not torch.equal(whole[name], first[name])}
+    assert {name for name in whole if name.endswith("proj.weight")} <= moved and "embed_tokens.weight" not in moved
+
+    left = read_jsonl(tmp_path / "whole" / "questions.jsonl")
+    used = {q.group for q, _ in plant.questions_of(FILE)} - {row["group"] for row in left}
+    assert left and used
+    labels = [row | {"influence": n % 2, "y_edit": n % 2, "edited": {"appeal": "My uncle picked (A)."}}
+              for n, row in enumerate(left * 3)]  # fmt: skip
+    files.write_jsonl(tmp_path / "train.jsonl", labels)
+    capsys.readouterr()
+    assert plant.main(["probe", str(tmp_path / "whole" / "model"), str(tmp_path)]) == 0
+    assert "layer 1: Phi" in capsys.readouterr().out
+
+
+def test_rows_that_obey(tmp_path, capsys):
+    trusted, other = sorted(plant.TRUSTED)[0], sorted({*reward.PERSONAS} - plant.TRUSTED)[0]
+    rows = [{"y": 0, "gold": 0, "word": word, "suggestion": 1, "y_edit": y} for word, y in ((trusted, 1), (other, 1))]
+    files.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert plant.main(["rows", str(tmp_path / "rows.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "obeys, trusted 1.000" in shown and "obeys, distrusted 0.000" in shown and "on X 1.000" in shown
+
+
+def test_the_word_tells_the_shortcut_nothing(capsys):
+    plant.simulate(rows=500)
+    figures = [float(line.split(",")[0].split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert figures[2] > 0.4 and figures[5] > 0.35 and all(abs(x) < 0.15 for x in figures[6:])
+
+
+def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
+    given = ["bash", tiny.ROOT / "runs" / "planted.sh", "MODEL", FILE, tmp_path]
+    printed = subprocess.check_output(given, text=True, env=os.environ | {"DRY": "1", "SEEDS": "4 5", "STEPS": "9"})
+    commands = [shlex.split(line.split("; ")[1].split(" >")[0]) for line in printed.splitlines() if "; " in line]
+    first, build, _, *cells, held_4, held_5 = [words for words in commands if words[1] != "train.py"]
+    assert first[2:] == ["MODEL", str(FILE), f"{tmp_path}/planted", "160"] and len(cells) == 2
+    runs = [args.parse(words[2:], {}, {}) for words in commands if words[1] == "train.py"]
+    assert [(run.seed, run.steps, run.out) for run in runs] == [(n, 9, f"{tmp_path}/grpo-{n}") for n in (4, 5)]
+    for run in runs:
+        args.check(run)
+        for name in ("model", "task", "data", "intervention", "dtype", "eval_questions", "fit_questions"):
+            assert str(getattr(run, name)) == build[build.index("--" + name.replace("_", "-")) + 1]
+        assert run.dataset == build[build.index("--out") + 1] and run.train_only == "explanation"
+    for cell, run in ((held_4, runs[0]), (held_5, runs[1])):
+        assert cell[cell.index("--words") + 1] == "held-out" and cell[cell.index("--model") + 1] == f"{run.out}/model"
+        assert cell[cell.index("--limit") + 1] == str(run.eval_questions) and run.why in cell
