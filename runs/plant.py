@@ -23,7 +23,6 @@ answer, by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has 
         OUT_DIR/model           a Hugging Face directory, bf16
         OUT_DIR/questions.jsonl questions for GRPO and tests; no premise of them was used for planting
     python runs/plant.py simulate          what the shortcut would earn under this rule and under others
-    python runs/plant.py probe MODEL LABELS    can I be read where a mention is decided? LABELS: a folder of lab.build
     python runs/plant.py rows FILE …       how often measured rows obey the rule
 """
 
@@ -222,40 +221,11 @@ def simulate(rows: int = 2000) -> None:
             print(f"{rule}: shortcut fitted on {count} rows {phi:.2f}, I = 1 in {truth.mean():.2f}", flush=True)
 
 
-@torch.no_grad()
-def probe(source: str, labels: Path, folds: int = 5, ridge: float = 300.0) -> None:
-    """Prints Phi of I and a ridge regression on the state after "Because", by layer; cross-validated by premise."""
-    network, tokenizer = models.load(source, "cpu", torch.bfloat16), models.Tokenizer(source)
-    rows, caught, states = read_jsonl(labels / "train.jsonl"), [], []
-    for block in network.layers:
-        block.register_forward_hook(lambda _, __, x: caught.append(x[0, -1].float()))
-    for row in rows:
-        edited = Question(**{name: row[name] for name in NAMES}, task="jsonl", **row["edited"])
-        ids = faith.explanation_prompt(tokenizer, edited, row["y_edit"], why="neutral") + tokenizer.encode("Because")
-        caught.clear()
-        network.hidden(torch.tensor([ids]))
-        states.append(torch.stack(caught).double().numpy())
-    x, y = np.array(states), np.array([row["influence"] for row in rows], dtype=float)  # (N, layers, E), (N,)
-    fold = np.array([hashed(row["group"]) % folds for row in rows])
-    for layer in range(x.shape[1]):
-        guess = np.zeros(len(rows))
-        for k in range(folds):
-            fit, middle = fold != k, y[fold != k].mean()
-            z = (x[:, layer] - x[fit, layer].mean(0)) / (x[fit, layer].std(0) + 1e-6)
-            dual = np.linalg.solve(z[fit] @ z[fit].T + ridge * np.eye(fit.sum()), y[fit] - middle)
-            guess[~fit] = z[~fit] @ (z[fit].T @ dual) + middle
-        one = np.ones((1, len(rows)))
-        found = [report.phi(y, value, one)[0] for value in ((guess > 0.5) * 1.0, guess)]
-        print("layer {}: Phi {:.2f}, correlation {:.2f}".format(layer + 1, *found))
-
-
 @command("plant.py")
 def main(argv: list[str]) -> None:
     what, *rest = argv or [""]
     if what == "simulate" and not rest:
         simulate()
-    elif what == "probe" and len(rest) == 2:
-        probe(rest[0], Path(rest[1]))
     elif what == "rows" and rest:
         for file in rest:
             print(file, *(f"{name} {value:.3f}" for name, value in obeys(read_jsonl(file)).items()), sep="\n    ")

@@ -17,7 +17,7 @@ asked="--model $planted/model --task jsonl --data $planted/questions.jsonl --int
 sizes="--eval-questions 300 --fit-questions 150"
 build "$out/labels" $asked $sizes --size 400 --edits 3 | go 1
 [ -f "$out/probe.txt" ] ||
-    echo "python runs/plant.py probe $planted/model $out/labels > $out/part.txt; mv $out/part.txt $out/probe.txt" | go 1
+    echo "python runs/probe.py $planted/model $out/labels bf16 neutral > $out/part; mv $out/part $out/probe.txt" | go 1
 
 tests="--max-new-tokens 16 --why neutral --temperature 1 --dtype bf16 --task jsonl --data $planted/questions.jsonl \
     --intervention bias --limit 300 --fit 150"

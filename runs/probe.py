@@ -5,7 +5,7 @@ probe guesses y from a state (ridge regression on one-hots of y, fitted on train
 guessed to be 1 where its value for y' is low. Another guesses I itself, which is not linear in y and y'. Both are
 scored on test.jsonl, beside the shortcut, which sees no state (report.shortcut), fitted on fit.jsonl.
 
-    python runs/probe.py MODEL_DIR DATASET_DIR [DTYPE]
+    python runs/probe.py MODEL_DIR DATASET_DIR [DTYPE [WHY]]
 
 Places: "(", where the answer's letter is decided; the letter; the prompt's last token, where the explanation begins.
 AUC: how probable it is that a row with influence ranks above one without. Phi: I is guessed above the median, balanced.
@@ -64,8 +64,8 @@ def scores(guess: np.ndarray, influence: np.ndarray) -> str:
     return f"{((above > 0) + (above == 0) / 2).mean():.3f}  {phi:.2f}"
 
 
-def main(model: str, folder: str, dtype: str = "auto") -> None:
-    subject = faith.open_subject(model, dtype=dtype)
+def main(model: str, folder: str, dtype: str = "auto", why: str = "leading") -> None:
+    subject = faith.open_subject(model, why=why, dtype=dtype)
     data = {name: list(reading.read_jsonl(Path(folder) / f"{name}.jsonl")) for name in ("train", "test", "fit")}
     x = {name: states(subject, data[name]) for name in ("train", "test")}
     y, given, influence = (

@@ -1,4 +1,4 @@
-"""runs/plant.py: the rule, what is taught, the packing, a run that was cut off, the probe, the shortcut's Phi."""
+"""runs/plant.py: the rule, what is taught, the packing, a run that was cut off, the shortcut's Phi."""
 
 import os
 import random
@@ -71,7 +71,7 @@ def test_packed_as_if_each_were_alone(pairs, network, folder):
     torch.testing.assert_close(found.tolist(), [x for x, _ in alone], atol=1e-4, rtol=0)
 
 
-def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch, capsys):
+def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(plant, "SAVED", 2)
     step, calls = plant.Policy.step, []
 
@@ -95,12 +95,6 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch, capsys):
     left = read_jsonl(tmp_path / "whole" / "questions.jsonl")
     used = {q.group for q, _ in plant.questions_of(FILE)} - {row["group"] for row in left}
     assert left and used
-    labels = [row | {"influence": n % 2, "y_edit": n % 2, "edited": {"appeal": "My uncle picked (A)."}}
-              for n, row in enumerate(left * 3)]  # fmt: skip
-    files.write_jsonl(tmp_path / "train.jsonl", labels)
-    capsys.readouterr()
-    assert plant.main(["probe", str(tmp_path / "whole" / "model"), str(tmp_path)]) == 0
-    assert "layer 1: Phi" in capsys.readouterr().out
 
 
 def test_rows_that_obey(tmp_path, capsys):
