@@ -18,7 +18,8 @@ from lab import build, measure, paper
 from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT")}
+SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT"),
+           "qwen.sh": ("MODEL", "DATA", "OUT")}  # fmt: skip
 COMMIT = "91a860ac1a53780b3859ada33e8ce417b21c9118"  # what runs/toy.sh was run with
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -91,20 +92,20 @@ def planned(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch):
     runs, sets, cells, tables = planned(script, tmp_path, monkeypatch)
-    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12}[script]
+    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12, "qwen.sh": 3}[script]
     assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
     assert sorted(folder for table in tables for folder in table) == sorted(cells)
     for table in tables:
         base, *trained = table
         assert base.endswith("/base") and set(trained) <= set(runs)
         for folder in trained:
-            run, count = runs[folder], {"toy_paper.sh": 3, "smollm2_paper.sh": 5, "paper.sh": 6}[script]
+            run, count = runs[folder], {"toy_paper.sh": 3, "smollm2_paper.sh": 5, "paper.sh": 6, "qwen.sh": 5}[script]
             assert {*homes_of(run)} <= {*cells[folder]} and len(cells[folder]) == count
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
-                for key in "task data intervention limit fit seed max_new_tokens opening words".split():
+                for key in "task data intervention limit fit seed max_new_tokens opening words dtype".split():
                     assert getattr(cell, key) == getattr(cells[base][name], key)
-                assert cell.opening == run.opening and cell.max_new_tokens == run.max_new_tokens
+                assert all(getattr(cell, key) == getattr(run, key) for key in ("opening", "max_new_tokens", "dtype"))
                 assert name.endswith(f"-{cell.intervention}")
                 if cell.task in run.task.split(","):  # never a question trained on
                     assert cell.limit <= run.eval_questions
@@ -115,12 +116,13 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
     for run in runs.values():
         row = "RQ1" if run.objective == "detection" else f"RQ2-{run.labels}"
         rows[run.model, run.task, run.intervention].append(row)
-    assert all(set(of) == set(paper.ROWS[1:]) for of in rows.values())
+    wanted = {"RQ2-frozen"} if script == "qwen.sh" else set(paper.ROWS[1:])
+    assert all(set(of) == wanted for of in rows.values())
 
-    assert len(sets) == (4 if script == "paper.sh" else 0)
+    assert len(sets) == {"paper.sh": 4, "qwen.sh": 1}.get(script, 0)
     assert {run.dataset for run in runs.values()} - {""} == set(sets)
     for run in runs.values():
-        for key in ("model", "task", "data", "intervention", "eval_questions", "fit_questions", "calibrate"):
+        for key in "model task data intervention eval_questions fit_questions calibrate dtype".split():
             assert not run.dataset or getattr(run, key) == getattr(sets[run.dataset], key)
         if run.objective == "detection":  # learns from the initial model's labels, as in the paper, but on the toy
             assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen") and run.parallel != "shard"
