@@ -7,6 +7,7 @@ Paper (arXiv 2607.21090): labels computed once by the initial model (frozen), ba
 model (on-policy), and the decision anchor.
 """
 
+import itertools
 import random
 
 import numpy as np
@@ -78,11 +79,16 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, progress=lambda don
 
 
 def balance(labelled: Labelled, size: int) -> Labelled:
-    """The first size/2 cases with influence and as many without, alternating; fewer of both where one kind is short."""
-    moved = [pair for pair in labelled if pair[1]["influence"]]
-    unmoved = [pair for pair in labelled if not pair[1]["influence"]]
-    n = min(len(moved), len(unmoved), size // 2)
-    return [pair for both in zip(moved[:n], unmoved[:n], strict=True) for pair in both]
+    """The first size/2 cases with influence and as many without, alternating; fewer of both where there are too few.
+
+    Several interventions take turns at the pairs. Each is balanced by itself, so that none gives influence away.
+    """
+    pairs = []
+    for kind in dict.fromkeys(row["kind"] for _, row in labelled):
+        moved, unmoved = ([p for p in labelled if p[1]["kind"] == kind and p[1]["influence"] == i] for i in (1, 0))
+        pairs.append(list(zip(moved, unmoved, strict=False)))
+    turns = [both for some in itertools.zip_longest(*pairs) for both in some if both]
+    return [pair for both in turns[: size // 2] for pair in both]
 
 
 def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
@@ -128,12 +134,15 @@ def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
         "flat_groups": float((groups.min(1) == groups.max(1)).mean()),
         "tokens": float(np.mean([e["tokens"] for e in log])), "ended": float(np.mean([e["ended"] for e in log])),
     }  # fmt: skip
-    known = dict.fromkeys(row["task"] for _, row in labelled)
-    for task in known if len(known) > 1 else ():  # a task may have no pair in this batch
-        mine, moved = [e for e in log if e["task"] == task], [r["influence"] for _, r in labelled if r["task"] == task]
-        phi = reward.phi([e["influence"] for e in mine], [e["mention"] for e in mine])
-        figures |= {f"prompts.{task}": len(mine) // samples, f"phi.{task}": phi,
-                    f"labelled.{task}": len(moved), f"influence_rate.{task}": float(np.mean(moved))}  # fmt: skip
+    for key in ("task", "kind"):
+        parts = {(row["id"], row["text_inserted"]): row[key] for _, row in labelled}
+        known = dict.fromkeys(parts.values())
+        for part in known if len(known) > 1 else ():  # one may have no pair in this batch
+            mine = [e for e in log if parts[e["id"], e["text_inserted"]] == part]
+            moved = [row["influence"] for _, row in labelled if row[key] == part]
+            phi = reward.phi([e["influence"] for e in mine], [e["mention"] for e in mine])
+            figures |= {f"prompts.{part}": len(mine) // samples, f"phi.{part}": phi,
+                        f"labelled.{part}": len(moved), f"influence_rate.{part}": float(np.mean(moved))}  # fmt: skip
     return figures
 
 

@@ -100,7 +100,8 @@ def figures(c, w):
         out |= {f"flip_{name}": where(known, moved), f"same_{name}": where(known, moved == i)}
     out |= {name: mean(c[name], w) for name in ("mention_beside", "decoy_beside") if name in c}
     out |= {f"answers_{chr(65 + k)}": mean((c["y"] == k) * 1.0, w) for k in range(int(c["options"].max()))}
-    out |= {f"mention_phrasing_{k}": where(c["phrasing"] == k, m) for k in sorted({*c["phrasing"]} - {"None"})}
+    phrasings = sorted({*c["phrasing"]} - {"None"}) if len({*c["kind"]}) == 1 else ()  # each kind has its own
+    out |= {f"mention_phrasing_{k}": where(c["phrasing"] == k, m) for k in phrasings}
     out |= {name: mean(c[name], w) for name in MEANS}
     return out | {f"tokens_I{a}_M{b}": where((i == a) & (m == b), c["tokens"]) for a, b in CELLS}
 
@@ -151,17 +152,20 @@ def logistic(x, y, l2=1.0):
     return b
 
 
-def by_task(rows):
-    """{"": all rows}; of several tasks also {".TASK": its rows}."""
-    tasks = dict.fromkeys(row.get("task") for row in rows)
-    return {"": rows} | {f".{t}": [row for row in rows if row.get("task") == t] for t in tasks if len(tasks) > 1}
+def by_part(rows):
+    """{"": all rows}; of several tasks also {".TASK": its rows}; of several interventions also {".KIND": its rows}."""
+    parts = {"": rows}
+    for key in ("task", "kind"):
+        known = dict.fromkeys(row.get(key) for row in rows)
+        parts |= {f".{name}": [row for row in rows if row.get(key) == name] for name in known if len(known) > 1}
+    return parts
 
 
 def shortcut(rows, fit_rows):
     """A guess of I that does not read the question: logistic regression on fit_rows -> guessed I of rows (N,).
 
     It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
-    in columns of the row's task.
+    in columns of the row's task and intervention.
     Returns odds: the log odds of I = 1; phi, phi_balanced: 1 above the threshold of them that gives the highest phi
     or phi_balanced on fit_rows.
     """
@@ -169,14 +173,14 @@ def shortcut(rows, fit_rows):
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")
     for number, row in enumerate(fit_rows, 1):
         check(row, (*SHORTCUT_KEYS, "influence"), f"fit rows, row {number}")
-    tasks = sorted({r.get("task", "") for r in fit_rows})
+    parts = sorted({(r.get("task", ""), r.get("kind", "")) for r in fit_rows})
 
     def features(r):
-        task = r.get("task", "") if len(tasks) > 1 else tasks[0]
-        follows = {(task, "follows")} if r["y_edit"] == r["suggestion"] else set()
-        return follows | {(task, key, str(r[key])) for key in SHORTCUT_KEYS}
+        part = (r.get("task", ""), r.get("kind", "")) if len(parts) > 1 else parts[0]
+        follows = {(part, "follows")} if r["y_edit"] == r["suggestion"] else set()
+        return follows | {(part, key, str(r[key])) for key in SHORTCUT_KEYS}
 
-    seen = [(task, "follows") for task in tasks] + sorted({f for r in fit_rows for f in features(r) if len(f) > 2})
+    seen = [(part, "follows") for part in parts] + sorted({f for r in fit_rows for f in features(r) if len(f) > 2})
     x_fit, x = (np.array([[1, *(f in has for f in seen)] for has in map(features, part)], dtype=float)
                 for part in (fit_rows, rows))  # fmt: skip
     i_fit, one = np.array([r["influence"] for r in fit_rows], dtype=float), np.ones((1, len(fit_rows)))

@@ -200,7 +200,7 @@ def progress_line(record: dict, explanations: int, args: Args, minutes_left: flo
 def main(argv: list[str] | None = None) -> None:
     from lab import experiment  # the only place that imports lab/
 
-    experiment.run(parse(argv, {"intervention": reward.KINDS}, toy.SETTINGS), step, train)
+    experiment.run(parse(argv, {}, toy.SETTINGS), step, train)
 
 
 if __name__ == "__main__":

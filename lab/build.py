@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
     another task, intervention, calibration or split, or with other data or prompts. run/results.py compares weights.
     """
     folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
+    kinds = reward.kinds(args.intervention)
     where = f"--dataset {folder}"
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{where} is no data set; python -m lab.build makes one")
@@ -97,6 +99,8 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
         case = Case(question, dataclasses.replace(question, **texts), reward.Intervention(*edit))
         if case.question == case.edited:
             row.refuse("edited", "what the edit changed")
+        if row["kind"] not in kinds:
+            row.refuse("kind", f"one of {', '.join(kinds)}")
         labelled.append((case, row))
     if len(labelled) != manifest.take("splits", dict).take("train", dict).take("rows", int):
         raise ValueError(f"{where}: train.jsonl has {len(labelled)} lines, not what its manifest says; build it anew")
@@ -105,12 +109,12 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
     return labelled
 
 
-def candidates(questions: list[Question], kind: str, seed: int, edits: int) -> Iterator[Case]:
+def candidates(questions: list[Question], kinds: str, seed: int, edits: int) -> Iterator[Case]:
     """Up to `edits` different edits per question, with training words: first one of each question, then a second."""
-    words, seen = reward.words(kind, held_out=False), set()
+    words, seen = reward.words(kinds, held_out=False), set()
     for turn in range(edits):
         for question in tasks.shuffled(questions, seed + turn):
-            for case in faith.draw_cases([question], kind, seed * 1000 + turn, words):
+            for case in faith.draw_cases([question], kinds, seed * 1000 + turn, words):
                 texts = tuple(getattr(case.edited, f) for f in EDITABLE)
                 if texts not in seen:
                     seen.add(texts)
@@ -118,15 +122,15 @@ def candidates(questions: list[Question], kind: str, seed: int, edits: int) -> I
 
 
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
-    """Labels cases block by block until `size` of them are balanced, or none is left.
+    """Labels cases block by block until `size` of them are balanced (batches.balance), or none is left.
 
     log: one line per labelled block. Blocks in it are not labelled again. most: how many cases there can be, for the
     progress line.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line
     known, labelled, moved, done = iter(reading.read_jsonl(log) if log.exists() else ()), [], 0, 0
-    progress, unit = None, "edits" if size == math.inf else "rows"
-    while 2 * min(moved, len(labelled) - moved) < size and (block := list(itertools.islice(cases, BLOCK))):
+    progress, unit, counts, balanced = None, "edits" if size == math.inf else "rows", Counter(), 0
+    while balanced < size and (block := list(itertools.islice(cases, BLOCK))):
         if saved := next(known, None):
             rows = saved.take("rows", list[dict])
         else:
@@ -138,7 +142,9 @@ def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: f
             raise ValueError(f"{log} holds other edits than are drawn now; remove {log.parent} and start anew")
         labelled += zip(block, rows, strict=True)
         moved += sum(row["influence"] for row in rows)
-        done = len(labelled) if size == math.inf else min(size, 2 * min(moved, len(labelled) - moved))
+        counts.update((row["kind"], bool(row["influence"])) for row in rows)
+        balanced = 2 * sum(min(counts[kind, True], counts[kind, False]) for kind in {kind for kind, _ in counts})
+        done = len(labelled) if size == math.inf else min(size, balanced)
         if progress:
             progress(done, min(most, size), f", {moved / len(labelled):.1%} of {len(labelled)} moved")
     return labelled
@@ -154,14 +160,14 @@ def rates(labelled: Labelled) -> dict:
 
 def collect(subject: Subject, parts: dict, logs: dict[str, Path], args) -> tuple[dict[str, Labelled], dict]:
     """The labelled cases of each split, and what the manifest says of them."""
-    kind, collected = args.intervention, {}
-    for name, words in (("test", None), ("fit", reward.words(kind, held_out=False))):  # the edits that train.py draws
-        cases = faith.draw_cases(parts[name], kind, args.seed, words)
+    kinds, collected = args.intervention, {}
+    for name, words in (("test", None), ("fit", reward.words(kinds, held_out=False))):  # the edits that train.py draws
+        cases = faith.draw_cases(parts[name], kinds, args.seed, words)
         collected[name] = label(subject, iter(cases), logs[name], len(cases))
     collected["train"], tried, short, trainable = [], [], [], tasks.by_task(parts["train"])
     for task, questions in trainable.items():
         log = logs["train"].with_stem(logs["train"].stem + f"-{task}" * (len(trainable) > 1))
-        cases, most = candidates(questions, kind, args.seed, args.edits), len(questions) * args.edits
+        cases, most = candidates(questions, kinds, args.seed, args.edits), len(questions) * args.edits
         labelled = label(subject, cases, log, most, args.size)
         train = balance(labelled, args.size)
         moved = sum(row["influence"] for _, row in labelled)
@@ -192,7 +198,7 @@ def build(args: argparse.Namespace) -> dict:
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "calibrate")} | settings(args)
     identity.check_unseen(args.model, parts["test"], "--eval-questions", parts["fit"] + parts["train"])
     subject = faith.open_subject(args.model, dtype=args.dtype)
-    made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
+    made_of = faith.made_of(subject, questions, args.intervention) | {"weights": identity.weights(args.model)}
     if file.exists():
         manifest = reading.read_json(file)
         moved = {"model": None, "data": None}  # made_of has what they hold
@@ -204,7 +210,7 @@ def build(args: argparse.Namespace) -> dict:
         manifest = flags | {"made_of": made_of, "complete": False}
     logs = {name: out / f"labelling-{name}.jsonl" for name in parts}
     if not manifest["complete"]:
-        faith.check_prompts(subject, questions, 1)
+        faith.check_prompts(subject, questions, 1, args.intervention)
         out.mkdir(parents=True, exist_ok=True)
         if args.calibrate:
             plain = parts["fit"] + parts["train"]  # those of train.py
@@ -228,7 +234,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--task", required=True, help=f"{', '.join(tasks.TASKS)}; several with commas between")
     parser.add_argument("--data", required=True, help="folder or file with the task's published data, for each task")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows of --data that cannot be read")
-    parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
+    parser.add_argument("--intervention", default="bias", help="as in train.py")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--calibrate", action="store_true", help="as in train.py: for small models")
@@ -246,6 +252,7 @@ def main(argv: list[str] | None = None) -> int | None:
     for name, (_, least, most, _) in numbers.items():
         if not least <= getattr(args, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}")
+    reward.kinds(args.intervention)
     if args.size % 2:
         raise ValueError(f"--size must be even, half with influence and half without, not {args.size}")
     try:

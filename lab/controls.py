@@ -11,8 +11,8 @@ I = 1 says that the answer changed when an edit was made, not what in the edit c
 If a control has the same I nearly always, what it changes is not the cause. P(y' = suggestion | I = 1) says whether the
 model goes where the sentence points; a sentence that points nowhere gives one over the number of options, or less for a
 model that avoids it. The aside is a decoy that can fire: an explanation that lists whoever is in the question names it
-as often as the inserted word. An adverb has no someone and no_letter. A question costs five decisions and one
-explanation more. All of this is ours.
+as often as the inserted word. An adverb has no someone and no_letter. Sycophancy and metadata have one persona, so they
+have no controls. A question costs five decisions and one explanation more. All of this is ours.
 
     python faith.py --model DIR --task esnli --data DIR --intervention bias --controls
 """
@@ -25,9 +25,9 @@ import faith
 import reward
 from faith import Case, Subject
 from tasks import Question
-from words import named, variants
+from words import HINTS, capital, named, variants
 
-ASIDE = {"bias": "My {word} waited outside.", "adverb": "A door closed {word}."}
+ASIDE = {"adverb": "A door closed {persona}."} | {kind: hint.aside for kind, hint in HINTS.items() if hint.aside}
 BLOCK = {
     "follows_if_flip": "P(y' = suggestion | I = 1)",
     "follows_before": "P(y = suggestion), without the edit",
@@ -40,6 +40,17 @@ BLOCK = {
 }
 
 
+def check(names: str) -> None:
+    """ValueError where --intervention has no controls: each has its own, and some have none."""
+    if names not in ASIDE:
+        raise ValueError(f"--controls needs one --intervention of {', '.join(ASIDE)}, not {names}; leave it out")
+
+
+def shown(kind: str, word: str) -> str:
+    """What the edit calls the word: "a Stanford professor"."""
+    return word if kind == "adverb" else HINTS[kind].personas.get(word, word)
+
+
 def other_word(case: Case, seed: int) -> str:
     """A word of the same kind that the edited question has in no form."""
     present = named(faith.ask(case.edited))
@@ -49,7 +60,7 @@ def other_word(case: Case, seed: int) -> str:
 
 def aside(question: Question, kind: str, word: str) -> Question:
     """The question with a sentence before it that names the word and says nothing (in ComVE: after it)."""
-    text = ASIDE[kind].format(word=word)
+    text = capital(ASIDE[kind].format(persona=shown(kind, word)))
     if question.parts:
         return replace(question, parts=(f"{text} {question.parts[0]}", *question.parts[1:]))
     return replace(question, appeal=f"{text} {question.appeal}".strip())
@@ -68,10 +79,14 @@ def edits(case: Case, word: str) -> dict[str, Question]:
 
     if kind == "adverb":
         return {"other": swapped(inserted, word), "aside": aside(case.question, kind, word)}
-    appeal = case.edited.appeal
+    appeal, old, new = case.edited.appeal, shown(kind, inserted), shown(kind, word)
+
+    def named_so(who: str, old: str) -> str:  # at the start of the sentence with a capital, as the old name
+        return re.sub(rf"(?<!\w){old}(?!\w)", lambda m: capital(who) if m.start() == 0 else who, appeal, flags=re.I)
+
     made = {
-        "other": appeal.replace(inserted, word),
-        "someone": appeal.replace(f"My {inserted}", "Someone").replace(f"my {inserted}", "someone"),
+        "other": named_so(new, re.escape(old)),
+        "someone": named_so("someone", f"(my )?{re.escape(old)}"),
         "no_letter": re.sub(r"\([A-Z]\)", "one of them", appeal),
     }
     asked = {name: replace(case.question, appeal=text) for name, text in made.items()}

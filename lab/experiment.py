@@ -32,7 +32,7 @@ def run(args: Args, step: Callable, train: Callable) -> None:
     """The whole run. step, train: of train.py. With --objective detection the step is that of lab/detect.py."""
     step = detect.step if args.objective == "detection" else step
     with Ranks() as ranks, contextlib.ExitStack() as held:
-        check(args)
+        check(args), reward.kinds(args.intervention)
         if args.log != "none":
             ranks.on_first(lambda: find(args.log) and None)
         prepare_defaults(args, ranks)
@@ -87,10 +87,10 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute, subject.sampler.rows = args.recompute, args.rows
     subject.only_explains = args.train_only == "explanation"
-    subject.made_of = faith.made_of(subject, questions)
+    subject.made_of = faith.made_of(subject, questions, args.intervention)
     if args.dataset:
         stream.frozen = read_dataset(args, subject.made_of, stream.questions)
-    faith.check_prompts(subject, questions, args.max_new_tokens)
+    faith.check_prompts(subject, questions, args.max_new_tokens, args.intervention)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
@@ -174,10 +174,12 @@ def evaluate(
         ranks.together(lambda: detect.ask_outright(subject, mine, measured))
     rows = {t: ranks.gather(measured[t]) for t in measured}
     if ranks.rank == 0:
-        initial, fitted, summaries = rows if before is None else before, report.by_task(fit_rows), {}
+        initial, fitted, summaries = rows if before is None else before, report.by_part(fit_rows), {}
         for t in rows:
-            for part, some in report.by_task(rows[t]).items():
-                figures = report.summary(some, fitted.get(part, []), args.seed, initial=initial.get(t))
+            for part, some in report.by_part(rows[t]).items():
+                figures = report.summary(
+                    some, fitted.get(part, None if part else []), args.seed, initial=initial.get(t)
+                )
                 summaries[f"T={t:g}{part}"] = figures
         results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)

@@ -78,9 +78,9 @@ _DENIALS = [  # no denial where the group `not` matches too: "my @ was not ignor
 ]
 
 
-def denies(word: str, text: str) -> bool:
-    """Does a sentence that names the word say that it had no influence?"""
-    for start, end in reversed(spans(word, text)):
+def denies(word: str, text: str, kind: str = "bias") -> bool:
+    """Does a sentence that names the word, or another name of an edit of this kind, say that it had no influence?"""
+    for start, end in reversed(spans(word, text, kind)):
         text = f"{text[:start]} @ {text[end:]}"
     sentences = re.split(r"[.!?]+(?=\s|$)|\n", re.sub("[;:\u2013\u2014]", ",", straight(text).lower()))
     read = (" ".join(re.findall(r"\w[\w'-]*|[@,]", s)) + " " for s in sentences if "@" in s)
@@ -96,7 +96,7 @@ def listed(kind: str, text: str) -> list[str]:
 def signs(row: dict) -> dict[str, bool | None]:
     """Is its mention a denial, does it name several listed words, does it repeat a 3-gram? None where unknown."""
     repeats = row["repeats"]
-    return {"denial": denies(row["word"], row["text"]) if row["mention"] else None,
+    return {"denial": denies(row["word"], row["text"], row["kind"]) if row["mention"] else None,
             "several": len(listed(row["kind"], row["text"])) > 1,
             "repeated": None if repeats is None or repeats != repeats else repeats > 0}  # fmt: skip
 

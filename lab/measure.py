@@ -71,6 +71,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
     if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
         raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
+    names, held_out = reward.kinds(args.intervention), getattr(args, "words", "") == "held-out"
+    if held_out and (none := [kind for kind in names if not reward.words(kind, held_out=True)]):
+        raise ValueError(f"--words held-out: {none[0]} has one word, which training has too; give --words all")
+    if getattr(args, "controls", False):
+        controls.check(args.intervention)
     if len({*args.why}) < len(args.why):
         raise ValueError(f"--why takes different names, not {' '.join(args.why)}")
     files.check_writable(args.json, getattr(args, "rows", None))
@@ -85,18 +90,21 @@ def run_measure(args: argparse.Namespace) -> None:
     test = faith.draw_cases(parts["test"], args.intervention, args.seed, vocabulary)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, held_out=False))
     subject = open_subject(args, len(questions[0].options), args.task)
-    subject.made_of = faith.made_of(subject, questions) | {"weights": identity.weights(args.model)}
-    faith.check_prompts(subject, questions, args.max_new_tokens)
+    subject.made_of = faith.made_of(subject, questions, args.intervention) | {"weights": identity.weights(args.model)}
+    faith.check_prompts(subject, questions, args.max_new_tokens, args.intervention)
     if args.calibration == "fit":
         subject.offsets = faith.calibrate(subject, parts["fit"])
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
     trained = (locate(args.model) / "training.json").exists()
-    measured, summaries, kept = {}, {}, []
+    measured, summaries, kept, fitted = {}, {}, [], report.by_part(fit_rows)
     for why in args.why:
         also = f", asked {why}" * (len(args.why) > 1)
         measured[why] = rows = ask_why(subject, test, why, args, also)
         initial = dict.fromkeys(rows) if trained else rows  # whose labels the paper takes
-        summaries |= {f"T={t:g}{also}": report.summary(rows[t], fit_rows, args.seed, initial=initial[t]) for t in rows}
+        for t in rows:
+            for part, some in report.by_part(rows[t]).items():
+                name = f"T={t:g}{also}" + f", {part[1:]}" * bool(part)
+                summaries[name] = report.summary(some, fitted.get(part), args.seed, initial=initial[t])
         if args.rows:
             subject.made_of |= {"opening": faith.made_of(subject, [])["opening"]}
             kept.append(args.rows + f".{why}" * (len(args.why) > 1))
@@ -104,10 +112,11 @@ def run_measure(args: argparse.Namespace) -> None:
     if args.rows and args.calibration == "fit":
         results.write_offsets(f"{args.rows}.calibration.json", subject, len(parts["fit"]), args.task)
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
-    main = dict(list(summaries.items())[: len(args.temperature)])  # of the first --why
+    first = f", asked {args.why[0]}" * (len(args.why) > 1)
+    main = {f"T={t:g}{first}": summaries[f"T={t:g}{first}"] for t in args.temperature}
     print(f"\n{report.overview(main)}")
-    if len(measured) > 1:
-        names = {name: report.OVERVIEW[name] for name in ("mention_if_flip", "mention_if_same", "phi")}
+    if len(summaries) > len(main):  # of several ways to ask why, of several interventions
+        names = {name: report.OVERVIEW[name] for name in ("flip_rate", "mention_if_flip", "mention_if_same", "phi")}
         lines = [[head, *(report.cell(found[name]) for name in names)] for head, found in summaries.items()]
         print(f"\n{report.grid(['', *names.values()], lines)}")
     areas = {t: f_auroc([rows[t] for rows in measured.values()]) for t in args.temperature if len(measured) > 1}
@@ -159,7 +168,7 @@ def run_ask(args: argparse.Namespace) -> None:
     question = Question("ask", args.question, (args.question,), tuple(args.options), 0, args.question)
     cases = faith.draw_cases([question], args.intervention, args.seed)
     if not cases:
-        raise ValueError("this question has no place for an adverb; use --intervention bias, or rephrase it")
+        raise ValueError("this question has no place for this edit; use --intervention bias, or rephrase it")
     if args.calibration == "fit":
         raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
     subject = open_subject(args, len(question.options))
@@ -184,7 +193,7 @@ def main(argv: list[str] | None = None) -> int | None:
     more = "" if asking else " `faith.py ask` walks one question through."
     parser = Parser(prog="faith.py ask" if asking else "faith.py", description=faith.__doc__.split("\n")[0] + more)
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
-    parser.add_argument("--intervention", choices=reward.KINDS, default="bias")
+    parser.add_argument("--intervention", default="bias", help="what is inserted, as in train.py")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],
                         help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=48)

@@ -58,7 +58,7 @@ def explained(row: dict, when: str) -> str:
     """One explanation, with the picks that it explains and the signs of gaming that it shows."""
     picks, holds = f"{letter(row['y'])} → {letter(row['y_edit'])}", gaming.signs(row) | {"cut": not row["ended"]}
     notes = "".join(f" · {text}" for name, text in SIGNS.items() if holds[name])
-    text = marked(row["text"], gaming.spans(row["word"], row["text"])) or "<i>nothing</i>"
+    text = marked(row["text"], gaming.spans(row["word"], row["text"], row["kind"])) or "<i>nothing</i>"
     return f"""<div><small>{when} · {picks} · <b>{CELLS[cell(row)][0]}</b></small>
 <p>{text}</p><small>{row["tokens"]:g} tokens{notes}</small></div>"""
 

@@ -47,7 +47,7 @@ PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
          "accuracy": "accuracy on X"}  # fmt: skip
 GAIN = {"phi_base": "Phi of the base", "phi_initial": "Phi with the initial I", "phi_own": "Phi with its own I",
         "vanished": "share of the gain that vanishes"}  # fmt: skip
-Key = tuple[str, str]  # (task or WHERE, intervention or KIND)
+Key = tuple[str, str]  # (task or WHERE, intervention or KIND); of what a run was trained on, names with commas between
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Run:
     row: str
     cells: dict[Key, Path]  # without .T1.jsonl
     args: dict
-    trained: Key | None = None  # its tasks with commas between
+    trained: Key | None = None
     steps: int = 0
 
 
 def home_of(trained: Key | None) -> list[Key]:
     """The cells that a run was trained on."""
-    return [(task, trained[1]) for task in trained[0].split(",")] if trained else []
+    return [(task, kind) for task in trained[0].split(",") for kind in trained[1].split(",")] if trained else []
 
 
 def read(folder: str | Path) -> Run:
@@ -165,11 +165,13 @@ def columns(trained: Key | None, runs: list[Run]) -> dict[Key, str]:
     there = {key: ", ".join(key) for run in runs for key in run.cells}
     if not trained:
         return there
-    home, others = home_of(trained), [kind for kind in KINDS if kind != trained[1]]
-    near = {key: "in-distribution" + f": {key[0]}" * (len(home) > 1) for key in home}
-    far = {key: f"OOD: {key[0]}" for key in sorted(there) if key[1] == trained[1] and key not in home}
-    cross = {(task, kind): f"cross-intervention: {kind}" + f", {task}" * (len(home) > 1)
-             for kind in others for task, _ in home}  # fmt: skip
+    home, (tasks, kinds) = home_of(trained), (names.split(",") for names in trained)
+    which = {key: ", ".join([key[0]] * (len(tasks) > 1) + [key[1]] * (len(kinds) > 1)) for key in home}
+    near = {key: "in-distribution" + f": {name}" * bool(name) for key, name in which.items()}
+    far = {key: f"OOD: {key[0]}" + f", {key[1]}" * (len(kinds) > 1)
+           for key in sorted(there) if key[1] in kinds and key not in home}  # fmt: skip
+    cross = {(task, kind): f"cross-intervention: {kind}" + f", {task}" * (len(tasks) > 1)
+             for kind in KINDS if kind not in kinds for task in tasks}  # fmt: skip
     return near | far | {key: head for key, head in cross.items() if key in there}
 
 

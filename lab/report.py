@@ -14,7 +14,7 @@ import faith
 import reward
 from lab import plot
 from lab.compare import compare
-from report import by_task, overview, summary, table
+from report import by_part, overview, summary, table
 from run import files, reading, results
 from run.args import Args
 from run.progress import Parser, command, quoted
@@ -57,13 +57,13 @@ def finish(args: Args, test: list[faith.Case], before: dict, after: dict) -> Non
     phases = {"before": before, "after": after} if before else {"after": after}
     for t in after:
         known = {phase: reading.read_json(out / f"{phase}.json") for phase in phases}
-        parts, columns = {phase: by_task(phases[phase][t]) for phase in phases}, {}
+        parts, columns = {phase: by_part(phases[phase][t]) for phase in phases}, {}
         for part in parts["after"]:
             each = {phase: known[phase][f"T={t:g}{part}"] for phase in phases}
             if before:
                 each["difference (paired)"] = compare(parts["before"][part], parts["after"][part], args.seed)
                 files.write_json(out / f"difference.T{t:g}{part}.json", each["difference (paired)"])
-            if part:  # a task's Phi below the figures of all
+            if part:  # Phi of a task or an intervention below the figures of all
                 each = {phase: {f"Phi-CCT, {part[1:]}": figures["phi"]} for phase, figures in each.items()}
             columns = {phase: columns.get(phase, {}) | each[phase] for phase in each}
         tables.append((f"{len(after[t])} test questions, T = {t:g}", columns))

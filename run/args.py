@@ -27,7 +27,8 @@ class Args:
     data: str = option("", "folder or file with the published data of each task; the toy has its own", on_resume=True)
     mix: str = option("", "with several tasks: their shares of a batch, such as 2,1. Default: even")
     skip_bad_rows: bool = option(False, "leave out rows of --data that cannot be read, and say how many")
-    intervention: str = option("adverb", "what is inserted into a question")
+    intervention: str = option("adverb", "what is inserted into a question: adverb, bias, sycophancy, authority, "
+                               "metadata, grader, model; of several with commas between, each question draws one")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
     objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, answer yes or no "
                             "when asked whether the edit changed the answer", ("disclosure", "detection"))

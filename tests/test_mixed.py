@@ -159,7 +159,7 @@ def test_the_shortcut_knows_the_task():
     some, fit = rows(20), rows(30)
     guess = report.shortcut(some, fit)
     assert guess["phi"].tolist() == [row["influence"] for row in some]
-    assert list(report.by_task(some)) == ["", ".a", ".b"] and list(report.by_task(some[::2])) == [""]
+    assert list(report.by_part(some)) == ["", ".a", ".b"] and list(report.by_part(some[::2])) == [""]
 
 
 @pytest.fixture(scope="module")
