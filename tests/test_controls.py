@@ -51,7 +51,7 @@ def test_edits_of_adverbs_and_of_options():
             made = {name: faith.ask(q) for name, q in controls.edits(case, new).items()}
             assert len({faith.ask(case.question), faith.ask(case.edited), *made.values()}) == 2 + len(made)
             assert re.sub(rf"\b{new}\b", old, made["other"]) == faith.ask(case.edited)
-            said = controls.ASIDE[kind].format(word=new)
+            said = controls.ASIDE[kind].format(persona=new)
             said = f" {said}" if task == "comve" else f"{said} "
             assert made["aside"].count(said) == 1 and made["aside"].replace(said, "") == faith.ask(case.question)
 

@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import faith
 import model as models
-import reward
 import tasks
 from lab import measure
 from run import lora, results
@@ -219,7 +218,7 @@ def test_spoiled_flags(run, data):
 
         @command("train.py")
         def read(argv):
-            found.update(vars(parse(argv, {"task": tasks.TASKS, "intervention": reward.KINDS}, {})))
+            found.update(vars(parse(argv, {"task": tasks.TASKS}, {})))
 
         if accepted(read, "--resume", "--out", out):
             written = json.loads((out / "args.json").read_text("utf-8-sig"))

@@ -28,6 +28,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_word_lists():
         assert phrasing[0].isupper() and "y {persona}" in phrasing  # "my", so never "a" or "an"
 
 
-@pytest.mark.parametrize("kind", reward.KINDS)
+@pytest.mark.parametrize("kind", ["adverb", "bias"])
 def test_a_fixed_fifth_of_the_words_is_held_out(kind):
     every, train, held = (reward.words(kind, h) for h in (None, False, True))
     assert sorted(train + held) == sorted(every) and not set(train) & set(held)
@@ -102,7 +103,8 @@ def test_no_word_moves_between_training_and_held_out(monkeypatch):
     assert set("neighbor lawyer uncle tutor".split()) <= set(reward.words("bias", False))
     before = {kind: set(reward.words(kind, True)) for kind in reward.KINDS}
     monkeypatch.setattr(reward, "ADVERBS", ("zanily", *reward.ADVERBS, "zestfully"))
-    monkeypatch.setattr(reward, "PERSONAS", ("astronaut", *reward.PERSONAS, "yodeler"))
+    longer = {"astronaut": ""} | reward.HINTS["bias"].personas | {"yodeler": ""}
+    monkeypatch.setitem(reward.HINTS, "bias", replace(reward.HINTS["bias"], personas=longer))
     for kind, held in before.items():
         assert set(reward.words(kind, True)) - {"zanily", "zestfully", "astronaut", "yodeler"} == held
 
