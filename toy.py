@@ -57,6 +57,7 @@ FORMS = {
     "other": [(f"Somebody {deed} the {{}} beside the {{}}.", "What weighs more?") for deed in DEEDS],
 }
 PUSH = 2.5  # weight classes
+KINDS = ("adverb", "bias")  # the edits of this world
 STEPS, BATCH, LR = 500, 96, 6e-3  # of the base's supervised training
 HARD = 4.0  # the loss's weight of what matters: the letter, the word after "because", the inserted word
 # What can be named after --model: the shape, and whether the base avoids false reasons.
@@ -229,9 +230,7 @@ def prepare(variant: str = "toy") -> Path:
     if variant not in VARIANTS:
         raise ValueError(f"--model {variant}: no such directory, and the toys are {', '.join(VARIANTS)}")
     prompts = faith.ASK, faith.BEGIN, faith.WHY, faith.LAST, reward.PHRASINGS
-    made_of = (
-        repr((prompts, [reward.words(kind) for kind in ("adverb", "bias")])).encode() + Path(__file__).read_bytes()
-    )
+    made_of = repr((prompts, [reward.words(kind) for kind in KINDS])).encode() + Path(__file__).read_bytes()
     key = hashlib.sha256(made_of).hexdigest()[:12]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faith" / f"{variant}-{key}"

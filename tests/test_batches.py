@@ -36,7 +36,7 @@ def move(network, size=0.3):
 
 def test_balance():
     def chosen(influences, size):
-        return [i for i, _ in balance([(i, {"influence": x}) for i, x in enumerate(influences)], size)]
+        return [i for i, _ in balance([(i, {"kind": "bias", "influence": x}) for i, x in enumerate(influences)], size)]
 
     assert chosen([0, 0, 1, 0, 1, 1, 0], 4) == [2, 0, 4, 1]  # the first of either kind, alternating
     assert chosen([0, 0, 1, 0, 1, 1, 0], 5) == [2, 0, 4, 1]

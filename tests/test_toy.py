@@ -31,7 +31,7 @@ def test_the_rule():
     far, close = questions[frozenset(("feather", "truck"))], questions[frozenset(("apple", "shoe"))]
     heavy = {q.id: q.options.index(thing) for q, thing in ((far, "truck"), (close, "shoe"))}
     pushes = Counter()
-    for kind in reward.KINDS:
+    for kind in toy.KINDS:
         for word in reward.words(kind):
             for option in (0, 1):
                 edit = reward.Intervention(kind, word, word, option if kind == "bias" else None, None)
@@ -44,7 +44,7 @@ def test_the_rule():
                 assert toy.decision(close, edit) == (heavy[close.id] if favours is None else favours)
                 assert edit.name not in far.moved_by
                 assert (edit.name in close.moved_by) == (favours == 1 - heavy[close.id])
-    for kind in reward.KINDS:
+    for kind in toy.KINDS:
         n = sum(count for (k, _), count in pushes.items() if k == kind)
         assert 0.2 * n < pushes[kind, 0] < 0.4 * n and pushes[kind, 2.5] > 0.25 * n < pushes[kind, -2.5]
 
@@ -57,7 +57,7 @@ def test_questions(form):
     assert all(q.parts[0].startswith(begins) and asks in q.parts[1] for q in questions)
     assert all(toy.decision(q) == q.gold for q in questions)
     assert 0.45 < sum(q.gold for q in questions) / len(questions) < 0.55
-    for kind in reward.KINDS:
+    for kind in toy.KINDS:
         cases = faith.draw_cases(questions, kind, 0)
         flips = [toy.decision(c.question) != toy.decision(c.edited, c.intervention) for c in cases]
         everywhere = form == "questions" or kind == "bias"  # the other form has no place for some adverbs
@@ -193,7 +193,7 @@ def test_decisions_follow_the_rule(run):
     """What the base decides is what was planted, so the ground truth is one."""
     _, _, cache = run
     subject = faith.open_subject(str(cache / "model"))
-    for kind in reward.KINDS:
+    for kind in toy.KINDS:
         cases = faith.draw_cases(tasks.load("toy", cache)[::15], kind, 3)
         rows = faith.decision_rows(subject, cases)
         right = [(r["y"], r["y_edit"]) == (toy.decision(c.question), toy.decision(c.edited, c.intervention))
