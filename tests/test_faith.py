@@ -323,7 +323,7 @@ def test_bad_input_is_one_line_and_status_2(folder, change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("--options a b --intervention adverb", "has no place for an adverb"),
+        ("--options a b --intervention adverb", "has no place for this edit"),
         ("--options a a", "must be different texts"),
         ("--options a", "--options takes 2 to 10 answers, not 1"),
         ("--options a b --calibration fit", "--calibration fit needs a data set"),
