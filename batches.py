@@ -43,7 +43,7 @@ class Stream:
         self.drawn = 0  # cases handed out so far
         self.taken = dict.fromkeys(self.of, 0)  # questions of each task that were taken for them
         self.order: dict[str, list] = {}  # the questions of each task, as their epoch has them
-        self.frozen: Labelled = []  # with --labels frozen: cases labelled by the initial model
+        self.frozen: Labelled = []  # unless labels are on-policy: cases labelled by the initial model
 
     def next_cases(self, n: int, task: str = "") -> list[Case]:
         """The next n cases of a task, or of all tasks by turns."""
@@ -91,6 +91,20 @@ def balance(labelled: Labelled, size: int) -> Labelled:
     return [pair for both in turns[: size // 2] for pair in both]
 
 
+def shuffle_influence(labelled: Labelled, seed: int) -> Labelled:
+    """The same cases with I permuted within each task, uncorrelated with the true I: a control. y and y' stay.
+
+    A plain permutation is correlated by chance, and GRPO learns from as little as 0.12 (docs/log.md).
+    """
+    chosen: set[int] = set()
+    for task in dict.fromkeys(case.question.task for case, _ in labelled):
+        mine = [(n, row["influence"]) for n, (case, row) in enumerate(labelled) if case.question.task == task]
+        moved, unmoved = ([n for n, influence in mine if influence == value] for value in (1, 0))
+        rng, both = random.Random(f"{seed}/shuffled/{task}"), round(len(moved) ** 2 / len(mine))
+        chosen |= {*rng.sample(moved, both), *rng.sample(unmoved, len(moved) - both)}
+    return [(case, {**row, "influence": int(n in chosen)}) for n, (case, row) in enumerate(labelled)]
+
+
 def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
     """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none.
 
@@ -102,7 +116,7 @@ def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, rank
     frozen = random.Random(f"{args.seed}/{step}").sample(stream.frozen, len(stream.frozen))
     for task in dict.fromkeys(tasks_of_pairs):
         size, found = 2 * tasks_of_pairs.count(task), [pair for pair in frozen if pair[0].question.task == task]
-        while args.labels != "frozen" and len(balance(found, size)) < size and len(found) < args.candidates:
+        while args.labels == "on-policy" and len(balance(found, size)) < size and len(found) < args.candidates:
             cases = stream.next_cases(min(2 * size, args.candidates - len(found)), task)
             found += label(subject, cases, ranks)
         batch += balance(found, size)

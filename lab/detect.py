@@ -16,6 +16,7 @@ docs/guide.md has the commands: train.py --objective detection, faith.py --detec
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,6 +77,25 @@ def detection_loss(model, prompts: list[list[int]], tokens: list[int], influence
     return torch.nn.functional.nll_loss(logp, send(influences, logp.device), reduction="sum")
 
 
+def supervised_update(
+    n: int, policy: Policy, anchor: DecisionAnchor, args: Args, ranks: Ranks, count: int, loss_of: Callable
+) -> dict[str, float]:
+    """The updates of step n, and their figures. loss_of(part): this rank's loss on a slice of its `count` cases."""
+    lr, skipped = learning_rate(n, args), 0
+    for update in range(args.updates):
+        anchor_kl = anchor.backward(n) if n + update else 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for part in policy.passes(count, args.micro):
+            some = loss_of(part)
+            policy.backward(some)
+            loss += some.detach()
+        loss = sum(ranks.gather([float(loss)]))
+        grad_norm, updated = policy.step(lr, math.isfinite(loss))
+        skipped += not updated
+    anchor_kl = sum(ranks.gather([float(anchor_kl)]))
+    return {"loss": loss, "anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
+
+
 def step(
     n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
 ) -> tuple[dict, list[dict]]:
@@ -88,18 +108,12 @@ def step(
     prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in mine]
     influences, tokens = [row["influence"] for _, row in mine], yes_no_tokens(subject.tokenizer)
     lap("rollout_s")
-    (total,), lr, skipped = ranks.total(len(mine)), learning_rate(n, args), 0
-    for update in range(args.updates):
-        anchor_kl = anchor.backward(n) if n + update else 0.0
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for part in policy.passes(len(mine), args.micro):
-            some = detection_loss(policy.model, prompts[part], tokens, influences[part]) / total
-            policy.backward(some)
-            loss += some.detach()
-        loss = sum(ranks.gather([float(loss)]))
-        grad_norm, updated = policy.step(lr, math.isfinite(loss))
-        skipped += not updated
+    (total,) = ranks.total(len(mine))
+
+    def loss_of(part: slice) -> Tensor:
+        return detection_loss(policy.model, prompts[part], tokens, influences[part]) / total
+
+    figures = supervised_update(n, policy, anchor, args, ranks, len(mine), loss_of)
     lap("update_s")
-    log, anchor_kl = ranks.gather(log), sum(ranks.gather([float(anchor_kl)]))
-    figures = {"loss": loss, "anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
+    log = ranks.gather(log)
     return {"step": n, **batch_metrics(log, labelled, 1), **figures, **lap.seconds, "prompts": len(batch)}, log

@@ -11,9 +11,9 @@ import report
 import reward
 import tasks
 import toy
-from batches import DecisionAnchor, Stream, label
+from batches import DecisionAnchor, Stream, label, shuffle_influence
 from faith import Case, Subject
-from lab import detect
+from lab import detect, imitate
 from lab.build import read_dataset
 from lab.plan import plan
 from lab.rehearsal import rehearse
@@ -29,8 +29,8 @@ from run.ranks import Ranks
 
 
 def run(args: Args, step: Callable, train: Callable) -> None:
-    """The whole run. step, train: of train.py. With --objective detection the step is that of lab/detect.py."""
-    step = detect.step if args.objective == "detection" else step
+    """The whole run. step, train: of train.py. Other objectives have steps of their own in lab/."""
+    step = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
     with Ranks() as ranks, contextlib.ExitStack() as held:
         check(args), reward.kinds(args.intervention)
         if args.log != "none":
@@ -121,9 +121,11 @@ def measure_and_train(
         before = {t: reading.read_jsonl(out / f"before.T{t:g}.jsonl") for t in (0.0, 1.0)}
     elif test and args.eval_before:
         before = evaluate(subject, test, fit, "before", args, ranks)
-    if args.labels == "frozen" and not args.dataset:
+    if args.labels != "on-policy" and not args.dataset:
         progress = Progress("labelled", ranks.rank)
         stream.frozen = label(subject, stream.next_cases(args.frozen_questions), ranks, progress)
+    if args.labels == "shuffled":
+        stream.frozen = shuffle_influence(stream.frozen, args.seed)
     held = []
     if args.anchor:
         progress = Progress("labelled for the anchor", ranks.rank)

@@ -9,7 +9,7 @@ import faith
 import report
 import reward
 import tasks
-from lab import build, controls, ct, detect
+from lab import best, build, controls, ct, detect
 from lab.compare import f_auroc
 from rollout import COLDEST
 from run import files, identity, reading, results
@@ -65,7 +65,7 @@ def read_offsets(subject: faith.Subject, file: str, options: int, task: str, mod
 
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for a value that would fail only later."""
-    for name, least in (("max_new_tokens", 1), ("seed", 0), ("edits", 0), ("limit", 1), ("fit", 2)):
+    for name, least in (("max_new_tokens", 1), ("seed", 0), ("edits", 0), ("best_of", 0), ("limit", 1), ("fit", 2)):
         if not least <= getattr(args, name, least) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
     fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
@@ -124,12 +124,14 @@ def run_measure(args: argparse.Namespace) -> None:
         print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {report.cell(area)}")
     if args.controls:
         print(f"\nWhat influence means for this model\n{report.overview(main, rows=controls.BLOCK)}")
+    decided = list(zip(test, measured[args.why[0]][args.temperature[0]], strict=True))
+    chosen = best_of(subject, decided, fit_rows, args) if args.best_of else {}
     many = many_edits(subject, parts["test"], args) if args.edits else {}
     pair = [quoted(f"{kept[0]}.{part}.jsonl") for part in (f"T{args.temperature[0]:g}", "fit") if kept]
     more = f": python -m lab.report {' --fit '.join(pair)}" if pair else " needs --rows PREFIX, see --help"
     print(f"\nevery figure{more}")
     if args.json:
-        more = {"ct": many, "f_auroc": {f"T={t:g}": area for t, area in areas.items()}}
+        more = {"best_of": chosen, "ct": many, "f_auroc": {f"T={t:g}": area for t, area in areas.items()}}
         more = {name: found for name, found in more.items() if found}
         files.write_json(args.json, {"args": vars(args), "mean_logp": subject.calibration, "summary": summaries} | more)
 
@@ -144,6 +146,18 @@ def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namesp
     if args.controls:
         controls.measure(subject, cases, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
     return rows
+
+
+def best_of(subject: faith.Subject, labelled: faith.Labelled, fit_rows: list, args: argparse.Namespace) -> dict:
+    """Chooses among --best-of samples at the first --why, prints the figures and returns them."""
+    subject.why, progress = args.why[0], Progress(f"explained {args.best_of} times", file=sys.stderr)
+    rows = best.measure(subject, labelled, args.best_of, args.max_new_tokens, args.seed, progress)
+    if args.rows:
+        files.write_jsonl(f"{args.rows}.best.jsonl", rows)
+    figures = best.figures(rows, fit_rows, args.seed)
+    head = f"best of {args.best_of} by reward, T=1 (an upper bound)"
+    print(f"\n{report.overview({head: figures}, rows=best.BLOCK)}")
+    return figures
 
 
 def many_edits(subject: faith.Subject, questions: list[Question], args: argparse.Namespace) -> dict[str, dict]:
@@ -221,6 +235,8 @@ def main(argv: list[str] | None = None) -> int | None:
                             "means for this model; about as long again")  # fmt: skip
         parser.add_argument("--edits", type=int, default=0, metavar="N", help="also CT of N random adverbs and "
                             "adjectives a question; N times the decisions")  # fmt: skip
+        parser.add_argument("--best-of", type=int, default=0, metavar="N", help="also an upper bound: of N "
+                            "explanations at T = 1 the one with the highest reward")  # fmt: skip
         parser.add_argument("--rows", metavar="PREFIX", help="write the rows to PREFIX.T0.jsonl and so on, the rows of "
                             "the shortcut to PREFIX.fit.jsonl, fitted offsets to PREFIX.calibration.json")  # fmt: skip
     args = parser.parse_args(argv[1:] if asking else argv)

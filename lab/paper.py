@@ -35,7 +35,7 @@ from run import files, identity, reading
 from run.progress import Parser, command
 from run.results import check_rows, hashes
 
-ROWS = ("base", "RQ1", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
+ROWS = ("base", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
           "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
@@ -81,9 +81,10 @@ def read(folder: str | Path) -> Run:
     if not saved:
         return Run(folder, folder.resolve().name, cells, {})
     args = reading.read_json(saved)
-    row = "RQ1" if args.take("objective", str) == "detection" else f"RQ2-{args.take('labels', str)}"
+    supervised = {"detection": "RQ1", "imitation": "imitation"}
+    row = supervised.get(args.take("objective", str)) or f"RQ2-{args.take('labels', str)}"
     if row not in ROWS:
-        args.refuse("labels", "on-policy or frozen")
+        args.refuse("labels", "on-policy, frozen or shuffled")
     task, kind, _ = (args.take(key, str) for key in ("task", "intervention", "model"))
     steps, log = args.take("steps", int), folder / "metrics.jsonl"
     return Run(folder, row, cells, args, (task, kind), len(reading.read_jsonl(log)) if log.exists() else steps)

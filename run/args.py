@@ -31,9 +31,11 @@ class Args:
                                "metadata, grader, model; of several with commas between, each question draws one")
     out: str = option("", "folder for all the run writes, new or empty. Default: a new one in out/", on_resume=True)
     objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, answer yes or no "
-                            "when asked whether the edit changed the answer", ("disclosure", "detection"))
+                            "when asked whether the edit changed the answer. imitation: supervised, on explanations "
+                            "that templates write from the labels", ("disclosure", "detection", "imitation"))
     labels: str = option("on-policy", "influence according to the current model (on-policy) or the initial one "
-                         "(frozen, as in the paper)", ("on-policy", "frozen"))
+                         "(frozen, as in the paper); shuffled: frozen, then permuted among the cases of a task, a "
+                         "control", ("on-policy", "frozen", "shuffled"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
     calibration_questions: int = option(300, "with --calibrate: so many unedited training questions per task", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
@@ -42,7 +44,7 @@ class Args:
     candidates: int = option(256, "label at most this many edited questions per task to balance a batch", least=2)
     frozen_questions: int = option(1000, "frozen labels without --dataset: questions labelled before training", least=2,
                                    most=10**6)
-    dataset: str = option("", "with --labels frozen: a folder that lab.build made, whose labels are used",
+    dataset: str = option("", "with --labels frozen or shuffled: a folder that lab.build made, whose labels are used",
                           on_resume=True)
     max_new_tokens: int = option(48, "maximum tokens of an explanation", least=1)
     temperature: float = option(1.0, "temperature of the samples and of the logprobs that are trained", least=1e-3)
@@ -58,14 +60,14 @@ class Args:
                             ("std", "mean"))
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 − this", least=0)
     clip_high: float = option(0.2, "the probability ratio is clipped above 1 + this", least=0)
-    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference model. Ignored for "
-                       "detection", least=0)
+    kl: float = option(0.0, "weight β of the KL to the initial model (k3); 0: no reference model. Only for "
+                       "disclosure", least=0)
     anchor: float = option(0.0, "weight of KL(initial ‖ current) of decisions on training questions; 0: off (ours)",
                            least=0)
     anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1,
                                    most=10**6)
-    why: str = option("leading", "how the model is asked why it chose its answer; thorough: to name everything (ours)",
-                      ("leading", "neutral", "thorough"))
+    why: str = option("leading", "how the model is asked why it chose its answer; thorough: to name everything; "
+                      "instructed: to name what changed it (ours)", ("leading", "neutral", "thorough", "instructed"))
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
     lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0,
                        most=2**16)
@@ -150,8 +152,10 @@ def check(args: Args) -> None:
     data_sets(args.task, args.data), turns(args.task, args.mix)
     if not args.beta2 < 1:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
-    if args.dataset and args.labels != "frozen":
+    if args.dataset and args.labels == "on-policy":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
+    if args.objective == "imitation" and args.opening:
+        raise ValueError("--objective imitation writes explanations from their first word; leave out --opening")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.train_only != "all" and not args.lora:

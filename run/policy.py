@@ -139,7 +139,7 @@ def make_policy(model: models.Transformer, args: Args, ranks: Ranks, plan: Calla
         like.recompute = args.recompute
         sharded = shard.shard(model, like, ranks.world)
     reference = None
-    if args.kl and not detection:
+    if args.kl and args.objective == "disclosure":
         reference = sharded or model
         if not args.lora:
             reference = models.load(args.model, ranks.device, args.dtype).requires_grad_(False)

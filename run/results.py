@@ -128,7 +128,8 @@ def only_explains(path: str | Path) -> bool:
 def model_card(args: Args, figures: str = "") -> str:
     """README.md of a trained model: how it was trained, with the command, and what was measured."""
     how = {"disclosure": "GRPO, reward 1[mention = influence]",
-           "detection": "supervised, to say whether an edit changed its answer"}[args.objective]  # fmt: skip
+           "detection": "supervised, to say whether an edit changed its answer",
+           "imitation": "supervised, on explanations that templates wrote from the labels"}[args.objective]  # fmt: skip
     earlier = ""
     for entry in history(args):
         was = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in entry.items() if name != "until")

@@ -1,16 +1,20 @@
 """Which questions a step trains on: the stream, labels of the current model, balance; the decision anchor."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from launch import DATA, SMALL
+from launch import DATA, SMALL, flags, ran, same
 
 import batches
 import faith
 import reward
 import tasks
 import train
-from batches import DecisionAnchor, NothingToBalance, Stream, balance, balanced_batch, label
+from batches import DecisionAnchor, NothingToBalance, Stream, balance, balanced_batch, label, shuffle_influence
+from rollout import Completion
+from run import reading
 from run.args import Args
 from run.policy import Policy
 from run.ranks import Ranks
@@ -72,6 +76,45 @@ def test_frozen_labels_are_drawn_anew_at_each_step(subject):
     stream.frozen = label(subject, stream.next_cases(40), Ranks())
     drawn = [balanced_batch(subject, stream, n, args, Ranks()) for n in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and all(len(labelled) == 40 for _, labelled in drawn)
+
+
+def test_shuffled_labels_are_a_permutation(subject):
+    """Of I alone, among the cases of a task, by seed, and uncorrelated. Balance and reward go by the permuted ones."""
+    plain = labelled_cases(subject, 40)
+    plain += [(dataclasses.replace(case, question=dataclasses.replace(case.question, task="other")), row)
+              for case, row in plain[:10]]  # fmt: skip
+    mixed = shuffle_influence(plain, 0)
+
+    def influences(labelled, task):
+        return [row["influence"] for case, row in labelled if case.question.task == task]
+
+    assert [(case, row | {"influence": 0}) for case, row in mixed] == [(c, r | {"influence": 0}) for c, r in plain]
+    for task in ("esnli", "other"):
+        assert sorted(influences(mixed, task)) == sorted(influences(plain, task))
+        x, y = influences(plain, task), influences(mixed, task)
+        rounding = 0.5 * len(x) / (sum(x) * (len(x) - sum(x)))
+        assert x != y and abs(np.corrcoef(x, y)[0, 1]) <= rounding + 1e-9
+    assert shuffle_influence(plain, 0) == mixed != shuffle_influence(plain, 1)
+    args, stream = arguments(labels="shuffled", prompts=20), Stream(QUESTIONS, arguments())
+    stream.frozen = mixed[:40]
+    batch, _ = balanced_batch(subject, stream, 0, args, Ranks())
+    assert sum(row["influence"] for _, row in batch) * 2 == len(batch) > 0
+    assert sum(row["influence"] != (row["y"] != row["y_edit"]) for _, row in batch) > 2
+    group = [Completion([subject.tokenizer.tokenizer.token_to_id("uncle")], [0.0], False)]
+    for case, row in batch:
+        (entry,) = train.score(subject, case, row, group, 0)
+        assert entry["reward"] == ((case.intervention.word == "uncle") == row["influence"])
+
+
+def test_a_run_with_shuffled_labels_is_measured_with_the_true_ones(folder, tmp_path):
+    ran(flags(folder, tmp_path / "o", labels="shuffled", steps=3, eval_questions=8, checkpoint_every=2))
+    log, tested = (reading.read_jsonl(tmp_path / "o" / f"{name}.jsonl") for name in ("explanations", "after.T1"))
+    moved = [e["influence"] != (e["y"] != e["y_edit"]) for e in log]
+    assert any(moved) and not all(moved) and all((e["mention"] == e["influence"]) == e["reward"] for e in log)
+    assert [r["influence"] for r in tested] == [r["y"] != r["y_edit"] for r in tested]
+    ran(flags(folder, tmp_path / "p", labels="shuffled", steps=2, eval_questions=8, checkpoint_every=2))
+    ran(["--resume", "--out", tmp_path / "p", "--steps", "3"])
+    same(tmp_path / "o", tmp_path / "p")
 
 
 def test_stream():

@@ -251,7 +251,7 @@ def test_bad_input_is_one_line(paper_runs, folder, tmp_path, capsys):
         ("runs of several models", runs["s1"], folder("model", model="other")),
         ("name a cell by task and intervention", folder("name", key=("esnli", "typo"))),
         ("args/args.json: objective must be a text; it is absent", broken["args"]),
-        ("labels/args.json: labels must be on-policy or frozen", folder("labels", labels="new")),
+        ("labels/args.json: labels must be on-policy, frozen or shuffled", folder("labels", labels="new")),
         ("task/args.json: task must be a text, not 3", folder("task", task=3)),
         ("fit.jsonl: no rows to fit", broken["fit"]), ("torn/metrics.jsonl", broken["torn"]),
         ("nowhere: no measured cells", runs["s1"], tmp_path / "nowhere"),
@@ -306,6 +306,8 @@ def test_only_seeds_share_a_row(paper_runs, folder):
     ):
         other = folder(name, **args)
         assert refused(message, s1, other).startswith(f"{s1} and {other} are ")
+    rows = [folder("i", objective="imitation"), folder("z", labels="shuffled"), folder("y", labels="frozen")]
+    assert list(table_of(*rows[::-1])["rows"]) == ["imitation", "RQ2-shuffled", "RQ2-frozen"]
     labelled = [folder(labels, objective="detection", labels=labels) for labels in ("frozen", "x")]
     refused("of one row, RQ1: their --labels differs", *labelled)
     free = folder("free", seed=7, out="there", note="hm", checkpoint_every=5, lora=0)
