@@ -19,7 +19,7 @@ from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT"),
-           "qwen.sh": ("MODEL", "DATA", "OUT")}  # fmt: skip
+           "qwen.sh": ("MODEL", "DATA", "OUT"), "qwen_baselines.sh": ("MODEL", "DATA", "OUT")}  # fmt: skip
 COMMIT = "91a860ac1a53780b3859ada33e8ce417b21c9118"  # what runs/toy.sh was run with
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -92,14 +92,22 @@ def planned(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch):
     runs, sets, cells, tables = planned(script, tmp_path, monkeypatch)
-    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12, "qwen.sh": 3}[script]
+    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12, "qwen.sh": 3, "qwen_baselines.sh": 2}[script]
     assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
-    assert sorted(folder for table in tables for folder in table) == sorted(cells)
+    alone = {f"{tmp_path}/{name}": {name} for name in ("why", "best_of") if script == "qwen_baselines.sh"}
+    assert sorted(folder for table in tables for folder in table) == sorted(cells.keys() - alone)
+    for folder, flag in alone.items():  # the base, asked as in the table but for one flag
+        (cell,), (base,) = cells[folder].values(), cells[f"{tmp_path}/base"].values()
+        assert {key for key, value in vars(cell).items() if value != vars(base)[key]} == {
+            "rows",
+            "json",
+            "controls",
+        } | flag
     for table in tables:
         base, *trained = table
         assert base.endswith("/base") and set(trained) <= set(runs)
         for folder in trained:
-            run, count = runs[folder], {"toy_paper.sh": 3, "smollm2_paper.sh": 5, "paper.sh": 6, "qwen.sh": 5}[script]
+            run, count = runs[folder], {"toy_paper.sh": 3, "paper.sh": 6, "qwen_baselines.sh": 1}.get(script, 5)
             assert {*homes_of(run)} <= {*cells[folder]} and len(cells[folder]) == count
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
@@ -114,12 +122,13 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
                 assert cell.calibration == (fitted if fitted != "fit" else f"{base}/cells/{name}.calibration.json")
     rows = defaultdict(list)
     for run in runs.values():
-        row = "RQ1" if run.objective == "detection" else f"RQ2-{run.labels}"
+        row = {"detection": "RQ1", "imitation": "imitation"}.get(run.objective, f"RQ2-{run.labels}")
         rows[run.model, run.task, run.intervention].append(row)
-    wanted = {"RQ2-frozen"} if script == "qwen.sh" else set(paper.ROWS[1:])
-    assert all(set(of) == wanted for of in rows.values())
+    wanted = {"qwen.sh": ["RQ2-frozen"], "qwen_baselines.sh": ["imitation", "RQ2-shuffled"]}
+    wanted = wanted.get(script, ["RQ1", "RQ2-frozen", "RQ2-on-policy"])
+    assert all({*of} == {*wanted} for of in rows.values())
 
-    assert len(sets) == {"paper.sh": 4, "qwen.sh": 1}.get(script, 0)
+    assert len(sets) == {"paper.sh": 4, "qwen.sh": 1, "qwen_baselines.sh": 1}.get(script, 0)
     assert {run.dataset for run in runs.values()} - {""} == set(sets)
     for run in runs.values():
         for key in "model task data intervention eval_questions fit_questions calibrate dtype".split():
