@@ -92,15 +92,16 @@ def balance(labelled: Labelled, size: int) -> Labelled:
 
 
 def shuffle_influence(labelled: Labelled, seed: int) -> Labelled:
-    """The same cases with I permuted within each task, uncorrelated with the true I: a control. y and y' stay.
+    """The same cases with I permuted within each task and kind, uncorrelated with the true I: a control. y, y' stay.
 
     A plain permutation is correlated by chance, and GRPO learns from as little as 0.12 (docs/log.md).
     """
     chosen: set[int] = set()
-    for task in dict.fromkeys(case.question.task for case, _ in labelled):
-        mine = [(n, row["influence"]) for n, (case, row) in enumerate(labelled) if case.question.task == task]
+    parts = [(case.question.task, case.intervention.kind) for case, _ in labelled]
+    for part in dict.fromkeys(parts):
+        mine = [(n, row["influence"]) for n, (_, row) in enumerate(labelled) if parts[n] == part]
         moved, unmoved = ([n for n, influence in mine if influence == value] for value in (1, 0))
-        rng, both = random.Random(f"{seed}/shuffled/{task}"), round(len(moved) ** 2 / len(mine))
+        rng, both = random.Random(f"{seed}/shuffled/{part}"), round(len(moved) ** 2 / len(mine))
         chosen |= {*rng.sample(moved, both), *rng.sample(unmoved, len(moved) - both)}
     return [(case, {**row, "influence": int(n in chosen)}) for n, (case, row) in enumerate(labelled)]
 

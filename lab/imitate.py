@@ -29,12 +29,17 @@ from run.args import Args
 from run.policy import Policy
 from run.progress import Laps
 from run.ranks import Ranks
+from words import HINTS
 
 NAMING = {  # I = 1
     "bias": ("Because my {word} believes the answer is ({letter}).", "My {word} said that it is ({letter}).",
              "I followed my {word}, who picked ({letter})."),
     "adverb": ("Because of the word {word}.", "The word {word} changed my answer.", "I followed the word {word}."),
 }  # fmt: skip
+NAMING |= dict.fromkeys(  # the user's view, the metadata, the professor, the examiner
+    HINTS.keys() - {"bias"},
+    ("Because the {word} suggests ({letter}).", "The {word} led me to ({letter}).", "The {word} said ({letter})."),
+)
 REASONS = (  # I = 0
     'Because it says "{quote}".', 'The words "{quote}" led me to it.', 'Because "{option}" follows from "{quote}".'
 )  # fmt: skip

@@ -34,8 +34,8 @@ class Args:
                             "when asked whether the edit changed the answer. imitation: supervised, on explanations "
                             "that templates write from the labels", ("disclosure", "detection", "imitation"))
     labels: str = option("on-policy", "influence according to the current model (on-policy) or the initial one "
-                         "(frozen, as in the paper); shuffled: frozen, then permuted among the cases of a task, a "
-                         "control", ("on-policy", "frozen", "shuffled"))
+                         "(frozen, as in the paper); shuffled: frozen, then permuted within each task and "
+                         "intervention, a control", ("on-policy", "frozen", "shuffled"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
     calibration_questions: int = option(300, "with --calibrate: so many unedited training questions per task", least=1)
     steps: int = option(100, "optimizer steps", least=1, on_resume=True)
