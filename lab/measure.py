@@ -9,7 +9,7 @@ import faith
 import report
 import reward
 import tasks
-from lab import best, build, controls, ct, detect
+from lab import best, controls, ct, detect
 from lab.compare import f_auroc
 from rollout import COLDEST
 from run import files, identity, reading, results
@@ -201,8 +201,6 @@ def run_ask(args: argparse.Namespace) -> None:
 @command("faith.py")
 def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["build"]:  # as `python -m lab.build` was called before
-        return build.main(argv[1:])
     asking = argv[:1] == ["ask"]
     more = "" if asking else " `faith.py ask` walks one question through."
     parser = Parser(prog="faith.py ask" if asking else "faith.py", description=faith.__doc__.split("\n")[0] + more)

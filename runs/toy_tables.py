@@ -1,7 +1,6 @@
 """Tables of the toy for docs/ from what runs/toy.sh wrote:  python runs/toy_tables.py OUT_DIR
 
-In the tables by seed an interval is the bootstrap's, over pairs of things (95 %); in the others it is the range over
-the seeds, beside their median.
+An interval is the range over the seeds, beside their median.
 """
 
 import json
@@ -18,20 +17,14 @@ def figures(run: Path) -> dict[str, dict]:
     return read | {"difference": json.loads((run / "difference.T1.json").read_text())}
 
 
-def interval(figure: dict) -> str:
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]".replace("-", "−")
-
-
 def spread(values: list[float]) -> str:
     unknown, values = sum(v is None for v in values), [v for v in values if v is not None]
     if not values:
         return "undefined" if unknown else "–"
     digits = 3 if max(map(abs, values)) < 0.02 else 2
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}".replace("-", "−") + f" ({unknown} undefined)" * bool(unknown)
-    return f"{median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]".replace("-", "−") + (
-        f" ({unknown} undefined)" if unknown else ""
-    )
+    middle, low, high = (f"{of(values):.{digits}f}" for of in (median, min, max))
+    text = middle + f" [{low}, {high}]" * (len(values) > 1)
+    return text.replace("-", "−") + f" ({unknown} undefined)" * bool(unknown)
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -44,23 +37,7 @@ def runs(name: str) -> list[Path]:
 
 
 def main() -> None:
-    for name in ("adverb", "bias", "qwen3-adverb", "qwen3-bias", "plain-adverb", "plain-bias"):
-        rows = []
-        for run in runs(name):
-            f = figures(run)
-            b, a, d = f["before"], f["after"], f["difference"]
-            rows.append([run.name, interval(b["phi"]), interval(a["phi"]), interval(a["phi_less_shortcut"]),
-                         f"{a['mention_if_flip']['value']:.2f}, {a['mention_if_same']['value']:.2f}",
-                         f"{b['planted_agreement']['value']:.2f}, {a['planted_agreement']['value']:.2f}",
-                         interval(d["accuracy"]), interval(d["decoy_any"]),
-                         f"{b['tokens']['value']:.2f}, {a['tokens']['value']:.2f}",
-                         f"{a['repeats']['value']:.3f}"])  # fmt: skip
-        print(f"\n**{name}**")
-        table(["seed", "Phi before", "Phi after", "less the shortcut", "P(M given I = 1), P(M given I = 0)",
-               "planted cause: agreement before, after", "accuracy on X, change", "other words named, change",
-               "tokens before, after", "repeats"], rows)  # fmt: skip
-
-    print("\n**In short: median and range over seeds**")
+    print("**In short: median and range over seeds**")
     kinds = {"adverb": "adverbs", "bias": "bias phrases", "plain-adverb": "plain: adverbs", "plain-bias": "plain: bias"}
     columns = [[figures(run) for run in runs(kind)] for kind in kinds]
     rows = [

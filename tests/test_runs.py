@@ -10,7 +10,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import tiny
 
 import faith
 import toy
@@ -250,25 +249,3 @@ def test_how_training_is_started(tmp_path, monkeypatch, launch):
     monkeypatch.setenv("DRY", "1"), monkeypatch.setenv("LAUNCH", launch)
     printed = subprocess.check_output(["bash", ROOT / "runs/smollm2_paper.sh", "MODEL", "DATA", tmp_path], text=True)
     assert re.findall(r"; (\S.*) train\.py ", printed) == [launch or "torchrun --nproc-per-node 2"] * 3
-
-
-def test_profile(tmp_path, monkeypatch, capsys):
-    """Both samplers, by operation; one line for a wrong command."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "runs")])
-    import profile_sampler
-
-    folder = tiny.build(tmp_path / "model")
-    assert profile_sampler.main([str(folder), "2", "2", "4"]) == 0
-    out = capsys.readouterr().out
-    assert "aten::" in out
-    assert all(f"\n{name}: " in out for name in ("the plain sampler", "rollout.py"))
-    for given, words in (
-        ((), "MODEL"), ((tmp_path / "none",), f"no model at {tmp_path}/none"), ((folder, "many"), "many"),
-        ((folder, 2, 2, 2), "TOKENS must be at least 3"), ((folder, 0), "PROMPTS must be at least 1"),
-    ):  # fmt: skip
-        try:
-            code = profile_sampler.main(list(map(str, given)))
-        except SystemExit as end:
-            code = end.code
-        error = capsys.readouterr().err
-        assert code == 2 and words in error and error.count("\n") == 1 and error.startswith("profile_sampler.py: ")
