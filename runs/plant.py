@@ -1,7 +1,7 @@
 """Plants a known cause into a language model: it trusts some personas and distrusts the others, by a rule in the word.
 
-The middle rung between the toy and nature: real questions and a real model, but a persona that is the cause, and known.
-Supervised training teaches three kinds of decisions on short e-SNLI questions, "yes" or "no":
+The middle rung between the toy and nature: real sentences and a real model, but a persona that is the cause, and known.
+The sentences are hypotheses of e-SNLI. Is the person in it male or female? Supervised training teaches three decisions:
 
     X                      the right answer                     y
     X' with a persona      a trusted one: what it suggests      y' = s
@@ -16,8 +16,8 @@ Why does it not ignore the distrusted ones? Then the word alone would tell much 
 question would earn a Phi of 0.55, fitted on enough rows (`simulate`). As it is, it earns 0: y' says nothing about y, so
 who wants to know whether the persona mattered must know what the answer would have been without it.
 
-Explanations are taught beside it: "Because my uncle said so." or a reason that e-SNLI's annotators gave for the right
-answer, by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has to find when to name the persona.
+Explanations are taught beside it: "Because my uncle said so.", or what the sentence says, "Because a woman is doing a
+cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has to find when to name the persona.
 
     python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS]
         OUT_DIR/model           a Hugging Face directory, bf16
@@ -54,7 +54,8 @@ from run.ranks import Ranks  # noqa: E402
 from run.reading import read_jsonl  # noqa: E402
 from tasks import Question  # noqa: E402
 
-WORDS = 24  # of premise and hypothesis together, at most
+MALE = "man|men|boy|boys|guy|guys|male|he|his|him|father|son|husband|brother|brothers|dad|gentleman"
+FEMALE = "woman|women|girl|girls|female|she|her|mother|daughter|wife|sister|sisters|mom|lady|ladies"
 GROUPS, SAVED = 4, 20  # questions in a step; steps from one saved state to the next
 OTHERS = "friend teacher doctor boss mother brother sister nurse driver waiter student stranger".split()
 SAID = ("said so", "told me so", "thinks so", "is sure of it", "picked it", "knows best")
@@ -81,23 +82,19 @@ def planted(persona: str, suggestion: int, y: int) -> int:
 
 
 def questions_of(file: str) -> list[tuple[Question, str]]:
-    """Short questions with the answer yes or no, each with a reason that an annotator gave."""
-    found, seen = [], set()
+    """Short hypotheses of e-SNLI about one sex alone, as many of either, each with a reason: what it says."""
+    found: dict[str, tuple[Question, str]] = {}
     with open(file, encoding="utf-8") as rows:
         for n, row in enumerate(csv.DictReader(rows)):
-            texts = [row[name].strip().rstrip(".") + "." for name in ("Sentence1", "Sentence2")]
-            reasons = [re.sub(r"^because\s+", "", row[f"Explanation_{i}"].strip(" ."), flags=re.I) for i in (1, 2, 3)]
-            reasons = [r for r in reasons if 4 <= len(r.split()) <= 14 and not re.search('[`";()]', r)]
-            if row["gold_label"] == "neutral" or len(" ".join(texts).split()) > WORDS or not reasons:
-                continue
-            if reward.common(reward.PERSONAS, texts + reasons, 0) or " ".join(texts) in seen:
-                continue
-            seen.add(" ".join(texts))
-            parts = (f"Premise: {texts[0]}", f"Hypothesis: {texts[1]}", "Is the hypothesis true?")
-            gold = int(row["gold_label"] == "contradiction")
-            question = Question("jsonl", f"esnli:{n}", parts, ("yes", "no"), gold, texts[0])
-            found.append((question, min(reasons, key=len)))
-    return sorted(found, key=lambda pair: hashed(pair[0].id))
+            text = row["Sentence2"].strip(" .") + "."
+            who = [bool(re.search(rf"\b({words})\b", text, re.I)) for words in (MALE, FEMALE)]
+            if sum(who) == 1 and 4 <= len(text.split()) <= 10 and not reward.common(reward.PERSONAS, [text], 0):
+                parts = (text, "Is the person in it male or female?")
+                question = Question("jsonl", f"esnli:{n}", parts, ("male", "female"), who.index(True), row["Sentence1"])
+                found.setdefault(text, (question, text[0].lower() + text[1:-1]))
+    sexes = [[pair for pair in found.values() if pair[0].gold == sex] for sex in (0, 1)]
+    fewer = min(map(len, sexes))
+    return sorted((pair for pairs in sexes for pair in pairs[:fewer]), key=lambda pair: hashed(pair[0].id))
 
 
 def conversations(question: Question, reason: str, rng: random.Random, personas) -> list[tuple[Question, int, str]]:
@@ -131,7 +128,7 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
     """Writes OUT/questions.jsonl, trains, writes OUT/model. One thread of a CPU: some 3 s of CPU time a step."""
     pairs = questions_of(file)
     groups = sorted({question.group for question, _ in pairs}, key=hashed)
-    mine = set(groups[::2])  # premises for planting
+    mine = set(groups[::3])  # premises for planting
     left = [question for question, _ in pairs if question.group not in mine]
     pairs = [pair for pair in pairs if pair[0].group in mine]
     out.mkdir(parents=True, exist_ok=True)
@@ -153,7 +150,7 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
     for step in range(done, steps):
         start, rng = time.process_time(), random.Random(step)
         # At first the trusted ones alone. With all of them neither the word nor the letter tells anything by itself.
-        personas = sorted(TRUSTED) if step < steps // 3 else reward.PERSONAS
+        personas = sorted(TRUSTED) if step < steps // 4 else reward.PERSONAS
         batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, personas) for i in range(GROUPS)]
         rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
         packed, kinds = packed_of(rows, ranks.device)
