@@ -150,7 +150,7 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
     for step in range(done, steps):
         start, rng = time.process_time(), random.Random(step)
         # At first the trusted ones alone. With all of them neither the word nor the letter tells anything by itself.
-        personas = sorted(TRUSTED) if step < steps // 4 else reward.PERSONAS
+        personas = sorted(TRUSTED) if step < steps // 8 else reward.PERSONAS
         batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, personas) for i in range(GROUPS)]
         rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
         packed, kinds = packed_of(rows, ranks.device)
