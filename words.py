@@ -148,7 +148,7 @@ HINTS = {
         ),
         _phrases("answer", "tag/tags/key/keys/key's/field") | _phrases("the/this/html/xml", "tag/tags")
         | _phrases("answer", LETTERS, "answer") | _phrases("hidden/html", "comment")
-        | _phrases("marked/tagged/flagged", "as/correct") | _phrases("html/xml/json/correct option/correct_option"),
+        | _phrases("marked/tagged/flagged", "as/correct") | _phrases("html/xml/json"),
     ),
     "grader": Hint(
         {p: f"the {p}" for p in GRADERS.split()},

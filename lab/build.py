@@ -77,7 +77,6 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
     another task, intervention, calibration or split, or with other data or prompts. run/results.py compares weights.
     """
     folder, known, labelled = Path(args.dataset), {q.id: q for q in trainable}, []
-    kinds = reward.kinds(args.intervention)
     where = f"--dataset {folder}"
     if not (folder / "manifest.json").exists():
         raise ValueError(f"{where} is no data set; python -m lab.build makes one")
@@ -99,8 +98,6 @@ def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> La
         case = Case(question, dataclasses.replace(question, **texts), reward.Intervention(*edit))
         if case.question == case.edited:
             row.refuse("edited", "what the edit changed")
-        if row["kind"] not in kinds:
-            row.refuse("kind", f"one of {', '.join(kinds)}")
         labelled.append((case, row))
     if len(labelled) != manifest.take("splits", dict).take("train", dict).take("rows", int):
         raise ValueError(f"{where}: train.jsonl has {len(labelled)} lines, not what its manifest says; build it anew")

@@ -160,7 +160,7 @@ def test_cases_are_written_and_read(task, kind, tmp_path, monkeypatch):
     manifest = {"complete": True, "seed": 4, "splits": {"train": {"rows": len(cases)}}}
     files.write_json(tmp_path / "manifest.json", manifest)
     monkeypatch.setattr(build, "settings", lambda args: {"seed": 4})
-    got = build.read_dataset(types.SimpleNamespace(dataset=tmp_path, intervention=kind), {}, questions)
+    got = build.read_dataset(types.SimpleNamespace(dataset=tmp_path), {}, questions)
     assert [case for case, _ in got] == cases and len(cases) > 5
     assert [{key: row[key] for key in labelled[0][1]} for _, row in got] == [row for _, row in labelled]
 
