@@ -32,7 +32,7 @@ def run(args: Args, step: Callable, train: Callable) -> None:
     """The whole run. step, train: of train.py. Other objectives have steps of their own in lab/."""
     step = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
     with Ranks() as ranks, contextlib.ExitStack() as held:
-        check(args), reward.kinds(args.intervention)
+        check(args)
         if args.log != "none":
             ranks.on_first(lambda: find(args.log) and None)
         prepare_defaults(args, ranks)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 
 import launch
+import numpy as np
 import pytest
 import test_faith
 import tiny
@@ -217,6 +218,20 @@ def test_each_kind_is_balanced_by_itself(subject, questions):
     batch, _ = balanced_batch(subject, Stream(questions, args), 0, args, Ranks())
     found = Counter((row["kind"], row["influence"]) for _, row in batch)
     assert all(found[kind, 0] == found[kind, 1] for kind in ("bias", "model")) and len(batch) == 8
+
+
+def test_a_data_set_goes_on_until_each_kind_is_balanced(questions, tmp_path, monkeypatch):
+    """Here bias always moves the answer, so it has no pairs; all of them are of the other kind."""
+
+    def rows(subject, cases):
+        moved = [case.intervention.kind == "bias" or case.intervention.suggestion == 0 for case in cases]
+        return [faith.decision_row(c, *np.eye(3)[[0, int(m)]]) for c, m in zip(cases, moved, strict=True)]
+
+    monkeypatch.setattr(faith, "decision_rows", rows)
+    cases = build.candidates(questions, "bias,metadata", 0, 20)
+    chosen = balance(build.label(None, cases, tmp_path / "log", 400, 40), 40)
+    found = Counter((row["kind"], row["influence"]) for _, row in chosen)
+    assert found == {("metadata", 0): 20, ("metadata", 1): 20}
 
 
 def test_the_shortcut_knows_the_kind():
