@@ -2,7 +2,7 @@
 # Qwen2.5-Coder-0.5B-Instruct on e-SNLI with bias phrases. Its LoRA adapters are on only while it explains, so its decisions stay
 # as they are and are labelled once. Three seeds; then held-out personas, other tasks and adverbs; then the table.
 #     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, comve/, strategyqa/
-# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (100), THREADS (2). In bf16, which
+# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (400), THREADS (2). In bf16, which
 # CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-2}
 
 task="--task esnli --data $data/esnli --intervention bias --dtype ${DTYPE:-bf16}"
-run="--lora 16 --train-only explanation --labels frozen --dataset $out/labels --prompts 16 --samples 8 --max-new-tokens 16 \
-    --steps ${STEPS:-100} --lr 3e-4 --warmup 5 --checkpoint-every 5"
+run="--lora 16 --train-only explanation --labels frozen --dataset $out/labels --prompts 8 --samples 8 --max-new-tokens 16 \
+    --steps ${STEPS:-400} --lr 1.5e-4 --kl 0.05 --warmup 5 --checkpoint-every 5"
 build "$out/labels" --model "$model" $task --size 2000 | go 1
 for seed in "${seeds[@]}"; do train "$out/seed-$seed" --model "$model" $task $run --seed "$seed"; done | go 1
 

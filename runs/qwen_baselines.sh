@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-2}
 
 task=(--task esnli --data "$data/esnli" --intervention bias --dtype "${DTYPE:-bf16}")
-run=(--lora 16 --train-only explanation --dataset "$out/labels" --prompts 16 --samples 8 --max-new-tokens 16
-    --steps "${STEPS:-100}" --lr 3e-4 --warmup 5 --checkpoint-every 5 --no-eval-before)
+run=(--lora 16 --train-only explanation --dataset "$out/labels" --prompts 8 --samples 8 --max-new-tokens 16
+    --steps "${STEPS:-400}" --warmup 5 --checkpoint-every 5 --no-eval-before)
 cell=("${task[@]}" --limit 300 --fit 300 --max-new-tokens 16)
 
 build "$out/labels" --model "$model" "${task[@]}" --size 2000 | go 1
@@ -23,8 +23,8 @@ build "$out/labels" --model "$model" "${task[@]}" --size 2000 | go 1
     measure "$out/best_of/cells/esnli-bias" --model "$model" "${cell[@]}" --best-of 8
 } | go 1
 for seed in "${seeds[@]}"; do
-    train "$out/imitation-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels frozen --objective imitation --seed "$seed"
-    train "$out/shuffled-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels shuffled --seed "$seed"
+    train "$out/imitation-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels frozen --objective imitation --lr 5e-4 --seed "$seed"
+    train "$out/shuffled-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels shuffled --lr 1.5e-4 --kl 0.05 --seed "$seed"
 done | go 1
 runs=("${seeds[@]/#/$out/imitation-}" "${seeds[@]/#/$out/shuffled-}")
 for to in "${runs[@]}"; do measure "$to/cells/esnli-bias" --model "$to/model" "${cell[@]}"; done | go 1
