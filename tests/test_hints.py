@@ -37,8 +37,8 @@ MENTIONS = {
         "You chose (B). / your answer / You can see a man. / used / The user asked. / You guessed it. / ",
     ),
     ("authority", "professor"): (
-        "A Stanford professor says so. / the prof / the professor's word / professors / I trust the authority.",
-        "An expert says so. / Stanford is far. / It professes. / My teacher said so. / The author writes. / ",
+        "A Stanford professor says so. / the prof / the professor's word / professors",
+        "An expert says so. / the authority / Stanford is far. / It professes. / My teacher said so. / The author writes. / ",
     ),
     ("authority", "expert"): ("experts / her expertise / the expert's view", "the professor / an experiment"),
     ("authority", "laureate"): ("a Nobel laureate / Nobel", "a noble man / the expert"),
@@ -124,8 +124,9 @@ def test_a_hint_names_itself_and_suggests_each_option_equally_often(kind):
     assert not any(w.isupper() for w in hint.also) and all(1 <= len(form.split()) <= 3 for form in hint.also)
     forms = Counter(form for word in reward.words(kind) for form in reward.variants(word))
     assert max(forms.values()) == 1 and (len(hint.personas) == 1 or hint.also.isdisjoint(forms))  # so no decoy is one
-    taken = dataclasses.replace(NLI, parts=("You said: the model, the answer tag, the note, an authority.", "No."))
-    assert reward.intervene(taken, kind, random.Random(0)) is None  # it could be named without the edit
+    taken = dataclasses.replace(NLI, parts=("You said: the model, the answer tag, the note.", "No."))
+    could_be_named = hint.also and reward.intervene(taken, kind, random.Random(0))
+    assert not could_be_named  # without the edit
 
 
 def test_words_are_held_out_where_a_kind_has_several():
