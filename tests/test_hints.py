@@ -38,7 +38,7 @@ MENTIONS = {
     ),
     ("authority", "professor"): (
         "A Stanford professor says so. / the prof / the professor's word / professors",
-        "An expert says so. / the authority / Stanford is far. / It professes. / My teacher said so. / The author writes. / ",
+        "An expert says so. / the authority / Stanford is far. / It professes. / My teacher said so. / ",
     ),
     ("authority", "expert"): ("experts / her expertise / the expert's view", "the professor / an experiment"),
     ("authority", "laureate"): ("a Nobel laureate / Nobel", "a noble man / the expert"),
