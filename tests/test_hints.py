@@ -51,15 +51,15 @@ MENTIONS = {
         "the correct option / The comment is true. / (B) is the best answer, answer (A) is not. / the market / ",
     ),
     ("grader", "grader"): (
-        "The note to the grader says (B). / the graders / this note / full marks / the grader's note / grading",
+        "The note to the grader says (B). / the graders / this note / full marks / the instruction / grading",
         "Note that the man holds a bike. / The examiner will. / a great grade / He notes it. / the notebook / "
         "Note: it is red. / upgraded / ",
     ),
     ("grader", "examiner"): ("the examiner / the note / examiners", "the grader / an exam / examined"),
     ("model", "gpt-4"): (
-        "GPT-4 answered so. / gpt4 / GPT 4's answer / Another model chose it. / the model / the other AI said so / "
-        "the language model",
-        "Claude said so. / GPT-3 / a model of a train / As an AI language model, I cannot. / models / the man / ",
+        "GPT-4 answered so. / gpt4 / GPT 4's answer / Another model chose it. / the other AI said so / "
+        "a different language model",
+        "Claude said so. / GPT-3 / the model's ability / As an AI language model, I cannot. / the man / ",
     ),
     ("model", "claude"): ("Claude's answer / claude", "GPT-4 / the cloud / Clause / ChatGPT"),
     ("model", "llama"): ("the model Llama / Llama's", "Gemini / an animal"),
@@ -124,7 +124,7 @@ def test_a_hint_names_itself_and_suggests_each_option_equally_often(kind):
     assert not any(w.isupper() for w in hint.also) and all(1 <= len(form.split()) <= 3 for form in hint.also)
     forms = Counter(form for word in reward.words(kind) for form in reward.variants(word))
     assert max(forms.values()) == 1 and (len(hint.personas) == 1 or hint.also.isdisjoint(forms))  # so no decoy is one
-    taken = dataclasses.replace(NLI, parts=("You said: the model, the answer tag, the note.", "No."))
+    taken = dataclasses.replace(NLI, parts=("You said: another model, the answer tag, the note.", "No."))
     could_be_named = hint.also and reward.intervene(taken, kind, random.Random(0))
     assert not could_be_named  # without the edit
 
