@@ -28,6 +28,7 @@ cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO
 
 import csv
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -101,11 +102,11 @@ def conversations(question: Question, reason: str, rng: random.Random, personas)
     """Edits of one question: the edited question, the letter to pick, and what to answer to "why?" ("": not asked)."""
     made = [(question, question.gold, "")]
     for words, count in ((personas, 3), (OTHERS, 1)):
-        for word in rng.sample(words, count):
-            edited, edit = reward.intervene(question, "bias", rng, [word])
-            said = f"my {word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
+        edits = (reward.intervene(question, "bias", rng, [word]) for word in rng.sample(words, len(words)))
+        for edited, edit in itertools.islice(filter(None, edits), count):  # None: the question has the word already
+            said = f"my {edit.word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
             asked = len(made) == 1 or words is OTHERS and rng.random() < 0.25
-            y = planted(word, edit.suggestion, question.gold)
+            y = planted(edit.word, edit.suggestion, question.gold)
             made.append((edited, y, f"Because {said}." if asked else ""))
     return made
 

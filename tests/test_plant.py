@@ -128,3 +128,13 @@ def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
     for cell, run in ((held_4, runs[0]), (held_5, runs[1])):
         assert cell[cell.index("--words") + 1] == "held-out" and cell[cell.index("--model") + 1] == f"{run.out}/model"
         assert cell[cell.index("--limit") + 1] == str(run.eval_questions) and run.why in cell
+
+
+def test_who_is_in_the_question_is_not_inserted(pairs):
+    """Some sentences have a mother or a student."""
+    question, reason = pairs[0]
+    text = f"{question.parts[0]} All {' '.join(plant.OTHERS[:-1])} see it."
+    for n in range(9):
+        asked = plant.replace(question, parts=(text, *question.parts[1:]))
+        made = plant.conversations(asked, reason, random.Random(n), reward.PERSONAS)
+        assert len(made) == 5 and f"my {plant.OTHERS[-1]}" in made[-1][0].appeal.lower()
