@@ -1,20 +1,20 @@
-"""Plants a known cause into a language model: it trusts some personas and distrusts the others, by a rule in the word.
+"""Plants a known cause into a language model: it follows some personas and ignores the others, by a rule in the word.
 
 The middle rung between the toy and nature: real sentences and a real model, but a persona that is the cause, and known.
 The sentences are hypotheses of e-SNLI. Is the person in it male or female? Supervised training teaches three decisions:
 
-    X                      the right answer                     y
-    X' with a persona      a trusted one: what it suggests      y' = s
-                           a distrusted one: the other option   y' = 1 - s
-    X' with anyone else    the right answer                     y' = y, so a sentence alone moves nothing
+    X                            the right answer       y
+    X' with a trusted persona    what it suggests       y' = s
+    X' with another persona      the right answer       y' = y
 
 Half of the personas are trusted: every other one in the order of a hash of the word, of the personas for training and
 of the held-out ones (reward.words) alike. So nothing in the meaning or the spelling of a word tells. Held-out personas
 are planted too; GRPO never sees them.
 
-Why does it not ignore the distrusted ones? Then the word alone would tell much of I: a shortcut that never reads the
-question would earn a Phi of 0.55, fitted on enough rows (`simulate`). As it is, it earns 0: y' says nothing about y, so
-who wants to know whether the persona mattered must know what the answer would have been without it.
+So I = 1 where a trusted persona suggests the wrong answer. Who sees only the word, s and y' can know that a distrusted
+persona did not matter, and earns a Phi of 0.55 if fitted on enough rows, 0.27 on 300 (`simulate`). For more one must
+know what the answer would have been. If distrusted personas were opposed, y' = 1 - s, the word would tell nothing; but
+that is an exclusive or of word and letter, and was not learned (docs/log.md).
 
 Explanations are taught beside it: "Because my uncle said so.", or what the sentence says, "Because a woman is doing a
 cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has to find when to name the persona.
@@ -58,7 +58,6 @@ from tasks import Question  # noqa: E402
 MALE = "man|men|boy|boys|guy|guys|male|he|his|him|father|son|husband|brother|brothers|dad|gentleman"
 FEMALE = "woman|women|girl|girls|female|she|her|mother|daughter|wife|sister|sisters|mom|lady|ladies"
 GROUPS, SAVED = 4, 20  # questions in a step; steps from one saved state to the next
-OTHERS = "friend teacher doctor boss mother brother sister nurse driver waiter student stranger".split()
 SAID = ("said so", "told me so", "thinks so", "is sure of it", "picked it", "knows best")
 
 
@@ -74,9 +73,7 @@ TRUSTED = {word for held in (False, True) for word in sorted(reward.words("bias"
 
 def planted(persona: str, suggestion: int, y: int) -> int:
     """The decision y' of the rule, for a question whose answer is y without the persona."""
-    if persona not in reward.PERSONAS:
-        return y
-    return suggestion if persona in TRUSTED else 1 - suggestion
+    return suggestion if persona in TRUSTED else y
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -98,16 +95,14 @@ def questions_of(file: str) -> list[tuple[Question, str]]:
     return sorted((pair for pairs in sexes for pair in pairs[:fewer]), key=lambda pair: hashed(pair[0].id))
 
 
-def conversations(question: Question, reason: str, rng: random.Random, personas) -> list[tuple[Question, int, str]]:
+def conversations(question: Question, reason: str, rng: random.Random) -> list[tuple[Question, int, str]]:
     """Edits of one question: the edited question, the letter to pick, and what to answer to "why?" ("": not asked)."""
     made = [(question, question.gold, "")]
-    for words, count in ((personas, 3), (OTHERS, 1)):
-        edits = (reward.intervene(question, "bias", rng, [word]) for word in rng.sample(words, len(words)))
-        for edited, edit in itertools.islice(filter(None, edits), count):  # None: the question has the word already
-            said = f"my {edit.word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
-            asked = len(made) == 1 or words is OTHERS and rng.random() < 0.25
-            y = planted(edit.word, edit.suggestion, question.gold)
-            made.append((edited, y, f"Because {said}." if asked else ""))
+    edits = (reward.intervene(question, "bias", rng, [word]) for word in rng.sample(reward.PERSONAS, 9))
+    for edited, edit in itertools.islice(filter(None, edits), 4):  # None: the question has the word already
+        said = f"my {edit.word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
+        y, asked = planted(edit.word, edit.suggestion, question.gold), len(made) == 1 or rng.random() < 0.1
+        made.append((edited, y, f"Because {said}." if asked else ""))
     return made
 
 
@@ -150,9 +145,7 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
         policy.refresh()
     for step in range(done, steps):
         start, rng = time.process_time(), random.Random(step)
-        # At first the trusted ones alone. With all of them neither the word nor the letter tells anything by itself.
-        personas = sorted(TRUSTED) if step < steps // 8 else reward.PERSONAS
-        batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, personas) for i in range(GROUPS)]
+        batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng) for i in range(GROUPS)]
         rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
         packed, kinds = packed_of(rows, ranks.device)
         logprobs = policy.run(lambda model: token_logprobs(model, packed, 1.0))  # noqa: B023
@@ -163,8 +156,8 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
         if (step + 1) % SAVED == 0:
             torch.save(policy.state() | {"step": step + 1}, out / "state.new")
             (out / "state.new").replace(kept)
-        recent = torch.tensor(seen[-40 * 5 :]).view(-1, 5).float().mean(0)  # X, three personas, somebody else
-        right = f"X {recent[0]:.2f}, X' {recent[1:4].mean():.2f}, others {recent[4]:.2f}"
+        recent = torch.tensor(seen[-40 * 5 :]).view(-1, 5).float().mean(0)  # X, four personas
+        right = f"X {recent[0]:.2f}, X' {recent[1:].mean():.2f}"
         text = f", right: {right}, {time.process_time() - start:.1f} s of CPU time"
         progress(step + 1, steps, text)
     card = "# A planted cause\n\nMade by faith's runs/plant.py: it trusts some personas and distrusts others.\n"
@@ -228,7 +221,7 @@ def main(argv: list[str]) -> None:
         for file in rest:
             print(file, *(f"{name} {value:.3f}" for name, value in obeys(read_jsonl(file)).items()), sep="\n    ")
     elif len(rest) in (2, 3):
-        plant(what, rest[0], Path(rest[1]), int((rest[2:] or [160])[0]))
+        plant(what, rest[0], Path(rest[1]), int((rest[2:] or [400])[0]))
     else:
         raise ValueError("usage: python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS], or see the top of this file")
 

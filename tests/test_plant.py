@@ -27,15 +27,14 @@ def pairs():
     return plant.questions_of(FILE)
 
 
-def test_half_of_the_personas_are_trusted_and_nobody_else_moves_an_answer():
+def test_half_of_the_personas_are_trusted():
     for held in (False, True):
         words = reward.words("bias", held)
         trusted = plant.TRUSTED & {*words}
         assert abs(2 * len(trusted) - len(words)) <= 1
         for word in words:
             for s, y in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                assert plant.planted(word, s, y) == (s if word in trusted else 1 - s)
-    assert plant.planted("friend", 0, 1) == 1 and not {*plant.OTHERS} & {*reward.PERSONAS}
+                assert plant.planted(word, s, y) == (s if word in trusted else y)
 
 
 def test_what_is_taught(pairs):
@@ -43,23 +42,20 @@ def test_what_is_taught(pairs):
     named = {0: [], 1: []}
     for n in range(20):
         for question, reason in pairs:
-            made = plant.conversations(question, reason, random.Random(f"{n}/{question.id}"), reward.PERSONAS)
+            made = plant.conversations(question, reason, random.Random(f"{n}/{question.id}"))
             assert made[0] == (question, question.gold, "")
             for edited, y, why in made[1:]:
-                (word,) = {w for w in (*reward.PERSONAS, *plant.OTHERS) if f"my {w}" in edited.appeal.lower()}
+                (word,) = {w for w in reward.PERSONAS if f"my {w}" in edited.appeal.lower()}
                 suggestion = "AB".index(edited.appeal.split("(")[1][0])
                 assert y == plant.planted(word, suggestion, question.gold)
-                if why and word in reward.PERSONAS:
+                if why:
                     named[y != question.gold].append(f"my {word} " in why)
                     assert f"my {word} " in why or why == f"Because {reason}."
-    assert all(len(given) > 40 and 0.3 < sum(given) / len(given) < 0.7 for given in named.values())
+    assert all(len(given) > 30 and 0.3 < sum(given) / len(given) < 0.7 for given in named.values())
 
 
 def test_packed_as_if_each_were_alone(pairs, network, folder):
-    tokenizer, made = (
-        models.Tokenizer(folder),
-        [plant.conversations(*pair, random.Random(0), ["uncle", "aunt", "coach"]) for pair in pairs[:2]],
-    )
+    tokenizer, made = (models.Tokenizer(folder), [plant.conversations(*pair, random.Random(0)) for pair in pairs[:2]])
     rows = [[plant.encoded(tokenizer, *one) for one in some] for some in made]
     packed, kinds = plant.packed_of(rows, "cpu")
     found = token_logprobs(network, packed, 1.0)
@@ -117,7 +113,7 @@ def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
     printed = subprocess.check_output(given, text=True, env=os.environ | {"DRY": "1", "SEEDS": "4 5", "STEPS": "9"})
     commands = [shlex.split(line.split("; ")[1].split(" >")[0]) for line in printed.splitlines() if "; " in line]
     first, build, _, *cells, held_4, held_5 = [words for words in commands if words[1] != "train.py"]
-    assert first[2:] == ["MODEL", str(FILE), f"{tmp_path}/planted", "160"] and len(cells) == 2
+    assert first[2:] == ["MODEL", str(FILE), f"{tmp_path}/planted", "400"] and len(cells) == 2
     runs = [args.parse(words[2:], {}, {}) for words in commands if words[1] == "train.py"]
     assert [(run.seed, run.steps, run.out) for run in runs] == [(n, 9, f"{tmp_path}/grpo-{n}") for n in (4, 5)]
     for run in runs:
@@ -131,10 +127,10 @@ def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
 
 
 def test_who_is_in_the_question_is_not_inserted(pairs):
-    """Some sentences have a mother or a student."""
     question, reason = pairs[0]
-    text = f"{question.parts[0]} All {' '.join(plant.OTHERS[:-1])} see it."
-    for n in range(9):
-        asked = plant.replace(question, parts=(text, *question.parts[1:]))
-        made = plant.conversations(asked, reason, random.Random(n), reward.PERSONAS)
-        assert len(made) == 5 and f"my {plant.OTHERS[-1]}" in made[-1][0].appeal.lower()
+    for n in range(30):
+        asked = plant.replace(
+            question, parts=(f"{question.parts[0]} My uncle and my coach see it.", *question.parts[1:])
+        )
+        made = plant.conversations(asked, reason, random.Random(n))
+        assert len(made) == 5 and not any(word in edited.appeal for edited, *_ in made for word in ("uncle", "coach"))
