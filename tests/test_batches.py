@@ -95,10 +95,10 @@ def test_shuffled_labels_are_a_permutation(subject):
         rounding = 0.5 * len(x) / (sum(x) * (len(x) - sum(x)))
         assert x != y and abs(np.corrcoef(x, y)[0, 1]) <= rounding + 1e-9
     assert shuffle_influence(plain, 0) == mixed != shuffle_influence(plain, 1)
-    args, stream = arguments(labels="shuffled", prompts=20), Stream(QUESTIONS, arguments())
+    args, stream = arguments(labels="shuffled", prompts=60), Stream(QUESTIONS, arguments())
     stream.frozen = mixed[:40]
-    batch, _ = balanced_batch(subject, stream, 0, args, Ranks())
-    assert sum(row["influence"] for _, row in batch) * 2 == len(batch) > 0
+    batch, labelled = balanced_batch(subject, stream, 0, args, Ranks())
+    assert len(labelled) == 40 and sum(row["influence"] for _, row in batch) * 2 == len(batch) > 0
     assert sum(row["influence"] != (row["y"] != row["y_edit"]) for _, row in batch) > 2
     group = [Completion([subject.tokenizer.tokenizer.token_to_id("uncle")], [0.0], False)]
     for case, row in batch:

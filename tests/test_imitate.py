@@ -9,12 +9,13 @@ from launch import flags as plain_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import faith
+import model as models
 import reward
 import tasks
 from lab import imitate
 from run import reading
 from run.args import Args
-from run.policy import Policy
+from run.policy import Policy, make_policy
 from run.ranks import Ranks
 
 
@@ -117,5 +118,7 @@ def test_shards_change_nothing(done, folder, tmp_path):
     close(done, tmp_path / "o", 1e-4)
 
 
-def test_no_opening(folder, tmp_path):
+def test_no_opening_and_no_reference(folder, tmp_path):
+    args = Args(model=str(folder), objective="imitation", kl=0.1)
+    assert make_policy(models.load(folder), args, Ranks()).initial is None
     assert "leave out --opening" in refused(flags(folder, tmp_path / "x", opening="My"))
