@@ -85,8 +85,8 @@ def test_loss_and_gradient_are_transformers(folder, subject, micro):
 
 
 def flags(folder, out, **changes):
-    given = {"objective": "imitation", "steps": 4, "prompts": 6, "max_new_tokens": 6, "lr": 3e-3, "fit_questions": 3,
-             "checkpoint_every": 2, "kl": 0.1, "labels": "frozen"}  # fmt: skip
+    given = {"objective": "imitation", "steps": 2, "prompts": 6, "max_new_tokens": 6, "lr": 3e-3, "fit_questions": 3,
+             "checkpoint_every": 1, "kl": 0.1, "frozen_questions": 16, "labels": "frozen"}  # fmt: skip
     return plain_flags(folder, out, **given | changes)
 
 
@@ -108,8 +108,8 @@ def test_a_run(done):
 
 
 def test_resumed(done, folder, tmp_path):
-    ran(flags(folder, tmp_path / "o", steps=2))
-    ran(["--resume", "--out", tmp_path / "o", "--steps", "4"])
+    ran(flags(folder, tmp_path / "o", steps=1))
+    ran(["--resume", "--out", tmp_path / "o", "--steps", "2"])
     same(done, tmp_path / "o")
 
 
