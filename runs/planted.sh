@@ -4,7 +4,7 @@
 #     bash runs/planted.sh MODEL_DIR ESNLI_CSV OUT_DIR
 # What is done is not done again, what was cut off goes on. SEEDS, STEPS, PLANT_STEPS and JOBS may be given. DRY=1 prints the
 # commands. Everything in bf16 on one thread. NOT YET RUN TO ITS END but on a tiny model: with
-# SmolLM2 the rule was not learned in 120 steps of planting (docs/log.md). Seen, in CPU seconds on a busy
+# SmolLM2 the rule was not learned in 180 steps of planting (docs/log.md). Seen, in CPU seconds on a busy
 # machine: 3.0 to 3.5 for a step of planting; 60 for a GRPO run of two steps with --kl, its start and 40 labels.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
