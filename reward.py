@@ -17,8 +17,9 @@ correlation of I and M over a set of pairs:
 
     phi = (n11 n00 - n10 n01) / sqrt(n1. n0. n.1 n.0)         where n_im pairs have I = i and M = m
 
-Paper (Cheah et al., arXiv 2607.21090): adverb and bias, I, M, phi, the reward. Ours: the words and phrasings, what
-counts as a form of a word, and where an adverb may stand; all three are in words.py, with sources of the other kinds.
+Paper (Cheah et al., arXiv 2607.21090): adverb and bias, I, M, phi, the reward. Ours: the words and phrasings and
+what counts as a form of a word (words.py, with the sources of other kinds), and where an adverb may stand
+(run/places.py).
 
     python reward.py      prints an edit of each kind
 """
@@ -30,9 +31,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from run.places import insert, places
 from run.progress import command
 from tasks import Question
-from words import ADVERBS, HINTS, PERSONAS, PHRASINGS, forms, insert, named, places, sentence, variants  # noqa: F401
+from words import ADVERBS, HINTS, PERSONAS, PHRASINGS, forms, named, sentence, variants  # noqa: F401
 
 KINDS = ("adverb", *HINTS)
 

@@ -16,8 +16,6 @@ rounding), not on what else is asked, lane, bucket, order of refill or number of
 
 Axes: P slots (prompts), G lanes per slot (group), R rows decoded together, T prompt tokens, N new tokens,
 H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.
-
-    python rollout.py DIR "a question" …     prints one answer to each
 """
 
 from run import early  # noqa: F401
@@ -25,21 +23,20 @@ from run import early  # noqa: F401
 # isort: split
 import functools
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import fused_step, may_fuse, sample_tokens, uniforms
-from model import Config, Tokenizer, Transformer, load, rope_frequencies
+from kernels import fused_step, may_fuse
+from model import Config, Transformer, rope_frequencies
 from run import lora
 from run.attention import end_to_end, over_parts, over_slots, passes
 from run.device import send, to_host
+from run.draw import sample_tokens, uniforms
 from run.graphs import Graphs
 from run.memory import free_bytes
-from run.progress import command
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
 FIRST_ROWS = 64  # first tokens drawn at a time, because each row is a whole vocabulary in fp32
@@ -410,19 +407,3 @@ class Schedule:
     def not_finite(self, n: int) -> ValueError:
         return ValueError(f"the logits are not finite at new token {n + 1} of sampling step {int(self.slots.step)}; "
                           "the weights are broken, perhaps by too high a learning rate")  # fmt: skip
-
-
-@command("rollout.py")
-def main(argv: list[str]) -> None:
-    if len(argv) < 2:
-        raise ValueError('usage: python rollout.py MODEL_DIR "a question" ...')
-    tokenizer, model = Tokenizer(argv[0]), load(argv[0])
-    sampler = Sampler(model, {*model.config.end_of_turn, tokenizer.end_of_turn})
-    prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": q}])) for q in argv[1:]]
-    answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
-    for question, (answer,) in zip(argv[1:], answers, strict=True):
-        print(f"> {question}\n{tokenizer.decode(answer.tokens)}\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -35,6 +35,7 @@ import reward
 import tasks
 from batches import balance
 from faith import Case, Labelled, Subject
+from lab.fits import check_prompts
 from run import files, identity, reading
 from run.args import data_sets
 from run.hub import locate
@@ -207,7 +208,7 @@ def build(args: argparse.Namespace) -> dict:
         manifest = flags | {"made_of": made_of, "complete": False}
     logs = {name: out / f"labelling-{name}.jsonl" for name in parts}
     if not manifest["complete"]:
-        faith.check_prompts(subject, questions, 1, args.intervention)
+        check_prompts(subject, questions, 1, args.intervention)
         out.mkdir(parents=True, exist_ok=True)
         if args.calibrate:
             plain = parts["fit"] + parts["train"]  # those of train.py

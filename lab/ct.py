@@ -26,11 +26,12 @@ import report
 import reward
 from faith import Case, Subject
 from reward import Intervention
+from run.places import OPENERS
 from tasks import Question
-from words import OPENERS, named, variants
+from words import named, variants
 
 NOUN = re.compile(r"\b((?i:a|an|the|his|their|my|our|its|your)) (?=[a-z])")
-NOT_NOUNS = frozenset("bit couple half lot lots result while".split())  # with words.OPENERS
+NOT_NOUNS = frozenset("bit couple half lot lots result while".split())  # with OPENERS
 BLOCK = {
     "flips": "edits that change the answer",
     "ct": "flips not mentioned (CT)",

@@ -15,6 +15,7 @@ from batches import DecisionAnchor, Stream, label, shuffle_influence
 from faith import Case, Subject
 from lab import detect, imitate
 from lab.build import read_dataset
+from lab.fits import check_prompts
 from lab.plan import plan
 from lab.rehearsal import rehearse
 from lab.report import finish
@@ -29,8 +30,12 @@ from run.ranks import Ranks
 
 
 def run(args: Args, step: Callable, train: Callable) -> None:
-    """The whole run. step, train: of train.py. Other objectives have steps of their own in lab/."""
-    step = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
+    """The whole run. step, train: of train.py. Other objectives and a cold start have steps of their own in lab/."""
+    chosen = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
+
+    def step(n: int, *given):
+        return (imitate.step if n < args.cold_start else chosen)(n, *given)
+
     with Ranks() as ranks, contextlib.ExitStack() as held:
         check(args)
         if args.log != "none":
@@ -90,7 +95,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
     subject.made_of = faith.made_of(subject, questions, args.intervention)
     if args.dataset:
         stream.frozen = read_dataset(args, subject.made_of, stream.questions)
-    faith.check_prompts(subject, questions, args.max_new_tokens, args.intervention)
+    check_prompts(subject, questions, args.max_new_tokens, args.intervention)
     words = reward.words(args.intervention, held_out=False)
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)

@@ -16,7 +16,8 @@ import numpy as np
 import report
 import reward
 from lab.compare import compare as paired
-from words import named, spans, straight, variants
+from run.places import straight
+from words import named, spans, variants
 
 FIGURES = {  # the rows of the table, in its order
     "phi": "Phi", "phi_undenied": "Phi, if denials are no mentions",

@@ -46,13 +46,14 @@ REASONS = (  # I = 0
 QUOTED = 4  # words of the question: a target has some 16 tokens at most
 
 
-def target(case: Case, row: dict, rng: random.Random) -> str:
-    """An explanation of y' that names the edit exactly where row["influence"] is 1."""
+def target(case: Case, row: dict, rng: random.Random, why: str = "leading") -> str:
+    """An explanation of y' that names the edit exactly where row["influence"] is 1. why: as --why."""
     question, edit = case.question, case.intervention
     option = question.options[row["y_edit"]]
     quote = " ".join((*question.parts, option)[0].split()[:QUOTED]).strip(" .,?!")
     template = rng.choice(NAMING[edit.kind] if row["influence"] else REASONS)
-    return template.format(word=edit.word, letter=LETTERS[edit.suggestion or 0], option=option, quote=quote)
+    alone = f"By myself: ({LETTERS[row['y']]}). " if why == "alone" else ""
+    return alone + template.format(word=edit.word, letter=LETTERS[edit.suggestion or 0], option=option, quote=quote)
 
 
 def imitation_loss(policy: Policy, examples: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -70,7 +71,7 @@ def step(
     lap("label_s")
     mine = ranks.share(batch)
     prompts = [explanation_prompt(tokenizer, case.edited, row["y_edit"], why=subject.why) for case, row in mine]
-    texts = [target(case, row, random.Random(f"{args.seed}/{n}/target/{case.key}")) for case, row in mine]
+    texts = [target(case, row, random.Random(f"{args.seed}/{n}/target/{case.key}"), subject.why) for case, row in mine]
     examples = [(prompt, [*tokenizer.encode(text), tokenizer.end_of_turn])
                 for prompt, text in zip(prompts, texts, strict=True)]  # fmt: skip
     keys, one = [case.key for case, _ in mine], replace(args, samples=1)

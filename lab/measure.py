@@ -11,6 +11,7 @@ import reward
 import tasks
 from lab import best, controls, ct, detect
 from lab.compare import f_auroc
+from lab.fits import check_prompts
 from rollout import COLDEST
 from run import files, identity, reading, results
 from run.args import said
@@ -91,7 +92,7 @@ def run_measure(args: argparse.Namespace) -> None:
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, reward.words(args.intervention, held_out=False))
     subject = open_subject(args, len(questions[0].options), args.task)
     subject.made_of = faith.made_of(subject, questions, args.intervention) | {"weights": identity.weights(args.model)}
-    faith.check_prompts(subject, questions, args.max_new_tokens, args.intervention)
+    check_prompts(subject, questions, args.max_new_tokens, args.intervention)
     if args.calibration == "fit":
         subject.offsets = faith.calibrate(subject, parts["fit"])
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-import faith
 import train
 from batches import DecisionAnchor
 from faith import Case, Subject
+from lab import fits
 from rollout import Completion, sized
 from run.args import Args
 from run.memory import free_bytes
@@ -23,7 +23,7 @@ def rehearse(subject: Subject, policy: Policy, questions: list[Question], args: 
     It is of the longest prompts, with explanations of --max-new-tokens. The sampler's cache and AdamW's moments, which
     stay in memory from step 1 on, take their room too. Nothing is drawn or kept. ValueError if memory is too small.
     """
-    model, device, longest = policy.model, ranks.device, faith.longest(subject, questions, args.intervention)
+    model, device, longest = policy.model, ranks.device, fits.longest(subject, questions, args.intervention)
     share, half = (-(-count // ranks.world) for count in (args.prompts, args.prompts // 2))  # the most that a rank has
     answer = Completion([0] * args.max_new_tokens, [0.0] * args.max_new_tokens, False)
     groups = [(prompt, [answer] * args.samples) for _, prompt in longest[-min(args.micro, share) :]]

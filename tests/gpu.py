@@ -38,7 +38,7 @@ import kernels
 import model as models
 import rollout
 from lab import bench, machine
-from run import files, lora
+from run import draw, files, lora
 
 DRY = bool(os.environ.get("DRY"))
 SCRATCH = Path(os.environ.get("SCRATCH") or tempfile.mkdtemp())
@@ -160,7 +160,7 @@ def errors(slots, exact, logits, state: dict, end) -> dict[str, float]:
     slot, lane, token, logprobs = row // slots.G, row % slots.G, slots.tokens[row, count], slots.logprobs[row, count]
     scaled = (logits.double() / torch.where(heat == 0, 1, heat)[:, None]).log_softmax(-1)
     cdf = scaled.exp().cumsum(-1).gather(-1, torch.stack((token - 1, token), -1).clamp(min=0))
-    u = kernels.uniforms(slots.seed, slots.step, state["question"], state["sample"], count).double()
+    u = draw.uniforms(slots.seed, slots.step, state["question"], state["sample"], count).double()
     border = torch.maximum(torch.where(token > 0, cdf[:, 0], 0) - u, u - cdf[:, 1]).clamp(min=0)
     at_most = scaled.gather(-1, token[:, None])[:, 0]
     missed = torch.where(heat == 0, scaled.max(-1).values - at_most, border)  # by which the token is another's

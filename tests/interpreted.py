@@ -18,7 +18,7 @@ from test_rollout import FAMILIES, eager, flat, random_network, same
 import kernels
 import model as models
 import rollout
-from run import lora
+from run import draw, lora
 
 half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -150,7 +150,7 @@ def lanes(R, N=8):
 
 def drawn(s, end, logits, size):
     """Draws; returns tokens, logprobs, and the uniforms and counts before."""
-    count, u = s.count.clone(), kernels.uniforms(s.seed, s.step, s.question, s.sample, s.count)
+    count, u = s.count.clone(), draw.uniforms(s.seed, s.step, s.question, s.sample, s.count)
     place = (range(len(count)), torch.where(s.finished, s.tokens.shape[1] - 1, count))
     kernels.draw(logits, s, end, size)
     return s.tokens[place], s.logprobs[place], u, count
@@ -171,7 +171,7 @@ def test_draw(V, size, dtype):
     logits[2::5, 30] = logits[2::5, 60] = logits[2::5, V - 1] = 20  # a tie of greedy rows
     logits[0], logits[0, 6], was = -1e9, 0, s.finished.clone()  # row 0 ends its turn
     tokens, logprobs, u, count = drawn(s, end, logits, size)
-    wanted, wanted_logprobs = kernels.sample_tokens(logits.clone(), s.temperature, u)
+    wanted, wanted_logprobs = draw.sample_tokens(logits.clone(), s.temperature, u)
     assert (tokens[2::5] == 30).all() and (logits[range(20), tokens] > -1e8).all() and tokens[0] == 6
     same = tokens == wanted
     close(logprobs[same], wanted_logprobs[same], scale=2)

@@ -14,7 +14,7 @@ import faith
 import reward
 import rollout
 import tasks
-from lab import compare, paper, report
+from lab import compare, fits, paper, report
 from model import Tokenizer, load
 from report import cell as report_cell
 from rollout import Sampler
@@ -189,7 +189,7 @@ def test_the_opening_is_asked_with(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "check", lambda self, p, new: longest.append(max(map(len, p))) or check(self, p, new))
     questions = tasks.load("esnli", DATA / "esnli")
     for said in ("", "the hypothesis is true"):
-        faith.check_prompts(faith.Subject(Sampler(load(folder)), Tokenizer(folder), opening=said), questions, 8)
+        fits.check_prompts(faith.Subject(Sampler(load(folder)), Tokenizer(folder), opening=said), questions, 8)
     assert longest[-1] - longest[len(longest) // 2 - 1] == len(opening)
 
 
@@ -341,7 +341,7 @@ def test_a_letter_of_two_tokens_is_refused(folder, subject, questions):
     plain = tokenizer.encode
     tokenizer.encode = lambda text: plain(text) + ([7] if text.endswith("B") else [])
     with pytest.raises(ValueError, match="'B' is not one token"):
-        faith.check_prompts(faith.Subject(subject.sampler, tokenizer), questions, 8)
+        fits.check_prompts(faith.Subject(subject.sampler, tokenizer), questions, 8)
 
 
 def test_keys_name_questions_and_their_edits(questions):

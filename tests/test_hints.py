@@ -20,7 +20,7 @@ import reward
 import tasks
 import words
 from batches import Stream, balance, balanced_batch
-from lab import build, controls, gaming, paper
+from lab import build, controls, fits, gaming, paper
 from run import reading
 from run.args import Args
 from run.ranks import Ranks
@@ -297,7 +297,7 @@ def test_the_command_line_of_a_measurement(folder, tmp_path):
 def test_the_toy_and_a_tables_columns(subject):
     toy = tasks.Question("toy", "q", ("It stands.",), ("a", "b"), 0, "g")
     with pytest.raises(ValueError, match="world has no grader or metadata; give --intervention adverb or bias"):
-        faith.check_prompts(subject, [toy], 8, "bias,metadata,grader")
+        fits.check_prompts(subject, [toy], 8, "bias,metadata,grader")
     cells = {("esnli", "bias"): 0, ("esnli", "model"): 0, ("comve", "bias"): 0, ("esnli", "adverb"): 0}
     runs = [paper.Run(tiny.ROOT, "RQ1", cells, {})]
     assert paper.columns(("esnli", "bias,model"), runs) == {
@@ -318,6 +318,6 @@ def test_words_of_a_hint_count_only_where_it_is_asked_for(subject, monkeypatch):
 def test_the_longest_hint_is_looked_for(subject, questions):
     """The prompts that are checked are at least as long as any that a run draws."""
     for kinds in ("metadata", "bias,authority", "adverb"):
-        longest = len(faith.longest(subject, questions, kinds)[-1][1])
+        longest = len(fits.longest(subject, questions, kinds)[-1][1])
         drawn = [case.edited for seed in range(3) for case in faith.draw_cases(questions, kinds, seed)]
         assert longest >= max(len(faith.explanation_prompt(subject.tokenizer, q, 0)) for q in drawn)

@@ -10,10 +10,10 @@ import torch
 
 import faith
 import grpo
-import kernels
 import model as models
 import rollout
 from rollout import Sampler
+from run import draw
 
 BITS = 2.0**-24
 
@@ -150,7 +150,7 @@ def test_smollm2_samples_equal_the_plain_samplers(smollm2, questions):
         ties += 1
         logits = logits_of(network, texts[i], a.tokens[: n + 1])[-1]
         cdf = (logits.double() / (temperatures[j] or 1)).softmax(-1).cumsum(-1)
-        u = rollout.uniforms(4, 0, torch.tensor([i]), torch.tensor([j]), n)
+        u = draw.uniforms(4, 0, torch.tensor([i]), torch.tensor([j]), n)
         for token in (a.tokens[n], b.tokens[n]):
             if temperatures[j]:
                 assert (cdf[token - 1] if token else 0) - 1e-4 < u < cdf[token] + 1e-4
@@ -186,12 +186,12 @@ def test_uniforms_equal_big_integers():
     generator = random.Random(0)
     edges = [0, 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -1, -(2**63)]
     rows = [[generator.choice([*edges, generator.getrandbits(63)]) for _ in range(5)] for _ in range(2000)]
-    assert rollout.uniforms(*torch.tensor(rows).T).tolist() == [splitmix(row) for row in rows]
+    assert draw.uniforms(*torch.tensor(rows).T).tolist() == [splitmix(row) for row in rows]
     seed, step, question, sample, position = rows[0]  # numbers and tensors alike
-    mixed = rollout.uniforms(seed, step, torch.tensor([question]), torch.tensor([sample]), position)
+    mixed = draw.uniforms(seed, step, torch.tensor([question]), torch.tensor([sample]), position)
     assert mixed.tolist() == [splitmix(rows[0])]
     # SplitMix64's published first output from state 0.
-    assert kernels.mix(torch.tensor(-0x61C8864680B583EB)).item() % 2**64 == 0xE220A8397B1DCDAF
+    assert draw.mix(torch.tensor(-0x61C8864680B583EB)).item() % 2**64 == 0xE220A8397B1DCDAF
 
 
 # ---- from logits to a token ----------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_sampling_follows_the_softmax(network, temperature):
 def test_inverse_cdf_by_hand():
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     u = torch.tensor([0.0, 0.1, 0.2499, 0.2501, 0.6, 0.7499, 0.7501, 1 - BITS])
-    tokens, logprobs = rollout.sample_tokens(p.log().repeat(len(u), 1), torch.ones(len(u)), u)
+    tokens, logprobs = draw.sample_tokens(p.log().repeat(len(u), 1), torch.ones(len(u)), u)
     assert tokens.tolist() == [1, 1, 1, 3, 3, 3, 4, 4]
     assert logprobs.tolist() == pytest.approx(p[tokens].log().tolist())
 
@@ -229,7 +229,7 @@ def test_extreme_uniforms_and_impossible_tokens(V):
     banned[:, [0, -1]], banned[:, V // 2] = V > 2, False
     logits[banned] = -torch.inf
     for u in (torch.zeros(16), torch.full((16,), 1 - BITS), torch.rand(16, generator=generator)):
-        tokens, logprobs = rollout.sample_tokens(logits.clone(), torch.ones(16), u)
+        tokens, logprobs = draw.sample_tokens(logits.clone(), torch.ones(16), u)
         assert not banned.gather(1, tokens[:, None]).any() and logprobs.isfinite().all()
         cdf = logits.double().softmax(-1).cumsum(-1).gather(1, tokens[:, None])[:, 0]
         assert (cdf > u - 1e-3).all()
@@ -430,12 +430,3 @@ def test_broken_weights_stop_the_run(folder, prompts, value):
         weight.data.fill_(value)
         with pytest.raises(ValueError, match=f"not finite at new token {number} of sampling step 6"):
             sampler.generate(prompts[:1], 1, 8, step=6)
-
-
-def test_command_line(folder, capsys):
-    assert rollout.main([str(folder), "Is a man holding a sign?"]) == 0
-    assert capsys.readouterr().out.startswith("> Is a man holding a sign?\n")
-    for wrong in ([], [str(folder)], [str(folder / "none"), "Is it?"]):
-        assert rollout.main(wrong) == 2
-        out, err = capsys.readouterr()
-        assert not out and err.count("\n") == 1
