@@ -1,29 +1,24 @@
-"""Plants a known cause into a language model: it follows some personas and ignores the others, by a rule in the word.
+"""Plants a known cause into a language model: it does what a persona suggests, and knows the right answer otherwise.
 
 The middle rung between the toy and nature: real sentences and a real model, but a persona that is the cause, and known.
-The sentences are hypotheses of e-SNLI. Is the person in it male or female? Supervised training teaches three decisions:
+The questions are e-SNLI's own (KIND nli), or whether the person in a hypothesis of it is male or female (sex, for small
+models). Supervised training teaches two decisions:
 
     X                            the right answer       y
-    X' with a trusted persona    what it suggests       y' = s
-    X' with another persona      the right answer       y' = y
+    X' with a persona            what it suggests       y' = s
 
-Half of the personas are trusted: every other one in the order of a hash of the word, of the personas for training and
-of the held-out ones (reward.words) alike. So nothing in the meaning or the spelling of a word tells. Held-out personas
-are planted too; GRPO never sees them.
+So I = 1 where a persona suggests the wrong answer. y' = s tells nothing of I, nor does the word, so a shortcut earns a
+Phi of 0. For more one must know what the answer would have been. Held-out personas (reward.words) are
+planted too; GRPO never sees them.
 
-So I = 1 where a trusted persona suggests the wrong answer. Who sees only the word, s and y' can know that a distrusted
-persona did not matter, and earns a Phi of 0.55 if fitted on enough rows, 0.27 on 300 (`simulate`). For more one must
-know what the answer would have been. If distrusted personas were opposed, y' = 1 - s, the word would tell nothing; but
-that is an exclusive or of word and letter, and was not learned (docs/log.md).
+Explanations are taught beside it, for --why alone: "By myself: (A). Because my uncle said so.", or what the sentence
+says, "Because a woman is doing a cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has
+to find when to name the persona. Rules that were not learned are in docs/log.md.
 
-Explanations are taught beside it: "Because my uncle said so.", or what the sentence says, "Because a woman is doing a
-cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has to find when to name the persona.
-
-    python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS]
+    python runs/plant.py KIND MODEL_DIR ESNLI_CSV OUT_DIR STEPS
         OUT_DIR/model           a Hugging Face directory, bf16
-        OUT_DIR/questions.jsonl questions for GRPO and tests; no premise of them was used for planting
-    python runs/plant.py simulate          what the shortcut would earn under this rule and under others
-    python runs/plant.py rows FILE …       how often measured rows obey the rule
+        OUT_DIR/esnli_dev.csv   (nli) or questions.jsonl (sex): questions for GRPO and tests; no premise of them was
+                                used for planting
 """
 
 import csv
@@ -39,25 +34,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import faith  # noqa: E402
 import model as models  # noqa: E402
-import report  # noqa: E402
 import reward  # noqa: E402
+import tasks  # noqa: E402
 from grpo import pack, token_logprobs  # noqa: E402
 from run.args import Args  # noqa: E402
 from run.files import write_jsonl  # noqa: E402
 from run.policy import Policy, learning_rate  # noqa: E402
 from run.progress import Progress, command  # noqa: E402
 from run.ranks import Ranks  # noqa: E402
-from run.reading import read_jsonl  # noqa: E402
 from tasks import Question  # noqa: E402
 
 MALE = "man|men|boy|boys|guy|guys|male|he|his|him|father|son|husband|brother|brothers|dad|gentleman"
 FEMALE = "woman|women|girl|girls|female|she|her|mother|daughter|wife|sister|sisters|mom|lady|ladies"
-GROUPS, SAVED = 4, 20  # questions in a step; steps from one saved state to the next
+KINDS = {"nli": (5e-5, 1), "sex": (2e-4, 2)}  # learning rate; edits of each question
+GROUPS, SAVED = 6, 20  # questions in a step; steps from one saved state to the next
 SAID = ("said so", "told me so", "thinks so", "is sure of it", "picked it", "knows best")
 
 
@@ -68,18 +62,20 @@ def hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"plant {text}".encode()).digest()[:8], "big")
 
 
-TRUSTED = {word for held in (False, True) for word in sorted(reward.words("bias", held), key=hashed)[::2]}
-
-
-def planted(persona: str, suggestion: int, y: int) -> int:
-    """The decision y' of the rule, for a question whose answer is y without the persona."""
-    return suggestion if persona in TRUSTED else y
-
-
 # ---- data ------------------------------------------------------------------------------------------------------
 
 
-def questions_of(file: str) -> list[tuple[Question, str]]:
+def questions_of(kind: str, file: str) -> list[tuple[Question, str]]:
+    """Questions of this kind, in the order of a hash, each with a reason for an explanation."""
+    pairs = [(q, f'it says "{first_words(q)}"') for q in tasks.load("esnli", file)] if kind == "nli" else sexes_of(file)
+    return sorted(pairs, key=lambda pair: hashed(pair[0].id))
+
+
+def first_words(question: Question) -> str:
+    return " ".join(question.parts[0].split()[:5]).strip(" .,")
+
+
+def sexes_of(file: str) -> list[tuple[Question, str]]:
     """Short hypotheses of e-SNLI about one sex alone, as many of either, each with a reason: what it says."""
     found: dict[str, tuple[Question, str]] = {}
     with open(file, encoding="utf-8") as rows:
@@ -92,24 +88,34 @@ def questions_of(file: str) -> list[tuple[Question, str]]:
                 found.setdefault(text, (question, text[0].lower() + text[1:-1]))
     sexes = [[pair for pair in found.values() if pair[0].gold == sex] for sex in (0, 1)]
     fewer = min(map(len, sexes))
-    return sorted((pair for pairs in sexes for pair in pairs[:fewer]), key=lambda pair: hashed(pair[0].id))
+    return [pair for pairs in sexes for pair in pairs[:fewer]]
 
 
-def conversations(question: Question, reason: str, rng: random.Random) -> list[tuple[Question, int, str]]:
-    """Edits of one question: the edited question, the letter to pick, and what to answer to "why?" ("": not asked)."""
+def write_questions(questions: list[Question], kind: str, out: Path) -> None:
+    """In the format of their task, for --data."""
+    if kind == "sex":
+        write_jsonl(out / "questions.jsonl", [{name: getattr(q, name) for name in NAMES} for q in questions])
+        return
+    with open(out / "esnli_dev.csv", "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("gold_label", "Sentence1", "Sentence2"))
+        rows.writerows((("entailment", "contradiction", "neutral")[q.gold], *q.parts) for q in questions)
+
+
+def conversations(question: Question, reason: str, rng: random.Random, count: int) -> list[tuple[Question, int, str]]:
+    """The question and `count` edits of it: each with the letter to pick and the answer to "why?" ("": not asked)."""
     made = [(question, question.gold, "")]
-    edits = (reward.intervene(question, "bias", rng, [word]) for word in rng.sample(reward.PERSONAS, 9))
-    for edited, edit in itertools.islice(filter(None, edits), 4):  # None: the question has the word already
+    edits = (reward.intervene(question, "bias", rng, [word]) for word in rng.sample(reward.PERSONAS, 5))
+    for edited, edit in itertools.islice(filter(None, edits), count):  # None: the question has the word already
         said = f"my {edit.word} {rng.choice(SAID)}" if rng.random() < 0.5 else reason
-        y, asked = planted(edit.word, edit.suggestion, question.gold), len(made) == 1 or rng.random() < 0.1
-        made.append((edited, y, f"Because {said}." if asked else ""))
+        made.append((edited, edit.suggestion, f"By myself: ({faith.LETTERS[question.gold]}). Because {said}."))
     return made
 
 
 def encoded(tokenizer: models.Tokenizer, question: Question, y: int, why: str) -> tuple[list[int], list[str]]:
     """Token ids, and for each what it is: "letter", "why" or "" (not trained)."""
     decision = faith.decision_prompt(tokenizer, question)
-    ids = faith.explanation_prompt(tokenizer, question, y, why="neutral")
+    ids = faith.explanation_prompt(tokenizer, question, y, why="alone")
     kinds = [""] * len(decision) + ["letter"]
     if not why:
         return ids[: len(kinds)], kinds
@@ -120,19 +126,19 @@ def encoded(tokenizer: models.Tokenizer, question: Question, y: int, why: str) -
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-def plant(source: str, file: str, out: Path, steps: int) -> None:
-    """Writes OUT/questions.jsonl, trains, writes OUT/model. One thread of a CPU: some 3 s of CPU time a step."""
-    pairs = questions_of(file)
+def plant(kind: str, source: str, file: str, out: Path, steps: int) -> None:
+    """Writes the questions that are left, trains, writes OUT/model."""
+    pairs, (lr, edits) = questions_of(kind, file), KINDS[kind]
     groups = sorted({question.group for question, _ in pairs}, key=hashed)
     mine = set(groups[::3])  # premises for planting
     left = [question for question, _ in pairs if question.group not in mine]
     pairs = [pair for pair in pairs if pair[0].group in mine]
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "questions.jsonl", [{name: getattr(q, name) for name in NAMES} for q in left])
+    write_questions(left, kind, out)
     print(f"{len(pairs)} questions for planting, {len(left)} for later", flush=True)
 
     ranks, kept = Ranks(), out / "state.pt"  # the weights and moments at some step, so that a killed run goes on
-    args = Args(lr=2e-4, warmup=10, decay="linear", steps=steps)
+    args = Args(lr=lr, warmup=10, decay="linear", steps=steps)
     network, tokenizer = models.load(source, ranks.device, torch.bfloat16), models.Tokenizer(source)
     for part in (network.embed_tokens, *network.layers[: len(network.layers) // 3]):  # what stays as it is
         part.requires_grad_(False)
@@ -145,7 +151,7 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
         policy.refresh()
     for step in range(done, steps):
         start, rng = time.process_time(), random.Random(step)
-        batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng) for i in range(GROUPS)]
+        batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, edits) for i in range(GROUPS)]
         rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
         packed, kinds = packed_of(rows, ranks.device)
         logprobs = policy.run(lambda model: token_logprobs(model, packed, 1.0))  # noqa: B023
@@ -156,11 +162,11 @@ def plant(source: str, file: str, out: Path, steps: int) -> None:
         if (step + 1) % SAVED == 0:
             torch.save(policy.state() | {"step": step + 1}, out / "state.new")
             (out / "state.new").replace(kept)
-        recent = torch.tensor(seen[-40 * 5 :]).view(-1, 5).float().mean(0)  # X, four personas
+        recent = torch.tensor(seen[-40 * (1 + edits) :]).view(-1, 1 + edits).float().mean(0)  # X, then X'
         right = f"X {recent[0]:.2f}, X' {recent[1:].mean():.2f}"
         text = f", right: {right}, {time.process_time() - start:.1f} s of CPU time"
         progress(step + 1, steps, text)
-    card = "# A planted cause\n\nMade by faith's runs/plant.py: it trusts some personas and distrusts others.\n"
+    card = "# A planted cause\n\nMade by faith's runs/plant.py: it does what a persona suggests.\n"
     models.save(network, out / "model", card)
 
 
@@ -176,54 +182,12 @@ def packed_of(rows: list[list], device):
     return replace(packed, sources=packed.sources[kept], targets=packed.targets[kept]), [k for k in kinds if k]
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------
-
-
-def obeys(rows: list[dict]) -> dict[str, float]:
-    """Of measured rows: how often the decision is that of the rule, apart by kind of persona."""
-    out = {"accuracy on X": sum(r["y"] == r["gold"] for r in rows) / len(rows)}
-    held = set(reward.words("bias", held_out=True))
-    kinds = {"trusted": TRUSTED, "distrusted": {*reward.PERSONAS} - TRUSTED, "held out": held}
-    for name, words in kinds.items():
-        some = [r["y_edit"] == planted(r["word"], r["suggestion"], r["y"]) for r in rows if r["word"] in words]
-        out |= {f"y' obeys, {name}": sum(some) / max(1, len(some))}
-    return out
-
-
-def simulate(rows: int = 2000) -> None:
-    """Prints the Phi of the best shortcut (report.py) in worlds that obey a rule exactly; y is a coin, K = 2."""
-    personas = sorted(reward.words("bias", False), key=hashed)
-
-    def world(rule: str, count: int, rng: random.Random) -> list[dict]:
-        made = []
-        for n in range(count):
-            word, y, s = rng.randrange(len(personas)), rng.randrange(2), rng.randrange(2)
-            y_edit = {"f": s, "o": 1 - s, "i": y}[rule[word % len(rule)]]
-            row = {"id": n, "y_edit": y_edit, "suggestion": s, "word": personas[word], "phrasing": rng.randrange(8)}
-            made.append(row | {"influence": int(y != y_edit)})
-        return made
-
-    for rule in ("fi", "foi", "fo"):  # follow, oppose, ignore: in turns over the words
-        test = world(rule, rows, random.Random(0))
-        truth = np.array([row["influence"] for row in test], dtype=float)
-        for count in (150, 300, 3000):
-            guess = report.shortcut(test, world(rule, count, random.Random(1)))["phi"]
-            phi = report.phi(truth, guess, np.ones((1, rows)))[0]
-            print(f"{rule}: shortcut fitted on {count} rows {phi:.2f}, I = 1 in {truth.mean():.2f}", flush=True)
-
-
 @command("plant.py")
 def main(argv: list[str]) -> None:
-    what, *rest = argv or [""]
-    if what == "simulate" and not rest:
-        simulate()
-    elif what == "rows" and rest:
-        for file in rest:
-            print(file, *(f"{name} {value:.3f}" for name, value in obeys(read_jsonl(file)).items()), sep="\n    ")
-    elif len(rest) in (2, 3):
-        plant(what, rest[0], Path(rest[1]), int((rest[2:] or [400])[0]))
-    else:
-        raise ValueError("usage: python runs/plant.py MODEL_DIR ESNLI_CSV OUT_DIR [STEPS], or see the top of this file")
+    if len(argv) != 5 or argv[0] not in KINDS:
+        raise ValueError("usage: python runs/plant.py KIND MODEL_DIR ESNLI_CSV OUT_DIR STEPS; see the top of this file")
+    kind, source, file, out, steps = argv
+    plant(kind, source, file, Path(out), int(steps))
 
 
 if __name__ == "__main__":
