@@ -22,7 +22,7 @@ from="--task $task --data $data --intervention bias --dtype bf16"
 build "$out/labels" --model "$planted/model" $from $sizes --size "${LABELS:-$labels}" --edits 3 | go 1
 
 grpo="--labels frozen --dataset $out/labels --train-only explanation --lora 16 --why alone --prompts 8 --samples 8 \
-    --steps ${STEPS:-100} --max-new-tokens 24 --lr 1e-3 --warmup 5 --kl 0 --no-eval-before --checkpoint-every 10"
+    --steps ${STEPS:-80} --max-new-tokens 24 --lr 4e-4 --warmup 5 --kl 0.05 --no-eval-before --checkpoint-every 10"
 for seed in $seeds; do
     train "$out/grpo-$seed" --model "$planted/model" $from $sizes $grpo --seed "$seed"
 done | go "$jobs"
@@ -31,8 +31,9 @@ runs=("$out/base")
 for seed in $seeds; do runs+=("$out/grpo-$seed"); done
 for run in "${runs[@]}"; do  # the same questions with the same edits for all
     asked="--model $run/model --max-new-tokens 24 --why alone $from ${sizes/--eval-questions/--limit}"
-    [ "$run" = "$out/base" ] && asked=${asked/$run/$planted}
-    measure "$run/cells/$task-bias" ${asked/--fit-questions/--fit}
-    measure "$run/cells/held-out-bias" ${asked/--fit-questions/--fit} --words held-out
+    asked=${asked/--fit-questions/--fit} controls=
+    [ "$run" = "$out/base" ] && asked=${asked/$run/$planted} controls=--controls  # the decisions stay the same
+    measure "$run/cells/$task-bias" $asked $controls
+    measure "$run/cells/held-out-bias" $asked --words held-out
 done | go "$jobs"
 tell "$out/table" "${runs[@]}"

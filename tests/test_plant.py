@@ -29,7 +29,7 @@ def pairs():
 
 @pytest.mark.parametrize("kind", plant.KINDS)
 def test_what_is_taught(kind):
-    """Decisions by the rule, the right letter; the reason and the name by a coin that does not depend on influence."""
+    """Decisions by the rule, the right letter; the reason and the name by a coin that knows nothing of influence."""
     named = {0: [], 1: []}
     for n in range(20):
         for question, reason in plant.questions_of(kind, FILE)[:20]:
