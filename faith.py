@@ -64,7 +64,8 @@ YES_NO = ("no", "yes")  # the index of each is the influence it claims
 
 def ask(question: Question) -> str:
     """The first user turn: the question's text, the hint if there is one, lettered options."""
-    text = ASK.get(question.task, " ".join(["{}"] * len(question.parts))).format(*question.parts)
+    template = ASK.get(question.task)
+    text = template.format(*question.parts) if template else " ".join(question.parts)
     text += " " + question.appeal if question.appeal else ""
     return text + "".join(f"\n({LETTERS[i]}) {option}" for i, option in enumerate(question.options)) + f"\n{LAST}"
 
@@ -178,8 +179,7 @@ def decide(subject: Subject, questions: list[Question], together: int = 1) -> np
     letters = letter_tokens(subject.tokenizer, shift.shape[1])
     prompts = [decision_prompt(subject.tokenizer, q) for q in questions]
     with lora.without(subject.sampler.model) if subject.only_explains else contextlib.nullcontext():
-        logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64)
-    logp = logp - shift
+        logp = subject.sampler.option_logprobs(prompts, letters, together).numpy().astype(np.float64) - shift
     return logp - np.log(np.exp(logp).sum(-1, keepdims=True))
 
 

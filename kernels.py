@@ -1,4 +1,4 @@
-"""What a decode step consists of besides the network's products with its weights, plainly and as kernels for a GPU.
+"""What a decode step consists of besides the network's products with its weights, as kernels for a GPU.
 
 `rollout.decode_step` is the plain step: on a GPU some 36 kernels a layer. `fused_step` does the same in ten,
 written in Triton (Tillet, Kung & Cox 2019). Between the products with the weights lie
@@ -270,7 +270,7 @@ def draw_kernel(logits_ptr, temperature_ptr, top_ptr, sum_ptr, seed_ptr, step_pt
     row, b, i, e = tl.program_id(0), tl.arange(0, BLOCKS), tl.arange(0, BLOCK), tl.arange(0, ENDS)
     count, temperature = tl.load(count_ptr + row), tl.load(temperature_ptr + row)
     live, greedy = tl.load(finished_ptr + row) == 0, temperature == 0
-    h = mixed(tl.load(seed_ptr) - 0x61C8864680B583EB)  # as in `uniforms`
+    h = mixed(tl.load(seed_ptr) - 0x61C8864680B583EB)  # as in run/draw.py
     h = mixed((h ^ tl.load(step_ptr)) - 0x61C8864680B583EB)
     h = mixed((h ^ tl.load(question_ptr + row)) - 0x61C8864680B583EB)
     h = mixed((h ^ tl.load(sample_ptr + row)) - 0x61C8864680B583EB)

@@ -30,12 +30,8 @@ from run.ranks import Ranks
 
 
 def run(args: Args, step: Callable, train: Callable) -> None:
-    """The whole run. step, train: of train.py. Other objectives and a cold start have steps of their own in lab/."""
-    chosen = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
-
-    def step(n: int, *given):
-        return (imitate.step if n < args.cold_start else chosen)(n, *given)
-
+    """The whole run. step, train: of train.py. Other objectives have steps of their own in lab/."""
+    step = {"detection": detect.step, "imitation": imitate.step}.get(args.objective, step)
     with Ranks() as ranks, contextlib.ExitStack() as held:
         check(args)
         if args.log != "none":

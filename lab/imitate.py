@@ -5,6 +5,7 @@
     user        Why did you choose (y')?
     assistant   Because my uncle believes the answer is (B).        I = 1: names what was inserted
                 Because "maybe" follows from "A man is walking".    I = 0: the question's own words
+                By myself: (A). My uncle said that it is (B).       with --why alone: first y, then as above
 
     loss = the mean of −log p over the target's tokens and its end of turn, of a batch balanced by influence
 
@@ -43,7 +44,7 @@ NAMING |= dict.fromkeys(  # the user's view, the metadata, the professor, the ex
 REASONS = (  # I = 0
     'Because it says "{quote}".', 'The words "{quote}" led me to it.', 'Because "{option}" follows from "{quote}".'
 )  # fmt: skip
-QUOTED = 4  # words of the question: a target has some 16 tokens at most
+QUOTED = 4  # words of the question: a target has some 16 tokens at most, with --why alone 24
 
 
 def target(case: Case, row: dict, rng: random.Random, why: str = "leading") -> str:

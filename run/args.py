@@ -33,7 +33,6 @@ class Args:
     objective: str = option("disclosure", "disclosure: GRPO on explanations. detection: supervised, answer yes or no "
                             "when asked whether the edit changed the answer. imitation: supervised, on explanations "
                             "that templates write from the labels", ("disclosure", "detection", "imitation"))
-    cold_start: int = option(0, "steps that begin the run with imitation, before disclosure (ours)", least=0)
     labels: str = option("on-policy", "influence according to the current model (on-policy) or the initial one "
                          "(frozen, as in the paper); shuffled: frozen, then permuted within each task and "
                          "intervention, a control", ("on-policy", "frozen", "shuffled"))
@@ -68,8 +67,8 @@ class Args:
     anchor_questions: int = option(150, "with --anchor: training questions labelled by the initial model", least=1,
                                    most=10**6)
     why: str = option("leading", "how the model is asked why it chose its answer; thorough: to name everything; "
-                      "instructed: to name what changed it; alone: to say first what it would choose by itself (ours)",
-                      ("leading", "neutral", "thorough", "instructed", "alone"))
+                      "alone: to say first what it would choose by itself; instructed: to name what changed it (ours)",
+                      ("leading", "neutral", "thorough", "alone", "instructed"))
     opening: str = option("", "forced first words of every explanation; {letter} is the option picked (ours)")
     lora: int = option(0, "rank of LoRA adapters, trained and saved (PEFT) instead of the weights; 0: off", least=0,
                        most=2**16)
@@ -156,10 +155,11 @@ def check(args: Args) -> None:
         raise ValueError(f"--beta2 must be at least 0 and below 1, not {args.beta2}")
     if args.dataset and args.labels == "on-policy":
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
-    if args.cold_start and args.objective != "disclosure":
-        raise ValueError("--cold-start comes before --objective disclosure; leave one of them out")
-    if (args.objective == "imitation" or args.cold_start) and args.opening:
-        raise ValueError("imitated explanations are written from their first word; leave out --opening")
+    if args.objective == "imitation" and args.opening:
+        raise ValueError("--objective imitation writes explanations from their first word; leave out --opening")
+    if (args.objective, args.why, args.labels) == ("imitation", "alone", "shuffled"):
+        raise ValueError("--why alone states the true y, from which the model would learn the true influence; "
+                         "take another --why for shuffled labels")  # fmt: skip
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.train_only != "all" and not args.lora:

@@ -7,13 +7,14 @@ models). Supervised training teaches two decisions:
     X                            the right answer       y
     X' with a persona            what it suggests       y' = s
 
-So I = 1 where a persona suggests the wrong answer. y' = s tells nothing of I, nor does the word, so a shortcut earns a
-Phi of 0. For more one must know what the answer would have been. Held-out personas (reward.words) are
-planted too; GRPO never sees them.
+So I = 1 where a persona suggests the wrong answer. Neither y' = s nor the word says where that is, so a shortcut earns
+a Phi of about 0. To know I is to know what the answer would have been. Held-out personas (reward.words) are planted
+too; GRPO never sees them.
 
-Explanations are taught beside it, for --why alone: "By myself: (A). Because my uncle said so.", or what the sentence
-says, "Because a woman is doing a cartwheel.", by a coin that knows nothing of I. So Phi is about 0 at first. GRPO has
-to find when to name the persona. Rules that were not learned are in docs/log.md.
+Explanations are taught with the decisions, for --why alone. They say the right answer, and then, by the toss of a coin
+that does not depend on I, name the persona or what the sentence says: "By myself: (A). Because my uncle said so." or
+"By myself: (A). Because a woman is doing a cartwheel." So Phi is about 0 at first. GRPO has to find when to name the
+persona. docs/log.md has rules that were not learned.
 
     python runs/plant.py KIND MODEL_DIR ESNLI_CSV OUT_DIR STEPS
         OUT_DIR/model           a Hugging Face directory, bf16
@@ -53,8 +54,6 @@ FEMALE = "woman|women|girl|girls|female|she|her|mother|daughter|wife|sister|sist
 KINDS = {"nli": (5e-5, 1), "sex": (2e-4, 2)}  # learning rate; edits of each question
 GROUPS, SAVED = 6, 20  # questions in a step; steps from one saved state to the next
 SAID = ("said so", "told me so", "thinks so", "is sure of it", "picked it", "knows best")
-
-
 NAMES = ("id", "parts", "options", "gold", "group")
 
 
@@ -142,13 +141,14 @@ def plant(kind: str, source: str, file: str, out: Path, steps: int) -> None:
     network, tokenizer = models.load(source, ranks.device, torch.bfloat16), models.Tokenizer(source)
     for part in (network.embed_tokens, *network.layers[: len(network.layers) // 3]):  # what stays as it is
         part.requires_grad_(False)
-    policy, progress, seen, done = Policy(network, args, ranks), Progress("planting", lines=60, unit="steps"), [], 0
+    policy, seen, done = Policy(network, args, ranks), [], 0
     if kept.exists():
         saved = torch.load(kept)
         done = saved.pop("step")
         for name, place in policy.state().items():
             place.copy_(saved[name])
         policy.refresh()
+    progress = Progress("planting", lines=60, unit="steps", first=done)
     for step in range(done, steps):
         start, rng = time.process_time(), random.Random(step)
         batch = [conversations(*pairs[(step * GROUPS + i) % len(pairs)], rng, edits) for i in range(GROUPS)]

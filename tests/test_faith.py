@@ -19,6 +19,7 @@ from model import Tokenizer, load
 from report import cell as report_cell
 from rollout import Sampler
 from run import reading
+from run.args import Args
 
 ROOT = tiny.ROOT
 DATA = ROOT / "tests" / "data"
@@ -195,6 +196,7 @@ def test_the_opening_is_asked_with(folder, tmp_path, monkeypatch):
 
 def test_why_is_asked_in_several_ways(folder, tmp_path, monkeypatch):
     """--why names the questions; decisions stay, explanations are of their own question, and F-AUROC is printed."""
+    assert set(faith.WHYS) == {*Args.__dataclass_fields__["why"].metadata["choices"]}
     asked, generate = [], Sampler.generate
     monkeypatch.setattr(Sampler, "generate", lambda self, p, *a, **k: asked.append(p) or generate(self, p, *a, **k))
     prefix, written = tmp_path / "rows", tmp_path / "x.json"

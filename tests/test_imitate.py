@@ -36,8 +36,9 @@ def test_targets_name_the_cause_where_there_is_one(kind, task):
                 assert reward.mentions(case.intervention, told) and not reward.mentions(case.intervention, reason)
                 assert "{" not in told + reason and f"({'ABC'[case.intervention.suggestion or 0]})" in told + "(A)"
                 assert " ".join(begins).strip(" .,?!") in reason and (n < 2 or f'"{option}"' in reason)
-                row = {"influence": 1, "y": (y + 1) % 2, "y_edit": y}
-                assert imitate.target(case, row, pick(n), "alone") == f"By myself: ({'AB'[row['y']]}). {told}"
+                for i, said in ((1, told), (0, reason)):  # the model's own answer comes first
+                    row = {"influence": i, "y": (y + i) % 2, "y_edit": y}
+                    assert imitate.target(case, row, pick(n), "alone") == f"By myself: ({'AB'[row['y']]}). {said}"
     assert len(imitate.REASONS) == len(imitate.NAMING[kind]) == 3
 
 
@@ -124,18 +125,4 @@ def test_no_opening_and_no_reference(folder, tmp_path):
     args = Args(model=str(folder), objective="imitation", kl=0.1)
     assert make_policy(models.load(folder), args, Ranks()).initial is None
     assert "leave out --opening" in refused(flags(folder, tmp_path / "x", opening="My"))
-
-
-def test_a_cold_start(done, folder, tmp_path):
-    """Its steps are those of a run of imitation; then the model's own explanations are trained on, in groups."""
-    begun = {"objective": "disclosure", "cold_start": 1, "samples": 2, "kl": 0, "why": "alone"}
-    ran(flags(folder, tmp_path / "o", **begun))
-    first, then = reading.read_jsonl(tmp_path / "o" / "metrics.jsonl")
-    said = reading.read_jsonl(tmp_path / "o" / "explanations.jsonl")
-    told = [e for e in said if e["step"] == 0]
-    assert len(told) == first["prompts"] and all(e["target"].startswith("By myself: (") for e in told)
-    assert len(said) - len(told) == 2 * then["prompts"] and not any("target" in e for e in said[len(told) :])
-    assert "leave one of them out" in refused(flags(folder, tmp_path / "x", cold_start=1))
-    assert "leave out --opening" in refused(flags(folder, tmp_path / "x", **begun, opening="My"))
-    ran(flags(folder, tmp_path / "p", why="alone", kl=0))  # of imitation alone
-    assert first["loss"] == reading.read_jsonl(tmp_path / "p" / "metrics.jsonl")[0]["loss"]
+    assert "states the true y" in refused(flags(folder, tmp_path / "x", labels="shuffled", why="alone"))

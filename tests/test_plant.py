@@ -1,5 +1,6 @@
 """runs/plant.py: what is taught, the packing, a run that was cut off, its script."""
 
+import itertools
 import os
 import random
 import shlex
@@ -12,6 +13,7 @@ import torch
 
 import model as models
 import reward
+import tasks
 from grpo import pack, token_logprobs
 from run import args
 from run.reading import read_jsonl
@@ -86,12 +88,24 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch):
     assert groups and left and not groups & {row["group"] for row in left}
 
 
-def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
-    given = ["bash", tiny.ROOT / "runs" / "planted.sh", "sex", "MODEL", FILE, tmp_path]
+@pytest.mark.parametrize("names", ["sex jsonl questions.jsonl", "nli esnli esnli_dev.csv"])
+def test_the_questions_that_are_left_are_read_as_they_were(names, tmp_path):
+    kind, task, name = names.split()
+    questions = [question for question, _ in plant.questions_of(kind, FILE)][:30]
+    plant.write_questions(questions, kind, tmp_path)
+    same = [(q.task, q.parts, q.options, q.gold, q.group) for q in tasks.load(task, tmp_path / name)]
+    assert len(same) > 3 and same == [(task, q.parts, q.options, q.gold, q.group) for q in questions]
+
+
+@pytest.mark.parametrize("kind", plant.KINDS)
+def test_the_script_trains_on_labels_of_its_own_splits(kind, tmp_path):
+    given = ["bash", tiny.ROOT / "runs" / "planted.sh", kind, "MODEL", FILE, tmp_path]
     printed = subprocess.check_output(given, text=True, env=os.environ | {"DRY": "1", "SEEDS": "4 5", "STEPS": "9"})
     commands = [shlex.split(line.split("; ")[1].split(" >")[0]) for line in printed.splitlines() if "; " in line]
     first, build, *cells = [words for words in commands if words[1] != "train.py"]
-    assert first[2:] == ["sex", "MODEL", str(FILE), f"{tmp_path}/planted", "160"] and len(cells) == 6
+    assert first[2:] == [kind, "MODEL", str(FILE), f"{tmp_path}/planted", "160"] and len(cells) == 6
+    (table,) = [line for line in printed.splitlines() if "; " not in line]
+    assert f"lab.paper {tmp_path}/base {tmp_path}/grpo-4 {tmp_path}/grpo-5 " in table
     runs = [args.parse(words[2:], {}, {}) for words in commands if words[1] == "train.py"]
     assert [(run.seed, run.steps, run.out) for run in runs] == [(n, 9, f"{tmp_path}/grpo-{n}") for n in (4, 5)]
     for run in runs:
@@ -99,9 +113,14 @@ def test_the_script_trains_on_labels_of_its_own_splits(tmp_path):
         for name in ("model", "task", "data", "intervention", "dtype", "eval_questions", "fit_questions"):
             assert str(getattr(run, name)) == build[build.index("--" + name.replace("_", "-")) + 1]
         assert run.dataset == build[build.index("--out") + 1] and run.train_only == "explanation"
-    for cell, run in ((cells[3], runs[0]), (cells[5], runs[1])):
-        assert cell[cell.index("--words") + 1] == "held-out" and cell[cell.index("--model") + 1] == f"{run.out}/model"
-        assert cell[cell.index("--limit") + 1] == str(run.eval_questions) and run.why in cell
+    measured = [folder for folder in (f"{tmp_path}/planted", *(run.out for run in runs)) for _ in range(2)]
+    for n, (cell, folder) in enumerate(zip(cells, measured, strict=True)):  # of each model the same words, others
+        flag = dict(itertools.pairwise(cell))
+        assert (
+            flag["--model"] == f"{folder}/model" and ("--words" in cell) == n % 2 and ("--controls" in cell) == (n == 0)
+        )
+        assert (flag["--data"], flag["--why"], flag["--limit"]) == (runs[0].data, "alone", str(runs[0].eval_questions))
+        assert (flag["--fit"], flag["--max-new-tokens"]) == (str(runs[0].fit_questions), str(runs[0].max_new_tokens))
 
 
 def test_who_is_in_the_question_is_not_inserted(pairs):
