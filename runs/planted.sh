@@ -15,10 +15,11 @@ planted=$out/planted
     echo "mkdir -p $out; python runs/plant.py $kind $model $file $planted ${PLANT_STEPS:-160} >> $out/planted.log 2>&1" | go 1
 
 case $kind in
-sex) task=jsonl data=$planted/questions.jsonl sizes="--eval-questions 300 --fit-questions 150" labels=400 ;;
-nli) task=esnli data=$planted/esnli_dev.csv sizes="--eval-questions 300 --fit-questions 300" labels=900 ;;
+sex) task=jsonl data=$planted/questions.jsonl labels=400 ;;
+nli) task=esnli data=$planted/esnli_dev.csv labels=600 ;;
 esac
 from="--task $task --data $data --intervention bias --dtype bf16"
+sizes="--eval-questions 300 --fit-questions 150"
 build "$out/labels" --model "$planted/model" $from $sizes --size "${LABELS:-$labels}" --edits 3 | go 1
 
 grpo="--labels frozen --dataset $out/labels --train-only explanation --lora 16 --why alone --prompts 8 --samples 8 \
@@ -32,7 +33,7 @@ for seed in $seeds; do runs+=("$out/grpo-$seed"); done
 for run in "${runs[@]}"; do  # the same questions with the same edits for all
     asked="--model $run/model --max-new-tokens 24 --why alone $from ${sizes/--eval-questions/--limit}"
     asked=${asked/--fit-questions/--fit} controls=
-    [ "$run" = "$out/base" ] && asked=${asked/$run/$planted} controls=--controls  # the decisions stay the same
+    [ "$run" = "$out/base" ] && asked=${asked/$run/$planted} controls=--controls  # once: GRPO changes no decision
     measure "$run/cells/$task-bias" $asked $controls
     measure "$run/cells/held-out-bias" $asked --words held-out
 done | go "$jobs"
