@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.draw import mix
 from run.lora import LoRA
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on the CPU, slowly, for tests
@@ -239,7 +238,12 @@ def swiglu_kernel(gate_up_ptr, out_ptr, stride, M: tl.constexpr, BLOCK_M: tl.con
 
 
 # ---- the token -------------------------------------------------------------------------------------------------
-mixed = jit(mix)  # the same function, compiled by Triton
+@jit
+def mixed(x):
+    """run/draw.mix. Triton compiles no function of a file that does not import it."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 @jit
