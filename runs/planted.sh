@@ -31,9 +31,9 @@ done | go "$jobs"
 runs=("$out/base")
 for seed in $seeds; do runs+=("$out/grpo-$seed"); done
 for run in "${runs[@]}"; do  # the same questions with the same edits for all
-    asked="--model $run/model --max-new-tokens 24 --why alone $from ${sizes/--eval-questions/--limit}"
-    asked=${asked/--fit-questions/--fit} controls=
-    [ "$run" = "$out/base" ] && asked=${asked/$run/$planted} controls=--controls  # once: GRPO changes no decision
+    measured=$run/model controls=
+    [ "$run" = "$out/base" ] && measured=$planted/model controls=--controls  # once: GRPO changes no decision
+    asked="--model $measured --max-new-tokens 24 --why alone $from --limit 300 --fit 150"
     measure "$run/cells/$task-bias" $asked $controls
     measure "$run/cells/held-out-bias" $asked --words held-out
 done | go "$jobs"

@@ -17,9 +17,11 @@ from pathlib import Path
 import jinja2
 import pytest
 import tiny
+import tokenizers
 from conftest import SPECIAL
 from transformers import AutoTokenizer
 
+import chat
 import model as models
 
 DATA = tiny.ROOT / "tests" / "data"
@@ -256,3 +258,14 @@ def write_golden() -> None:
 
 if __name__ == "__main__":
     write_golden()
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_no_space_where_a_control_token_was_cut(scheme, folder):
+    """Llama 2's kind of tokenizer puts a space before each text; the pieces of one text have none between them."""
+    letters = {letter: n for n, letter in enumerate("▁\nabcd")}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer, prompt = models.Tokenizer(folder), chat.Prompt("abcd a")
+    tokenizer.tokenizer, prompt.pieces = words, ["ab", "c", "d a"]
+    assert [words.id_to_token(i) for i in tokenizer.encode(prompt)] == [*"▁abcd▁a"]
