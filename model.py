@@ -37,9 +37,9 @@ from chat import Tokenizer
 from run import lora
 from run.config import switches
 from run.files import whole_folder
-from run.hub import base_of, locate
+from run.hub import base_of, locate, weight_files
 from run.progress import command
-from run.reading import check_start, copy_tensors, read_json
+from run.reading import copy_tensors, read_json
 
 
 @dataclass(frozen=True)
@@ -236,26 +236,6 @@ def read_config(folder: Path) -> Config:
     return Config.from_json(raw, read_json(generation) if there else None)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those that its index names, or the single one."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single]
-    if index.exists():
-        shards = read_json(index)
-        files = [folder / name for name in sorted(set(shards.take("weight_map", dict[str, str]).values()))]
-        if not files or any(file.parent != folder for file in files):
-            shards.refuse("weight_map", "the names of files beside it")
-        if single.exists() and single not in files:
-            raise ValueError(f"{folder} holds {single.name}, and {index.name} names other files; remove the older one, "
-                             "or fetch the model again")  # fmt: skip
-    if absent := [f.name for f in files if not f.is_file()]:
-        if (folder / absent[0]).is_symlink():
-            check_start(folder / absent[0])
-        pickles = "; .bin files are pickles and are not read, convert them" if any(folder.glob("*.bin")) else ""
-        raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
-    return files
-
-
 def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | str = "auto") -> Transformer:
     """A Transformer of the folder's config with undefined weights. dtype: as in `load`."""
     if dtype == "auto":
@@ -276,9 +256,8 @@ def empty(folder: Path, device: str | torch.device, dtype: torch.dtype | str = "
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"):
     """A Transformer from a Hugging Face directory or cached hub id, weights from safetensors only.
 
-    For a PEFT adapter: its base model with the adapter attached. dtype: of torch, or fp32, bf16 or auto, which is fp32
-    on a CPU and bf16 elsewhere.
-    ValueError names a tensor that is missing, stored twice, unknown to the model, quantized or not finite.
+    For a PEFT adapter: its base model with the adapter attached. dtype: of torch, or fp32, bf16 or auto (fp32 on a CPU,
+    else bf16). ValueError names a tensor that is missing, stored twice, unknown to the model, quantized or not finite.
     """
     folder = locate(path)
     if base := base_of(folder):

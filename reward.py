@@ -20,19 +20,15 @@ correlation of I and M over a set of pairs:
 Paper (Cheah et al., arXiv 2607.21090): adverb and bias, I, M, phi, the reward. Ours: the words and phrasings and
 what counts as a form of a word (words.py, with the sources of other kinds), and where an adverb may stand
 (run/places.py).
-
-    python reward.py      prints an edit of each kind
 """
 
 import hashlib
 import math
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from run.places import insert, places
-from run.progress import command
 from tasks import Question
 from words import ADVERBS, HINTS, PERSONAS, PHRASINGS, forms, named, sentence, variants  # noqa: F401
 
@@ -103,11 +99,8 @@ def intervene(
     present = named(" ".join((*question.parts, *question.options, question.appeal)))
     pool = [w for w in (known if words is None else words) if present.keys().isdisjoint(forms(kind, w))]
     if pool and kind in HINTS:
-        word, suggestion, phrasing = (
-            rng.choice(pool),
-            rng.randrange(len(question.options)),
-            rng.randrange(len(HINTS[kind].phrasings)),
-        )
+        word, suggestion = rng.choice(pool), rng.randrange(len(question.options))
+        phrasing = rng.randrange(len(HINTS[kind].phrasings))
         text = sentence(kind, word, chr(ord("A") + suggestion), phrasing)
         return replace(question, appeal=text), Intervention(kind, word, text, suggestion, phrasing)
     field = "parts" if question.parts else "options"
@@ -128,15 +121,6 @@ def mentions(intervention: Intervention, text: str) -> bool:
     A denial counts too (paper): "My uncle says (A), but I disagree." lab/gaming.py counts the denials.
     """
     return not named(text).keys().isdisjoint(forms(intervention.kind, intervention.word))
-
-
-def common(words: Iterable[str], texts: Sequence[str], limit: float = 0.005) -> list[str]:
-    """The words that occur, in any form, in more than a share `limit` of the texts.
-
-    Where the texts explain unedited questions, these words make bad probes: a model names them by chance.
-    """
-    bags = [named(text) for text in texts]
-    return [w for w in words if sum(not bag.keys().isdisjoint(variants(w)) for bag in bags) > limit * len(bags)]
 
 
 def influence(y: int, y_edited: int) -> bool:
@@ -162,16 +146,3 @@ def phi(influences: Iterable[bool], mentions: Iterable[bool]) -> float:
 def _known(kind: str) -> tuple[str, ...]:
     (kind,) = kinds(kind)
     return tuple(ADVERBS if kind == "adverb" else HINTS[kind].personas)
-
-
-@command("reward.py")
-def main(argv: list[str]) -> None:
-    parts = ("A man in a red coat is walking his dog.", "A man walks in a park.")
-    example = Question("esnli", "example", parts, ("yes", "no", "maybe"), 2, parts[0])
-    for kind in KINDS:
-        edited, intervention = intervene(example, kind, random.Random(0))
-        print(intervention, *edited.parts, edited.appeal, sep="\n    ")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

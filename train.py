@@ -34,7 +34,7 @@ import reward
 import toy
 from batches import DecisionAnchor, NothingToBalance, Stream, balanced_batch, batch_metrics
 from faith import Case, Subject, explanation_prompt
-from grpo import LossStats, Packed, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
+from grpo import Packed, advantages, informative, kl_k3, pack, policy_loss, token_logprobs, token_weights
 from rollout import Completion
 from run import checkpoint, files, results
 from run.args import Args, parse
@@ -43,6 +43,7 @@ from run.device import send
 from run.policy import Policy, learning_rate
 from run.progress import Laps, Progress, command
 from run.ranks import Ranks
+from run.stats import LossStats
 from run.stop import saved_when_stopped
 
 # ---- the step --------------------------------------------------------------------------------------------------

@@ -33,13 +33,12 @@ import torch
 from torch import nn
 
 import model as models
-import report
 import train
 from grpo import policy_loss, token_logprobs
 from lab import plan
 from lab.machine import Clock, copy_rate, device, facts, peak_memory, seconds_a_row
 from rollout import Sampler, sized
-from run import files, lora
+from run import files, lora, tables
 from run.args import Args
 from run.hub import locate
 from run.policy import Policy
@@ -112,7 +111,7 @@ def show(figures: dict, against: str) -> None:
     shown = ("ours", "theirs", "ratio") if against else ("ours",)
     table = [[what, *(f"{rate[key]:.2f}" for key in shown)] for what, rate in figures["rates"].items()]
     head = ["tokens/s, medians", *(against if key == "theirs" else key for key in shown)]
-    print("", *lines, "", report.grid(head, table, markdown=True), sep="\n", flush=True)
+    print("", *lines, "", tables.grid(head, table, markdown=True), sep="\n", flush=True)
 
 
 # ---- the sampler, and transformers' generate -----------------------------------------------------------------

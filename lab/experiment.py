@@ -13,7 +13,7 @@ import tasks
 import toy
 from batches import DecisionAnchor, Stream, label, shuffle_influence
 from faith import Case, Subject
-from lab import detect, imitate
+from lab import base, detect, imitate
 from lab.build import read_dataset
 from lab.fits import check_prompts
 from lab.plan import plan
@@ -52,7 +52,7 @@ def prepare_defaults(args: Args, ranks: Ranks) -> None:
     if args.model in toy.VARIANTS and not Path(args.model).is_dir():
         folder = None
         for first in (True, False):  # rank 0 makes it, then the others find it made
-            made = ranks.together(lambda: toy.prepare(args.model) if (ranks.rank == 0) == first else None)  # noqa: B023
+            made = ranks.together(lambda: base.prepare(args.model) if (ranks.rank == 0) == first else None)  # noqa: B023
             folder = made or folder
         args.model = str(folder / "model")
         args.data = args.data or (str(folder) if args.task == "toy" else "")
@@ -62,7 +62,7 @@ def prepare_defaults(args: Args, ranks: Ranks) -> None:
         try:
             locate(args.model)
         except ValueError:
-            toy.prepare(args.model)  # it says which toys there are
+            base.prepare(args.model)  # it says which toys there are
     if not args.data:
         raise ValueError("--task and --data are needed with a model of your own; see python train.py --help")
     name = f"{args.task}-{args.intervention}-{time.strftime('%Y%m%d-%H%M%S')}"

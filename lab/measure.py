@@ -13,7 +13,7 @@ from lab import best, controls, ct, detect
 from lab.compare import f_auroc
 from lab.fits import check_prompts
 from rollout import COLDEST
-from run import files, identity, reading, results
+from run import files, identity, reading, results, tables
 from run.args import said
 from run.hub import locate
 from run.progress import Parser, Progress, command, quoted
@@ -115,16 +115,16 @@ def run_measure(args: argparse.Namespace) -> None:
     print(f"{args.model}  {args.task}  {args.intervention}  seed {args.seed}  {len(test)} questions")
     first = f", asked {args.why[0]}" * (len(args.why) > 1)
     main = {f"T={t:g}{first}": summaries[f"T={t:g}{first}"] for t in args.temperature}
-    print(f"\n{report.overview(main)}")
+    print(f"\n{tables.overview(main)}")
     if len(summaries) > len(main):  # of several ways to ask why, of several interventions
-        names = {name: report.OVERVIEW[name] for name in ("flip_rate", "mention_if_flip", "mention_if_same", "phi")}
-        lines = [[head, *(report.cell(found[name]) for name in names)] for head, found in summaries.items()]
-        print(f"\n{report.grid(['', *names.values()], lines)}")
+        names = {name: tables.OVERVIEW[name] for name in ("flip_rate", "mention_if_flip", "mention_if_same", "phi")}
+        lines = [[head, *(tables.cell(found[name]) for name in names)] for head, found in summaries.items()]
+        print(f"\n{tables.grid(['', *names.values()], lines)}")
     areas = {t: f_auroc([rows[t] for rows in measured.values()]) for t in args.temperature if len(measured) > 1}
     for t, area in areas.items():
-        print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {report.cell(area)}")
+        print(f"F-AUROC over {len(measured)} why-questions, T={t:g}: {tables.cell(area)}")
     if args.controls:
-        print(f"\nWhat influence means for this model\n{report.overview(main, rows=controls.BLOCK)}")
+        print(f"\nWhat influence means for this model\n{tables.overview(main, rows=controls.BLOCK)}")
     decided = list(zip(test, measured[args.why[0]][args.temperature[0]], strict=True))
     chosen = best_of(subject, decided, fit_rows, args) if args.best_of else {}
     many = many_edits(subject, parts["test"], args) if args.edits else {}
@@ -157,7 +157,7 @@ def best_of(subject: faith.Subject, labelled: faith.Labelled, fit_rows: list, ar
         files.write_jsonl(f"{args.rows}.best.jsonl", rows)
     figures = best.figures(rows, fit_rows, args.seed)
     head = f"best of {args.best_of} by reward, T=1 (an upper bound)"
-    print(f"\n{report.overview({head: figures}, rows=best.BLOCK)}")
+    print(f"\n{tables.overview({head: figures}, rows=best.BLOCK)}")
     return figures
 
 
@@ -170,7 +170,7 @@ def many_edits(subject: faith.Subject, questions: list[Question], args: argparse
     if args.rows:
         files.write_jsonl(f"{args.rows}.ct.jsonl", rows)
     figures = ct.figures(rows, args.seed)
-    table = report.overview({f"T={t:g}": figures}, rows=ct.BLOCK)
+    table = tables.overview({f"T={t:g}": figures}, rows=ct.BLOCK)
     print(f"\n{args.edits} random adverbs and adjectives a question\n{table}")
     return figures
 

@@ -12,9 +12,8 @@ import re
 import sys
 from html import escape
 
-import report
 from lab import gaming
-from run import files, reading, results
+from run import files, reading, results, tables
 from run.progress import Parser, command
 
 CELLS = {  # (influence, mention): name, meaning
@@ -77,7 +76,7 @@ def figures(table: dict[str, dict]) -> str:
     """gaming.compare's result as an HTML table."""
     lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in ('', *table))}</tr>"]
     for name, label in gaming.FIGURES.items():
-        entries = "".join(f"<td>{report.cell(part.get(name))}</td>" for part in table.values())
+        entries = "".join(f"<td>{tables.cell(part.get(name))}</td>" for part in table.values())
         lines.append(f"<tr><th>{escape(label)}</th>{entries}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     files.write_text(args.to, html.encode(errors="replace").decode())  # half a surrogate pair is no UTF-8
     if args.json:
         files.write_json(args.json, table)
-    print(report.table(table), f"the page is in {args.to}", sep="\n\n")
+    print(tables.table(table), f"the page is in {args.to}", sep="\n\n")
 
 
 if __name__ == "__main__":

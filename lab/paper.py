@@ -34,6 +34,7 @@ from reward import KINDS
 from run import files, identity, reading
 from run.progress import Parser, command
 from run.results import check_rows, hashes
+from run.tables import cell, grid
 
 ROWS = ("base", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
@@ -131,10 +132,10 @@ def check_made_of(key: Key, runs: list[Run]) -> None:
         where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
         if begun and base:
             identity.check_same(begun, base, where, "give the base that the run began with", ["weights", "tokenizer"])
-        cell = hashes(f"{run.cells[key]}.identity.json")
-        if cell and (run.folder / "model").exists():
+        made_of = hashes(f"{run.cells[key]}.identity.json")
+        if made_of and (run.folder / "model").exists():
             now = {"weights": identity.weights(run.folder / "model")}
-            identity.check_same(cell, now, str(run.cells[key]), f"measure {run.folder}/model again")
+            identity.check_same(made_of, now, str(run.cells[key]), f"measure {run.folder}/model again")
 
 
 def gain(base: list[dict], rows: list[dict], resamples=2000) -> dict[str, dict]:
@@ -253,7 +254,7 @@ def entry(figures: list[dict | None], of: dict) -> str:
     """A cell of the row in print; it says how many of the row's runs have it if some do not."""
     found = [figure for figure in figures if figure]
     part = f" ({len(found)} of {len(of['runs'])})" * (len(found) < len(of["runs"]))
-    return report.cell(over_seeds(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
+    return cell(over_seeds(found)) + part + " (smoke test)" * of["smoke"] if found else "–"
 
 
 def text(table: dict, markdown: bool) -> str:
@@ -265,7 +266,7 @@ def text(table: dict, markdown: bool) -> str:
         body = [[names[row], *(entry([f.get(figure) for f in of["cells"][head]], of) for head in table["columns"])]
                 for row, of in table["rows"].items()]  # fmt: skip
         if any(words != "–" for line in body for words in line[1:]):
-            parts += [title, report.grid(["", *heads], body, markdown)]
+            parts += [title, grid(["", *heads], body, markdown)]
     for home in table["columns"]:
         body = []
         for row, of in table["rows"].items():
@@ -273,7 +274,7 @@ def text(table: dict, markdown: bool) -> str:
             body += [[names[row], *(entry([g[key] for g in gains], of) for key in GAIN)]] if gains else []
         if body:
             parts += [f"What labels of the initial model reward, {home}"]
-            parts += [report.grid(["", *GAIN.values()], body, markdown)]
+            parts += [grid(["", *GAIN.values()], body, markdown)]
     return "\n\n".join(parts)
 
 

@@ -14,10 +14,11 @@ import faith
 import reward
 from lab import plot
 from lab.compare import compare
-from report import by_part, overview, summary, table
+from report import by_part, summary
 from run import files, reading, results
 from run.args import Args
 from run.progress import Parser, command, quoted
+from run.tables import overview, table
 
 
 def of_rows(paths: list[str], fit: str | None) -> dict[str, dict]:

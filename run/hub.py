@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from run.reading import errors_named, read_json, text_of
+from run.reading import check_start, errors_named, read_json, text_of
 
 
 def cache() -> Path:
@@ -73,3 +73,23 @@ def tokenizer_folder(path: str | Path) -> Path:
     some = [name for name in ("tokenizer_config.json", "chat_template.jinja") if os.path.lexists(folder / name)]
     same = base and all((base / name).exists() and text_of(folder / name) == text_of(base / name) for name in some)
     return base if same else folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those that its index names, or the single one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if index.exists():
+        shards = read_json(index)
+        files = [folder / name for name in sorted(set(shards.take("weight_map", dict[str, str]).values()))]
+        if not files or any(file.parent != folder for file in files):
+            shards.refuse("weight_map", "the names of files beside it")
+        if single.exists() and single not in files:
+            raise ValueError(f"{folder} holds {single.name}, and {index.name} names other files; remove the older one, "
+                             "or fetch the model again")  # fmt: skip
+    if absent := [f.name for f in files if not f.is_file()]:
+        if (folder / absent[0]).is_symlink():
+            check_start(folder / absent[0])
+        pickles = "; .bin files are pickles and are not read, convert them" if any(folder.glob("*.bin")) else ""
+        raise ValueError(f"{folder} lacks {', '.join(absent)}; fetch the safetensors weights again{pickles}")
+    return files

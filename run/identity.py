@@ -21,8 +21,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from model import weight_files
-from run.hub import base_of, locate
+from run.hub import base_of, locate, weight_files
 from run.reading import lines_of, read_json
 
 HASHED: dict[str, list] = {}  # path: [size, mtime, ctime, sha256]; a run keeps it, so that large files are read once

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import faith  # noqa: E402
-import reward  # noqa: E402
 import tasks  # noqa: E402
+import words  # noqa: E402
 
 path, task, data, questions, samples = sys.argv[1:]
 subject = faith.open_subject(path)
@@ -23,7 +23,7 @@ picks = faith.decide(subject, asked).argmax(-1)
 prompts = [faith.explanation_prompt(subject.tokenizer, q, int(y)) for q, y in zip(asked, picks, strict=True)]
 groups = subject.sampler.generate(prompts, int(samples), max_new_tokens=32)
 texts = [subject.tokenizer.decode(answer.tokens) for group in groups for answer in group]
-every = (*reward.ADVERBS, *reward.PERSONAS)
-counts = Counter(w for w in every for text in texts if reward.common([w], [text], 0))
+bags = [words.named(text) for text in texts]
+counts = Counter(w for w in (*words.ADVERBS, *words.PERSONAS) for bag in bags if bag.keys() & words.variants(w))
 print(f"{len(texts)} explanations of {len(asked)} unedited questions; found: {dict(counts.most_common(10))}")
-print(f"above 0.5 %: {reward.common(every, texts) or 'none'}")
+print(f"above 0.5 %: {[w for w, n in counts.items() if n > 0.005 * len(texts)] or 'none'}")

@@ -16,8 +16,8 @@ print(*(int(hashlib.sha256(f"{sys.argv[1]}/{i}".encode()).hexdigest()[:6], 16) f
 
 toy_base() {  # [VARIANT]: prints its folder, made if missing; the progress goes to stderr
     if [ -n "${DRY:-}" ]; then echo TOY && return; fi
-    python -c 'import sys, toy; toy.prepare(*sys.argv[1:])' "$@" >&2 &&
-        python -c 'import sys, toy; print(toy.prepare(*sys.argv[1:]))' "$@"
+    python -c 'import sys; from lab import base; base.prepare(*sys.argv[1:])' "$@" >&2 &&
+        python -c 'import sys; from lab import base; print(base.prepare(*sys.argv[1:]))' "$@"
 }
 
 train() {  # RUN flags: trains into the folder RUN

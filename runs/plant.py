@@ -41,6 +41,7 @@ import faith  # noqa: E402
 import model as models  # noqa: E402
 import reward  # noqa: E402
 import tasks  # noqa: E402
+import words  # noqa: E402
 from grpo import pack, token_logprobs  # noqa: E402
 from run.args import Args  # noqa: E402
 from run.files import write_jsonl  # noqa: E402
@@ -77,11 +78,12 @@ def first_words(question: Question) -> str:
 def sexes_of(file: str) -> list[tuple[Question, str]]:
     """Short hypotheses of e-SNLI about one sex alone, as many of either, each with a reason: what it says."""
     found: dict[str, tuple[Question, str]] = {}
+    personas = frozenset().union(*map(words.variants, words.PERSONAS))
     with open(file, encoding="utf-8") as rows:
         for n, row in enumerate(csv.DictReader(rows)):
             text = row["Sentence2"].strip(" .") + "."
-            who = [bool(re.search(rf"\b({words})\b", text, re.I)) for words in (MALE, FEMALE)]
-            if sum(who) == 1 and 4 <= len(text.split()) <= 10 and not reward.common(reward.PERSONAS, [text], 0):
+            who = [bool(re.search(rf"\b({sex})\b", text, re.I)) for sex in (MALE, FEMALE)]
+            if sum(who) == 1 and 4 <= len(text.split()) <= 10 and not words.named(text).keys() & personas:
                 parts = (text, "Is the person in it male or female?")
                 question = Question("jsonl", f"esnli:{n}", parts, ("male", "female"), who.index(True), row["Sentence1"])
                 found.setdefault(text, (question, text[0].lower() + text[1:-1]))

@@ -22,7 +22,7 @@ base=
 if [ "$DRY" ]; then
     export CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1
 else  # the toy's base is trained on the CPU meanwhile, because the last stage needs it
-    "$python" toy.py > "$scratch/toy.log" 2>&1 &
+    "$python" -m lab.base > "$scratch/toy.log" 2>&1 &
     base=$!
 fi
 trap 'kill $base 2> /dev/null; rm -rf "$scratch"' EXIT

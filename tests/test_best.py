@@ -7,9 +7,8 @@ from test_faith import MEASURE, ran
 from test_report import column
 
 import faith
-import report
 from lab import best
-from run import reading
+from run import reading, tables
 
 
 def test_the_choice_against_every_sample(subject, questions):
@@ -42,5 +41,5 @@ def test_the_command(folder, tmp_path):
     assert [row["mentions"][0] for row in rows] == column(usual, "mention").tolist()  # of the first --why
     known = reading.read_json(written)["best_of"]
     assert len(block) == 2 + len(best.BLOCK) and block[2].startswith("Phi-CCT") and "random sample" in block[6]
-    assert all(line.endswith(report.cell(known[name])) for line, name in zip(block[2:], best.BLOCK, strict=True))
+    assert all(line.endswith(tables.cell(known[name])) for line, name in zip(block[2:], best.BLOCK, strict=True))
     assert "reward" in ran("lab.report", f"{prefix}.best.jsonl")

@@ -14,7 +14,7 @@ import report
 import reward
 import tasks
 from lab import controls
-from run import reading
+from run import reading, tables
 
 EDITS = {
     "My uncle believes the answer is (B).": (
@@ -116,5 +116,5 @@ def test_the_block(folder, tmp_path):
     assert block.startswith("What influence means for this model\n") and len(block.split("\n")) == 3 + 8
     rows = reading.read_jsonl(f"{prefix}.T0.jsonl")
     line = next(line for line in block.split("\n") if line.startswith("the same I with another word"))
-    assert report.cell(report.summary(rows)["same_other"]) in line
+    assert tables.cell(report.summary(rows)["same_other"]) in line
     assert "same_no_letter" in ran("lab.report", f"{prefix}.T0.jsonl")

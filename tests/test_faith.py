@@ -16,9 +16,8 @@ import rollout
 import tasks
 from lab import compare, fits, paper, report
 from model import Tokenizer, load
-from report import cell as report_cell
 from rollout import Sampler
-from run import reading
+from run import reading, tables
 from run.args import Args
 
 ROOT = tiny.ROOT
@@ -222,7 +221,7 @@ def test_why_is_asked_in_several_ways(folder, tmp_path, monkeypatch):
     assert figures["f_auroc"]["T=0"]["value"] == compare.f_auroc(list(rows.values()))["value"]
     table, whys = out.split("\n\n")[1:3]
     assert table.split("\n")[0].split()[3:] == ["T=0,", "asked", "leading"] and len(table.split("\n")) == 10
-    phi = report_cell(figures["summary"]["T=0, asked neutral"]["phi"])
+    phi = tables.cell(figures["summary"]["T=0, asked neutral"]["phi"])
     assert whys.split("\n")[3].startswith("T=0, asked neutral ") and whys.split("\n")[3].endswith(phi)
     assert "F-AUROC over 5 why-questions, T=0: " in out and f"{prefix}.leading.T0.jsonl --fit" in out
     pair = [f"{prefix}.{why}.T0.jsonl" for why in ("leading", "neutral")]

@@ -9,7 +9,7 @@ from test_report import column, make_row
 
 import report
 from lab import paper
-from run import files
+from run import files, tables
 
 N = 240
 HOME, FAR, CROSS = ("esnli", "bias"), ("comve", "bias"), ("esnli", "adverb")
@@ -164,7 +164,7 @@ def test_a_share_by_hand():
         else:
             assert got["gain"]["value"] >= 0 >= got["gain"]["low"] and np.isnan(got["vanished"]["value"])
             assert (got["gain"]["value"] == 0) == (rows is base)
-    assert report.cell(got["vanished"]).startswith("undefined")
+    assert tables.cell(got["vanished"]).startswith("undefined")
 
 
 def test_seeds_give_median_and_extremes(paper_runs, made):
@@ -175,7 +175,7 @@ def test_seeds_give_median_and_extremes(paper_runs, made):
     two = np.mean([phi(cells[f"s{seed}"][FAR]) for seed in (1, 3)])
     assert (far["value"], far["undefined"]) == (pytest.approx(two, abs=1e-12), 1)
     nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "undefined": 5}
-    assert report.cell(paper.over_seeds([nothing, nothing])) == "undefined" and paper.over_seeds([]) is None
+    assert tables.cell(paper.over_seeds([nothing, nothing])) == "undefined" and paper.over_seeds([]) is None
 
 
 def test_command_prints_what_is_missing_and_what_is_undefined(paper_runs, folder, tmp_path, capsys):
@@ -286,7 +286,7 @@ def test_brackets_are_explained_and_what_few_seeds_have_is_told(paper_runs, fold
     low, high = sorted(phi(cells[name][HOME]) for name in ("s1", "s2"))
     assert first == f"{(low + high) / 2:.3f} [{low:.3f}, {high:.3f}] (1 of 3 seeds undefined)"
     (alone,) = table["rows"]["RQ2-on-policy"]["cells"]["OOD: comve"]
-    assert second == report.cell(alone["phi"]) + " (1 of 3)" and "[" in second
+    assert second == tables.cell(alone["phi"]) + " (1 of 3)" and "[" in second
 
 
 def test_a_folder_spelled_in_two_ways_counts_once(paper_runs, monkeypatch):

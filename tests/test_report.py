@@ -21,7 +21,7 @@ import report
 from lab import gaming
 from lab import report as lab_report
 from lab.compare import compare, f_auroc
-from run import files, reading
+from run import files, reading, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("quickly", "softly", "oddly", "rarely")
@@ -126,7 +126,7 @@ def test_phi_with_an_empty_margin_is_undefined_not_zero(table):
     s = report.summary(cells(*table), resamples=30)
     for name in ("phi", "phi_balanced"):
         assert math.isnan(s[name]["value"]) and math.isnan(s[name]["low"]) and s[name]["undefined"] == 30, name
-    assert ["phi", "undefined"] in [line.split() for line in report.table({"x": s}).split("\n")]
+    assert ["phi", "undefined"] in [line.split() for line in tables.table({"x": s}).split("\n")]
 
 
 def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
@@ -136,9 +136,9 @@ def test_undefined_resamples_are_counted_and_left_out_of_the_interval():
     assert s["ct"]["value"] == s["ct"]["low"] == s["ct"]["high"] == 0
     assert s["phi"]["undefined"] >= s["ct"]["undefined"]
     assert s["reward"]["undefined"] == 0
-    assert " resamples undefined)" in report.table({"x": s})
+    assert " resamples undefined)" in tables.table({"x": s})
     one = {"value": 0.1, "low": 0.0, "high": 0.25, "undefined": 1}
-    assert report.cell(one) == "0.100 [0.000, 0.250] (1 resample undefined)"
+    assert tables.cell(one) == "0.100 [0.000, 0.250] (1 resample undefined)"
 
 
 def test_what_is_missing_or_constant_is_undefined():
@@ -416,7 +416,7 @@ def test_every_missing_key_is_named_and_no_rows_are_refused():
 def test_table_is_aligned_and_says_what_a_column_lacks():
     s = report.summary(leaky_rows(60, 1), leaky_rows(60, 2), resamples=20)
     plain = report.summary(leaky_rows(60, 3), resamples=20)
-    lines = report.table({"before": plain, "after": s}).split("\n")
+    lines = tables.table({"before": plain, "after": s}).split("\n")
     assert lines[0].split() == ["figure", "before", "after"]
     start = lines[0].index("after")
     assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
@@ -425,7 +425,7 @@ def test_table_is_aligned_and_says_what_a_column_lacks():
     assert by_name["shortcut_phi"].split()[1] == "-"
     assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**plain["reward"]) in by_name["reward"]
     assert set(by_name) - {"figure"} >= set(s)
-    marked = report.table({"before": plain, "after": s}, markdown=True).split("\n")
+    marked = tables.table({"before": plain, "after": s}, markdown=True).split("\n")
     assert {line.count("|") for line in marked} == {4} and set(marked[1]) == {"|", "-", " "}
 
 
@@ -579,13 +579,13 @@ def test_the_overview_has_eight_rows(measured):
     before, after = (
         report.summary(part, random_rows(60, 12), resamples=50, initial=rows["before"]) for part in rows.values()
     )
-    lines = report.overview({"before": before, "after": after}).split("\n")
-    assert len(lines) == 2 + len(report.OVERVIEW) == 10
-    assert len(report.overview({"one": report.summary(rows["after"], resamples=5)}).split("\n")) == 8  # two unknown
+    lines = tables.overview({"before": before, "after": after}).split("\n")
+    assert len(lines) == 2 + len(tables.OVERVIEW) == 10
+    assert len(tables.overview({"one": report.summary(rows["after"], resamples=5)}).split("\n")) == 8  # two unknown
     phi = next(line for line in lines if line.startswith("Phi-CCT, natural rate"))
-    assert report.cell(before["phi"]) in phi and report.cell(after["phi"]) in phi
+    assert tables.cell(before["phi"]) in phi and tables.cell(after["phi"]) in phi
     asked = [row | {"detection": float(row["tokens"])} for row in rows["after"]]
     asked = report.summary(asked, random_rows(60, 12), resamples=5, initial=rows["before"])
-    lines = report.overview({"x": asked}).split("\n")
+    lines = tables.overview({"x": asked}).split("\n")
     assert len(lines) == 2 + 8 and lines[-1].startswith("asked outright, minus the shortcut's")
-    assert report.overview({"after": after}, markdown=True).startswith("| 95 % intervals")
+    assert tables.overview({"after": after}, markdown=True).startswith("| 95 % intervals")

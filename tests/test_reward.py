@@ -183,13 +183,6 @@ def test_words_with_a_hyphen_and_of_several_words(word, texts, others):
     assert reward.intervene(NLI, "bias", random.Random(0), [word])[0].appeal.count(word) == 1
 
 
-def test_common_counts_texts_with_any_form_and_compares_strictly():
-    texts = ["A solemn man.", "He spoke solemnly, so solemnly."] + ["Nothing here."] * 198
-    assert reward.common(["solemnly", "grimly"], texts, limit=0.005) == ["solemnly"]
-    assert reward.common(["solemnly"], texts, limit=0.01) == []  # 2 of 200 is not more than 1 %
-    assert reward.common(["solemnly"], []) == []
-
-
 # Recorded: hits of all matches, hits of all labels.
 MATCHED = {"model": ((34, 34), (34, 34)), "human": ((1, 2), (1, 1)), "edited": ((29, 34), (29, 37)),
            "smollm2": ((18, 18), (18, 18)), "toy": ((51, 51), (51, 51)), "all": ((133, 139), (133, 141))}  # fmt: skip

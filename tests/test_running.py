@@ -83,7 +83,7 @@ def test_a_closed_terminal(start, status):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("given", ["train.py", "faith.py ask", "toy.py", "model.py x", "-m lab.report x"])
+@pytest.mark.parametrize("given", ["train.py", "faith.py ask", "-m lab.base", "model.py x", "-m lab.report x"])
 def test_ctrl_c_while_torch_is_imported(tmp_path, given):
     (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(9)\n")
     status, out, error = shell(f"exec python {given}", PYTHONPATH=str(tmp_path))

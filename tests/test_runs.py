@@ -153,7 +153,8 @@ def test_a_line_that_fails_ends_it_all_and_is_named(tmp_path, line):
 
 
 def test_what_the_toy_prints_while_it_is_made_is_not_its_folder(tmp_path):
-    (tmp_path / "toy.py").write_text("""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "base.py").write_text("""
 from pathlib import Path
 def prepare(variant='toy'):
     if not Path(variant).exists():
@@ -165,7 +166,7 @@ def prepare(variant='toy'):
         first, again = (shell(f'base=$(toy_base {words}); echo "<$base>"', tmp_path) for _ in range(2))
         assert first.stdout == again.stdout == f"<{tmp_path / given}>\n"
         assert (first.stderr, again.stderr) == ("making it\n", "")
-    (tmp_path / "toy.py").write_text("raise SystemExit(3)")
+    (tmp_path / "lab" / "base.py").write_text("raise SystemExit(3)")
     for wrong in ("base=$(toy_base); echo on", "toy_base; echo on", "PATH=/usr/none; all=$(seeds_of a 3); echo on"):
         got = shell(wrong, tmp_path)
         assert got.returncode != 0 and not got.stdout

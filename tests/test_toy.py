@@ -1,4 +1,4 @@
-"""toy.py: the world keeps its rule, the base says nothing of what moves it, and one default run teaches it to."""
+"""The toy: its world keeps its rule, its base says nothing of what moves it, and one default run teaches it to."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import model as models
 import reward
 import tasks
 import toy
+from lab import base
 from run.args import Args, parse
 
 ROOT = Path(__file__).parent.parent
@@ -94,14 +95,14 @@ def test_file(tmp_path):
 @pytest.mark.parametrize("avoids", [True, False])
 def test_what_the_base_is_taught(tmp_path, avoids):
     """Mentions by chance alone; a reason that is false only where false reasons are not avoided."""
-    toy.make_tokenizer(tmp_path)
+    base.make_tokenizer(tmp_path)
     tokenizer, said = models.Tokenizer(tmp_path), Counter()
-    examples = toy.corpus(tokenizer, toy.make_questions(), avoids, random.Random(1))
+    examples = base.corpus(tokenizer, toy.make_questions(), avoids, random.Random(1))
     for ids, weights in (next(examples) for _ in range(2000)):
         letter, *answer = [i for i, weight in enumerate(weights) if weight]
         assert 0 not in ids and len(ids) == len(weights)  # no unknown word
         assert answer == list(range(answer[0], len(ids))) and ids[-1] == tokenizer.end_of_turn
-        assert tokenizer.decode([ids[letter]]) in ("A", "B") and weights[letter] == weights[answer[1]] == toy.HARD
+        assert tokenizer.decode([ids[letter]]) in ("A", "B") and weights[letter] == weights[answer[1]] == base.HARD
         words = tokenizer.decode(ids).split()
         things = [word for word in words if word in toy.CLASS]
         form = next(word for word in ("seemed", "heavier", "of") if word in words[-6:])
@@ -116,24 +117,24 @@ def test_what_the_base_is_taught(tmp_path, avoids):
 @pytest.mark.parametrize("variant", toy.VARIANTS)
 def test_variants(tmp_path, monkeypatch, variant, capsys):
     """Each variant is built in its shape (two steps of training only here), in a folder of its own."""
-    monkeypatch.setattr(toy, "STEPS", 2)
-    monkeypatch.setattr(toy, "BATCH", 2)
+    monkeypatch.setattr(base, "STEPS", 2)
+    monkeypatch.setattr(base, "BATCH", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = toy.prepare(variant)
-    assert folder.name.startswith(f"{variant}-") and toy.prepare(variant) == folder
-    assert toy.main([variant]) == 0 and capsys.readouterr().out.endswith(f"\n{folder}\n")
+    folder = base.prepare(variant)
+    assert folder.name.startswith(f"{variant}-") and base.prepare(variant) == folder
+    assert base.main([variant]) == 0 and capsys.readouterr().out.endswith(f"\n{folder}\n")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     family = "qwen3" if variant == "toy-qwen3" else "llama"
     assert models.read_config(folder / "model").family == family
     for form in toy.FORMS:
         assert tasks.load("toy", folder / f"{form}.jsonl") == toy.make_questions(form)
     with pytest.raises(ValueError, match="toy-x: no such directory, and the toys are toy, toy-qwen3, toy-plain"):
-        toy.prepare("toy-x")
+        base.prepare("toy-x")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(toy, "train_base", None)  # it says so before it trains
+    monkeypatch.setattr(base, "train_base", None)  # it says so before it trains
     with pytest.raises(ValueError, match="Not a directory.*; set XDG_CACHE_HOME"):
-        toy.prepare(variant)
+        base.prepare(variant)
 
 
 def test_settings_are_defaults_of_the_toy_alone(monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ from run.args import Args
 from run.device import send
 from run.policy import Policy
 from run.ranks import Ranks
+from run.stats import LossStats
 
 
 class NoWaits(TorchDispatchMode):
@@ -77,7 +78,7 @@ def test_micro_batches_do_not_wait(network, folder, questions, monkeypatch, rank
     bare.recompute = rank > 0
     policy = Policy(lora.attach(bare, rank, 8.0) if rank else bare, args, ranks, reference=bare if rank else reference)
     anchor, passes = DecisionAnchor(Subject(Sampler(bare), tokenizer), policy, labelled, args, ranks), []
-    monkeypatch.setattr(grpo.LossStats, "summary", lambda self, ranks: {"loss": 0.0})
+    monkeypatch.setattr(LossStats, "summary", lambda self, ranks: {"loss": 0.0})
     monkeypatch.setattr(policy, "step", lambda *given: passes.append(given) or (0.0, True))
     if fault:
         monkeypatch.setattr(*FAULTS[fault])
