@@ -27,8 +27,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from run.identity import digest
 from run.progress import command, other_rank, say
-from run.published import FILES, READERS, order_key
+from run.published import FILES, READERS
 from run.reading import BadRows
 
 TASKS = tuple(FILES)
@@ -97,7 +98,7 @@ def load_splits(paths: dict[str, str], sizes: dict[str, int], skip_bad_rows: boo
 
 def shuffled(questions: Iterable[Question], seed: int) -> list[Question]:
     """The questions in an order that depends on the seed, not on the order in which they came."""
-    return sorted(questions, key=lambda q: (order_key(seed, q.task, q.parts, q.options, q.gold), q.id))
+    return sorted(questions, key=lambda q: (digest([seed, q.task, q.parts, q.options, q.gold]), q.id))
 
 
 def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> dict[str, list[Question]]:
@@ -111,7 +112,7 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
     for question in questions:
         groups.setdefault((question.task, question.group), []).append(question)
     # Ordered by their own hash: in the order of the shuffled questions, large groups tend to come first.
-    waiting = iter(sorted(groups, key=lambda key: order_key(seed, *key)))
+    waiting = iter(sorted(groups, key=lambda key: digest([seed, *key])))
     splits: dict[str, list[Question]] = {}
     for i, (name, size) in enumerate(sizes.items(), start=1):
         if type(size) is not int or size < -1 or (size == -1 and i < len(sizes)):

@@ -59,7 +59,7 @@ def picture(to: Path, rows: int, columns: int):
     yield figure.subplots(rows, columns, squeeze=False, sharex="row").ravel()
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
-    with files.errors_named(to):
+    with files.errors_named(to, "written"):
         figure.savefig(part, dpi=150, format=to.suffix[1:].lower())
         part.replace(to)
 

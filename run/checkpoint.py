@@ -38,8 +38,8 @@ def first_cause(message):
         raise ValueError(message(getattr(cause, "strerror", None) or lines[-1])) from None
 
 
-def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, made_of=None, keep=2, ranks=None):
-    """Writes the state after `steps` steps, then removes all but the newest `keep` checkpoints.
+def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, made_of=None, ranks=None):
+    """Writes the state after `steps` steps, then removes all but the newest two checkpoints.
 
     One process calls this. With shards all `ranks` call it, each writes its own, and the folder must be visible to all.
     position: what else a run needs to continue, as JSON. made_of: hashes that `read` compares. Raises ValueError if
@@ -70,7 +70,7 @@ def write(folder: Path, steps: int, tensors: dict[str, Tensor], position: dict, 
         manifest["sha256"] = digest(manifest)
         files.write_json(part / "manifest.json", manifest)
         part.rename(target)
-        for old in [path for path in sorted(folder.glob(STEPS)) if not faults(path)][:-keep]:
+        for old in [path for path in sorted(folder.glob(STEPS)) if not faults(path)][:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
     on_first = ranks.on_first if ranks else lambda work: work()
@@ -189,7 +189,9 @@ class RunState:
             self.advance(steps)
         else:
             logged = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
-            if logged > self.every or (log.parent / "model").exists() or any(self.folder.glob(STEPS)):
+            flags = read_json(log.with_name("args.json"))  # of the command before this one
+            every = flags.take("checkpoint_every", int, self.every)
+            if logged > every or (log.parent / "model").exists() or any(self.folder.glob(STEPS)):
                 raise ValueError(f"--resume: {self.folder} holds no whole checkpoint; start anew with another --out")
         self.print(f"continuing after step {self.steps}" + f", from {path}" * bool(path))
         if self.ranks.rank == 0:

@@ -1,5 +1,5 @@
-"""Imported by each command before torch, whose import takes seconds: Ctrl-C during it ends the command at once, without
-a traceback. Later run.progress.command takes the signals over.
+"""Each command imports this before torch, because importing torch takes seconds. Ctrl-C during that import ends the
+command at once, without a traceback. Later run.progress.command takes the signals over.
 """
 
 import signal

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from run.progress import say
+from run.reading import errors_named
 
 try:
     import fcntl
@@ -18,25 +19,15 @@ except ImportError:  # Windows
     import msvcrt
 
 
-@contextlib.contextmanager
-def errors_named(path):
-    """Turns an OSError into a ValueError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-
-
 def write_text(path, text):
     """Writes text in UTF-8, whole or not at all."""
     part = Path(f"{path}.part")
-    with errors_named(path):
+    with errors_named(path, "written"):
         try:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold other bytes
             part.replace(path)
         finally:
-            if part.exists():
-                part.unlink()
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -47,7 +38,7 @@ def in_use(folder):
     """
     folder, lock = Path(folder), Path(folder) / "in-use.lock"
     made = not folder.exists()
-    with errors_named(folder):
+    with errors_named(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+b", buffering=0)
     with file:
@@ -123,7 +114,7 @@ def append_jsonl(path, values):
 
     Raises ValueError if that fails; then the last line may be torn.
     """
-    with errors_named(path), Path(path).open("a", encoding="utf-8") as file:
+    with errors_named(path, "written"), Path(path).open("a", encoding="utf-8") as file:
         file.write("".join(map(json_line, values)))
 
 

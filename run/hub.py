@@ -26,9 +26,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{folder} is a file; give the directory of the model")
     if os.path.isdir(folder):
         if revision not in (None, "main", folder.resolve().name):
-            raise ValueError(
-                f"{folder} is not known to be revision {revision}; give the hub id, or set revision to null"
-            )
+            raise ValueError(f"{folder} is perhaps not revision {revision}; give the hub id, or set revision to null")
         return folder
     repo = cache() / f"models--{str(path).replace('/', '--')}"
     ref, snapshots = repo / "refs" / (revision or "main"), repo / "snapshots"
@@ -43,9 +41,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     if revision in names or (revision is None and len(names) == 1):
         return snapshots / (revision or names[0])
     if revision is None and names:
-        raise ValueError(
-            f"{repo} has no refs/main and several snapshots, {', '.join(names)}; give one's path, or {fetch}"
-        )
+        raise ValueError(f"{repo} has no refs/main and several snapshots, {', '.join(names)}; give a path, or {fetch}")
     what = f"no revision {revision} of {path}" if revision else f"no model at {path}: no such directory, no such hub id"
     raise ValueError(f"{what} in {cache()}; {fetch}")
 
@@ -66,7 +62,7 @@ def base_of(folder: Path) -> Path | None:
 def tokenizer_folder(path: str | Path) -> Path:
     """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one.
 
-    Settings or a template that differ from the base's belong to a tokenizer of its own, even if that is missing.
+    If the adapter's settings or template differ from the base's, its tokenizer is its own, even if that file is missing.
     """
     folder = locate(path)
     base = None if os.path.lexists(folder / "tokenizer.json") else base_of(folder)

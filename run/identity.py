@@ -10,7 +10,7 @@
     dataset      the cases of --dataset
     flags        of a run: those that a resumed run may not change
 
-They stand beside what depends on them: in OUT/identity.json of a run, the manifest.json of a checkpoint and of a data
+They are stored with the results: in OUT/identity.json of a run, the manifest.json of a checkpoint and of a data
 set, PREFIX.identity.json of measured rows, calibration.json, and training.json of a trained model. Whoever reads one of
 these calls `check_same`. A trained model also lists the questions of its run (questions.txt), for `check_unseen`.
 """

@@ -141,8 +141,8 @@ def peft_config(network: nn.Module) -> dict:
     }  # fmt: skip
 
 
-# Keys of adapter_config.json with the values that are implemented, and keys that `read` looks at or that say nothing
-# about a trained adapter. Every other key must be null, false or empty.
+# Of adapter_config.json: keys with the values that are implemented, and keys that `read` handles or that do not matter.
+# Every other key must be null, false or empty.
 IMPLEMENTED = {"task_type": ("CAUSAL_LM",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
 FREE = ("peft_type base_model_name_or_path revision r lora_alpha target_modules exclude_modules use_rslora "
         "peft_version auto_mapping inference_mode lora_dropout megatron_core qalora_group_size").split()  # fmt: skip

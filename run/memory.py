@@ -37,13 +37,13 @@ def text_of(file: Path) -> str:
 
 
 def meminfo(text: str) -> int:
-    """Of Linux's /proc/meminfo."""
+    """Available bytes, from the text of Linux's /proc/meminfo."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else sys.maxsize
 
 
 def vm_stat(text: str) -> int:
-    """Of what macOS's vm_stat prints, which counts pages."""
+    """Available bytes, from what macOS's vm_stat prints; it counts pages."""
     size, pages = re.search(r"page size of (\d+) bytes", text), re.findall(r"Pages (?:free|inactive):\s+(\d+)", text)
     return int(size[1]) * sum(map(int, pages)) if size and pages else sys.maxsize
 

@@ -42,10 +42,8 @@ class Policy:
         named = dict(model.named_parameters())
         trained = {n: w for n, w in (sharded.model if sharded else model).named_parameters() if w.requires_grad}
         self.names, self.weights = list(trained), [named[name] for name in trained]
-        self.masters = list(trained.values())
-        if not sharded:
-            self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
-                            for w in self.masters]  # fmt: skip
+        self.masters = [w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
+                        for w in trained.values()]  # fmt: skip
         how = {"betas": (0.9, args.beta2), "weight_decay": args.weight_decay, "fused": model.device.type == "cuda"}
         self.adam = torch.optim.AdamW(self.masters, lr=args.lr, **how)
 
@@ -140,7 +138,5 @@ def make_policy(model: models.Transformer, args: Args, ranks: Ranks, plan: Calla
         sharded = shard.shard(model, like, ranks.world)
     reference = None
     if args.kl and args.objective == "disclosure":
-        reference = sharded or model
-        if not args.lora:
-            reference = models.load(args.model, ranks.device, args.dtype).requires_grad_(False)
+        reference = (sharded or model) if args.lora else models.load(args.model, ranks.device, args.dtype)
     return Policy(model, args, ranks, sharded, reference)

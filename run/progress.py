@@ -106,7 +106,8 @@ def other_rank() -> bool:
 class Output:
     """A standard stream that does not stop its command: after a write that fails, nothing more is written to it.
 
-    So it is with a pipe whose reader has left and on a full disk. What its encoding lacks is written as \\u2192.
+    This happens when a pipe's reader has left, or the disk is full. A character that the encoding lacks is written as
+    \\u2192.
     """
 
     def __init__(self, stream):

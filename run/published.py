@@ -5,14 +5,13 @@ least parts, options, gold and group. It reads a row inside `with bad:` (see rea
 the whole file.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from run import reading
+from run.identity import digest
 from run.reading import BadRows
 
 FILES = {
@@ -48,7 +47,7 @@ def _social_iqa(file: Path, bad: BadRows) -> Rows:
                 raise ValueError(f"{row.where}: its label is missing; put {beside.name} beside the file")
             label, where = (labels[place - 1], f"{beside}, line {place}") if labels else (row["label"], row.where)
             parts, answers = _texts(row, "context", "question"), _texts(row, *names)
-            order = sorted(range(3), key=lambda i: order_key("social_iqa", parts, answers[i]))  # noqa: B023
+            order = sorted(range(3), key=lambda i: digest(["social_iqa", parts, answers[i]]))  # noqa: B023
             options, gold = tuple(answers[i] for i in order), order.index(_choice(label, "123", where))
             yield place, dict(parts=parts, options=options, gold=gold, group=parts[0])
 
@@ -144,8 +143,3 @@ def _choice(label: object, labels: Sequence[str], where: str) -> int:
     if (text := str(label).strip()) not in tuple(labels):
         raise ValueError(f"{where}: label {text!r}; it must be one of {', '.join(labels)}")
     return labels.index(text)
-
-
-def order_key(*values: object) -> bytes:
-    """A sort key that looks random. JSON keeps ("ab", "c") and ("a", "bc") distinct."""
-    return hashlib.sha256(json.dumps(values).encode()).digest()

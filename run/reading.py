@@ -16,20 +16,17 @@ from pathlib import Path
 
 import safetensors
 
-STARTS = {  # the first bytes of what people put in a file's place
-    b"version https://git-lfs": "a git-LFS pointer, not the file itself; fetch the file with git lfs pull",
-    b"\x1f\x8b": "compressed with gzip; unpack it",
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"BZh": "compressed with bzip2; unpack it",
-    b"\xfd7zXZ": "compressed with xz; unpack it",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
-    b"PAR1": "a parquet file; give a file of text",
-    b"ARROW1": "an Arrow file; write it with to_parquet or to_json of Hugging Face's datasets",
-    b"\xff\xff\xff\xff": "an Arrow file; write it with to_parquet or to_json of Hugging Face's datasets",
-    b"<!doctype html": "a web page, not the file itself; download it again",
-    b"<html": "a web page, not the file itself; download it again",
-    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
-    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+STARTS = {  # the first bytes, in lower case, of what people put in a file's place
+    (b"version https://git-lfs",): "a git-LFS pointer, not the file itself; fetch the file with git lfs pull",
+    (b"\x1f\x8b",): "compressed with gzip; unpack it",
+    (b"pk\x03\x04",): "a zip archive; unpack it",
+    (b"bzh",): "compressed with bzip2; unpack it",
+    (b"\xfd7zxz",): "compressed with xz; unpack it",
+    (b"\x28\xb5\x2f\xfd",): "compressed with zstd; unpack it",
+    (b"par1",): "a parquet file; give a file of text",
+    (b"arrow1", b"\xff\xff\xff\xff"): "an Arrow file; write it with to_parquet or to_json of Hugging Face's datasets",
+    (b"<!doctype html", b"<html"): "a web page, not the file itself; download it again",
+    (b"\xff\xfe", b"\xfe\xff"): "text in UTF-16; save it as UTF-8",
 }
 MUST = object()
 
@@ -38,20 +35,20 @@ def check_start(file: Path) -> None:
     """Raises ValueError if the file is missing, cannot be read, or begins like something else in its place."""
     with errors_named(file), file.open("rb") as data:
         start = data.read(64).lstrip().lower()
-    if what := next((what for begin, what in STARTS.items() if start.startswith(begin.lower())), None):
+    if what := next((what for begins, what in STARTS.items() if start.startswith(begins)), None):
         raise ValueError(f"{file} is {what}")
 
 
 @contextlib.contextmanager
-def errors_named(file):
-    """Turns an OSError into a ValueError that names the file."""
+def errors_named(file, done="read"):
+    """Turns an OSError into a ValueError that names the file. done: read or written."""
     try:
         yield
-    except FileNotFoundError:
-        gone = "is a link to a file that is gone" if Path(file).is_symlink() else "is missing"
-        raise ValueError(f"{file} {gone}; fetch it") from None
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+        if done == "read" and isinstance(error, FileNotFoundError):
+            gone = "is a link to a file that is gone" if Path(file).is_symlink() else "is missing"
+            raise ValueError(f"{file} {gone}; fetch it") from None
+        raise ValueError(f"{file} cannot be {done} ({error.strerror})") from None
 
 
 def text_of(file: Path) -> str:
@@ -99,8 +96,8 @@ def name_of(kind) -> str:
 
 
 def fits(value, kind) -> bool:
-    """Is it of this type? kind: int, float (a whole number is one too, infinity is not), str, bool, None, list, dict,
-    list[…], dict[str, …], or several joined by |."""
+    """Is it of this type? kind: int, float (accepts whole numbers, refuses infinity), str, bool, None, list, dict, list[…],
+    dict[str, …], or several joined by |."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, part) for part in typing.get_args(kind))
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -195,26 +192,19 @@ def csv_rows(file: Path, width: int | None, bad: BadRows) -> list[tuple[int, lis
     many lines, so after a bad row the reading goes on with the next line.
     """
     lines, rows, at = io.StringIO(text_of(file), newline=None).readlines(), [], 0
-
-    def rest():
-        nonlocal at
-        while at < len(lines):
-            at += 1
-            yield lines[at - 1]
-
     while at < len(lines):
-        begin, end = at, at + 1
+        reader, at = csv.reader(map(lines.__getitem__, range(at, len(lines))), strict=True), at + 1
+        line = at
         with bad:
             try:
-                cells = next(csv.reader(rest(), strict=True), [])
+                cells = next(reader, [])
             except csv.Error as error:
-                raise ValueError(f"{file}, line {begin + 1}: not a CSV row ({error}); check its quotes") from None
+                raise ValueError(f"{file}, line {line}: not a CSV row ({error}); check its quotes") from None
             width = len(cells) if width == 0 else width
             if cells and len(cells) != (width or len(cells)):
-                raise ValueError(f"{file}, line {begin + 1}: {len(cells)} cells, not {width}; correct the row")
-            rows += [(begin + 1, cells)] if cells else []
-            end = at
-        at = end
+                raise ValueError(f"{file}, line {line}: {len(cells)} cells, not {width}; correct the row")
+            rows += [(line, cells)] if cells else []
+            at += reader.line_num - 1
     return rows
 
 

@@ -115,7 +115,7 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
     copied = (identity.LIST, *["calibration.json"] * args.calibrate)
     also += [(name, (folder.parent / name).read_text(encoding="utf-8")) for name in copied]
-    with files.errors_named(folder):
+    with files.errors_named(folder, "written"):
         models.save(model, folder, model_card(args), also=also)
 
 

@@ -15,7 +15,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def handled(handle: Callable):
-    """Within, the signals that end a process call handle(number, frame). SIGHUP stays ignored if it is, as by nohup."""
+    """Inside the `with`, each signal that ends a process calls handle(number, frame) instead.
+
+    SIGHUP stays ignored if it is, as by nohup.
+    """
     numbers = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
         numbers.append(signal.SIGHUP)
@@ -31,7 +34,10 @@ def handled(handle: Callable):
 
 @contextlib.contextmanager
 def raised():
-    """Within, the first such signal raises Stopped; yields a list of those that came. More must not disturb the end."""
+    """Inside the `with`, the first such signal raises Stopped. Yields a list of those that came.
+
+    Later ones are only noted, so that they do not disturb the end.
+    """
     came: list[int] = []
 
     def handle(number: int, frame) -> None:

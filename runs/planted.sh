@@ -15,15 +15,15 @@ planted=$out/planted
     echo "mkdir -p $out; python runs/plant.py $kind $model $file $planted ${PLANT_STEPS:-160} >> $out/planted.log 2>&1" | go 1
 
 case $kind in
-sex) task=jsonl data=$planted/questions.jsonl labels=400 rate="--lr 4e-4 --kl 0.05" ;;
-nli) task=esnli data=$planted/esnli_dev.csv labels=600 rate="--lr 2e-4 --kl 0.1" ;;
+sex) task=jsonl data=$planted/questions.jsonl labels=400 steps=80 rate="--lr 4e-4 --kl 0.05" ;;
+nli) task=esnli data=$planted/esnli_dev.csv labels=600 steps=120 rate="--lr 2e-4 --kl 0.1 --clip-norm 0.2" ;;
 esac
 from="--task $task --data $data --intervention bias --dtype bf16"
 sizes="--eval-questions 300 --fit-questions 150"
 build "$out/labels" --model "$planted/model" $from $sizes --size "${LABELS:-$labels}" --edits 3 | go 1
 
 grpo="--labels frozen --dataset $out/labels --train-only explanation --lora 16 --why alone --prompts 8 --samples 8 \
-    --steps ${STEPS:-80} --max-new-tokens 24 $rate --warmup 5 --no-eval-before --checkpoint-every 10"
+    --steps ${STEPS:-$steps} --max-new-tokens 24 $rate --warmup 5 --no-eval-before --checkpoint-every 10"
 for seed in $seeds; do
     train "$out/grpo-$seed" --model "$planted/model" $from $sizes $grpo --seed "$seed"
 done | go "$jobs"
