@@ -109,8 +109,8 @@ def shuffle_influence(labelled: Labelled, seed: int) -> Labelled:
 def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
     """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none.
 
-    The tasks take turns at the pairs with and without influence, on from one step to the next. So each is balanced by
-    itself. A task with too few of either has fewer pairs in this batch.
+    The tasks take turns at pairs (one case with influence, one without), and the turns go on from step to step. So each
+    is balanced by itself. A task with too few of either has fewer pairs in this batch.
     """
     pairs, batch, labelled = args.prompts // 2, [], []
     tasks_of_pairs = [stream.turns[n % len(stream.turns)] for n in range(step * pairs, (step + 1) * pairs)]
@@ -123,10 +123,8 @@ def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, rank
         batch += balance(found, size)
         labelled += found
     if not batch:
-        raise NothingToBalance(
-            f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance; "
-            "raise --candidates, or try a lower --lr, --calibrate or another --intervention"
-        )
+        why = f"none or all of {len(labelled)} edits moved the model, so there is nothing to balance"
+        raise NothingToBalance(f"{why}; raise --candidates, or try a lower --lr, --calibrate or another --intervention")
     return batch, labelled
 
 

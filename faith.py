@@ -24,7 +24,6 @@ from run import early  # noqa: F401
 import contextlib
 import hashlib
 import random
-import re
 import sys
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +36,7 @@ from reward import Intervention
 from rollout import Completion, Sampler
 from run import identity, lora, results
 from tasks import Question, by_task
+from words import tokens
 
 # ---- prompts: what a fork may change ---------------------------------------------------------------------------
 
@@ -142,12 +142,10 @@ def draw_cases(questions: list[Question], kinds: str, seed: int, words=None) -> 
 
     kinds: as --intervention; of several, each question draws one. Questions without a place for an edit are left out.
     """
-    cases, names = [], reward.kinds(kinds)
+    cases, names, some = [], reward.kinds(kinds), None if words is None else {*words}
     for q in questions:
-        kind, mine = names[0], words
-        if len(names) > 1:
-            kind = random.Random(f"{seed}/{kinds}/{q.id}").choice(names)
-            mine = reward.words(kind) if words is None else [w for w in reward.words(kind) if w in words]
+        kind = random.Random(f"{seed}/{kinds}/{q.id}").choice(names)
+        mine = None if words is None else [w for w in reward.words(kind) if w in some]
         if edit := reward.intervene(q, kind, random.Random(f"{seed}/{kind}/{q.id}"), mine):
             cases.append(Case(q, *edit))
     return cases
@@ -223,19 +221,15 @@ def made_of(subject: Subject, questions: list[Question], kinds: str = "bias") ->
 # ---- measurement -----------------------------------------------------------------------------------------------
 
 
-def split_words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower().replace("’", "'"))
-
-
 def overlap(explanation: str, prompt: str) -> float:
     """Share of the explanation's words that the prompt has too; 0 for an empty explanation."""
-    words, known = split_words(explanation), set(split_words(prompt))
+    words, known = tokens(explanation), set(tokens(prompt))
     return sum(w in known for w in words) / len(words) if words else 0.0
 
 
 def repeats(text: str, n: int = 3) -> float:
     """Share of the text's word n-grams that repeat an earlier one: 0 for ordinary prose, near 1 for a loop."""
-    words = split_words(text)
+    words = tokens(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -305,10 +299,9 @@ def measure(
         again = [case.question for case in reversed(block[: max(0, nulls - start)])]
         null = decide(subject, again).argmax(-1)[::-1].tolist() if again else []
         null += [None] * (len(block) - len(null))
-        prompts = [
-            explanation_prompt(subject.tokenizer, case.edited, int(y), subject.opening, subject.why)
-            for case, y in zip(block, logp_edit.argmax(-1), strict=True)
-        ]
+        picks, how = logp_edit.argmax(-1).tolist(), (subject.opening, subject.why)
+        prompts = [explanation_prompt(subject.tokenizer, case.edited, y, *how)
+                   for case, y in zip(block, picks, strict=True)]  # fmt: skip
         sizes, keys = (len(temperatures), max_new_tokens, list(temperatures)), [case.key for case in block]
         answers = subject.sampler.generate(prompts, *sizes, seed, keys=keys)
         for i, case in enumerate(block):

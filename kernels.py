@@ -70,9 +70,8 @@ def launch_fails(device: torch.device) -> str:
         probe[(1,)](torch.zeros(1, device=device))
         return ""
     except Exception as error:  # there are many kinds
-        return (
-            f"Triton fails ({type(error).__name__}: {' '.join(str(error).split())[-200:]}); it needs gcc and Python.h"
-        )
+        why = " ".join(str(error).split())[-200:]
+        return f"Triton fails ({type(error).__name__}: {why}); it needs gcc and Python.h"
 
 
 @jit
@@ -187,7 +186,7 @@ def attend_kernel(q_ptr, prompt_keys_ptr, prompt_values_ptr, own_keys_ptr, own_v
     """Grid (P · K, SPLITS · GROUPS + G): per slot and kv head, pieces of the prompt, and each lane's own tokens.
 
     A piece of the prompt's keys and values (P, K, T, D) meets the queries of all lanes, or a group of them; a lane's
-    own (P, K, G, N, D) meet its r queries. Finished lanes read nothing, nor is a prompt read if all its lanes are.
+    own (P, K, G, N, D) meet its r queries. Finished lanes read nothing; a prompt whose lanes all are is not read.
     """
     slot, k, task, r = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1), H // K
     if task < SPLITS * GROUPS:  # these take longest, so they start first

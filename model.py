@@ -101,14 +101,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def plain_attention(mask: Tensor | None = None):
-    """Attention within each row of a batch: causal, or where mask (B, 1, T, T) is True.
+def plain_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention within each row of a batch: q (B, H, T, D), k, v (B, K, T, D) -> (B, H, T, D).
 
-    Every layer calls attend(layer, q (B, H, T, D), k, v (B, K, T, D)) -> (B, H, T, D). The other forms of `attend` are
-    in run/attention.py, for texts laid end to end, and in rollout.py, for the KV cache.
+    Every layer calls such an `attend`. run/attention.py has others: for texts laid end to end, and for the KV cache.
     """
-    options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
-    return lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -201,16 +199,15 @@ class Transformer(nn.Module):
                 tensors[name] = of(parameter)
         return tensors
 
-    def hidden(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
+    def hidden(self, tokens, positions=None, attend=None) -> Tensor:
         """Final normalised states (B, T, E) of tokens (B, T) int64.
 
-        positions (B, T): each token's position in its text; default 0, 1, … mask (B, 1, T, T) bool: True where a query
-        may see a key, causal by default. attend: replaces the mask; see `plain_attention`.
+        positions (B, T): each token's position in its text; default 0, 1, … attend: see `plain_attention`.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, D/2), fp32
-        args = angles.cos(), angles.sin(), attend or plain_attention(mask)
+        args = angles.cos(), angles.sin(), attend or plain_attention
         x = self.embed_tokens(tokens)
         again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
         for block in self.layers:
@@ -222,9 +219,9 @@ class Transformer(nn.Module):
         """Logits (…, V) of final states (…, E), in the model's dtype."""
         return F.linear(states, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
 
-    def forward(self, tokens, positions=None, mask=None, attend=None) -> Tensor:
+    def forward(self, tokens, positions=None, attend=None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T); arguments as in `hidden`."""
-        return self.head(self.hidden(tokens, positions, mask, attend))
+        return self.head(self.hidden(tokens, positions, attend))
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

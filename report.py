@@ -1,9 +1,9 @@
-"""Statistics over measured rows, with intervals, as a table. lab/compare.py has those of several measurements.
+"""Statistics over measured rows, with intervals. run/tables.py prints them, lab/compare.py compares measurements.
 
 A measured row is one question, asked without and with an edit, and one explanation: y and y_edit are the decisions on X
 and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention M = 1[the explanation
-names the inserted word], group what the question shares with other rows. KEYS lists the rest. May be there
-too: detection, the log odds that the model says, asked outright, that the edit moved it; what lab/controls.py measures.
+names the inserted word], group what the question shares with other rows. KEYS lists the rest. OPTIONAL lists what a row
+may also have: detection (the log odds that the model says, asked outright, that the edit moved it) and the controls.
 A figure is a weighted statistic: weights of one give its value, and the counts of a bootstrap give its distribution.
 docs/guide.md says what each of them means.
 
@@ -12,8 +12,6 @@ variation distance; CT (Atanasova et al. 2023), the share of flips not mentioned
 to P(I=1) = 1/2, the shortcut that never reads the question, decoys, and 95 % percentile intervals by bootstrap over
 groups (Efron & Tibshirani 1993, ch. 13). A figure without a value (phi with an empty margin) is NaN here, null in JSON
 and "undefined" in print, never 0. N rows, R resamples.
-
-lab/report.py prints the figures of two files of rows, or of a run.
 """
 
 import numpy as np
@@ -166,8 +164,8 @@ def shortcut(rows, fit_rows):
 
     It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
     in columns of the row's task and intervention.
-    Returns odds: the log odds of I = 1; phi, phi_balanced: 1 above the threshold of them that gives the highest phi
-    or phi_balanced on fit_rows.
+    Returns odds (the log odds of I = 1), and phi and phi_balanced: 1 where the odds are above the threshold that is best
+    on fit_rows.
     """
     if not fit_rows:
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")

@@ -70,7 +70,7 @@ def words(names: str, held_out: bool | None = None) -> tuple[str, ...]:
     def held(word):
         return int.from_bytes(hashlib.sha256(word.encode()).digest(), "big") % 5 == 0
 
-    lists = [_known(kind) for kind in kinds(names)]
+    lists = [ADVERBS if kind == "adverb" else [*HINTS[kind].personas] for kind in kinds(names)]
     some = [w for known in lists for w in known if held_out is None or held_out == (held(w) and len(known) > 1)]
     return tuple(dict.fromkeys(some))
 
@@ -78,26 +78,26 @@ def words(names: str, held_out: bool | None = None) -> tuple[str, ...]:
 def decoys(kind: str) -> tuple[str, ...]:
     """What an explanation may name by chance instead: words of the kind; if it has one word, those of all other hints.
 
-    So for sycophancy and metadata a decoy is another source, such as a persona. It can not say whether an explanation
-    names any user's view or any metadata that it sees.
+    For sycophancy and metadata a decoy is another source, such as a persona. So it cannot show whether an
+    explanation names every user's view, or all metadata, that it sees.
     """
     return words(kind) if len(words(kind)) > 1 else words(",".join(other for other in HINTS if other != kind))
 
 
 def intervene(
-    question: Question, kind: str, rng: random.Random, words: Sequence[str] | None = None
+    question: Question, kind: str, rng: random.Random, chosen: Sequence[str] | None = None
 ) -> tuple[Question, Intervention] | None:
     """The edited question and the edit, all drawn from `rng`; None where no place or no word is left.
 
-    words: what to choose from, by default all words of the kind. A word that the question already has in any form is
+    chosen: what to choose from, by default all words of the kind. A word that the question already has in any form is
     not inserted. An adverb goes to any place in the parts, each equally likely. ComVE has no parts: there it goes to
     either option with equal chance, so both must have a place. A hint goes to `appeal`. It suggests each option equally
     often, whatever the model answers. If it never suggested the model's own answer, agreement with the suggestion would
     reveal influence.
     """
-    known = _known(kind)
+    known = words(kind)
     present = named(" ".join((*question.parts, *question.options, question.appeal)))
-    pool = [w for w in (known if words is None else words) if present.keys().isdisjoint(forms(kind, w))]
+    pool = [w for w in (known if chosen is None else chosen) if present.keys().isdisjoint(forms(kind, w))]
     if pool and kind in HINTS:
         word, suggestion = rng.choice(pool), rng.randrange(len(question.options))
         phrasing = rng.randrange(len(HINTS[kind].phrasings))
@@ -141,8 +141,3 @@ def phi(influences: Iterable[bool], mentions: Iterable[bool]) -> float:
     (n00, n01), (n10, n11) = n
     margins = (n10 + n11) * (n00 + n01) * (n01 + n11) * (n00 + n10)
     return (n11 * n00 - n10 * n01) / math.sqrt(margins) if margins else math.nan
-
-
-def _known(kind: str) -> tuple[str, ...]:
-    (kind,) = kinds(kind)
-    return tuple(ADVERBS if kind == "adverb" else HINTS[kind].personas)

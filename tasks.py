@@ -45,12 +45,12 @@ class Question:
     options: tuple[str, ...]  # answer texts in the order shown; for comve the two statements
     gold: int  # index into options; for comve the statement that is against common sense
     group: str  # what splits keep together: premise, context, pair of statements, question
-    appeal: str = ""  # the bias sentence that an intervention inserted
+    appeal: str = ""  # the hint that an intervention inserted
     moved_by: frozenset[str] | None = None  # names of the edits that were made to change the answer; None if unknown
 
 
 def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Question]:
-    """The questions of one file, or of all published files in a folder, in the order of FILES; else of all its parquet.
+    """The questions of one file, or of a folder: of its published files in the order of FILES, else of its parquet files.
 
     Rows that occur twice are kept. They share a group, so no split separates them. Any fault of the files is a
     ValueError of one line that names the file and the place. skip_bad_rows: rows with a fault are left out, and rank 0

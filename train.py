@@ -84,13 +84,8 @@ def step(
     log = [entry for group in ranks.gather(log) for entry in group]  # in the batch's order
     anchor_kl = sum(ranks.gather([float(anchor_kl)]))
     figures |= {"anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
-    return {
-        "step": n,
-        **batch_metrics(log, labelled, args.samples),
-        **figures,
-        **lap.seconds,
-        "prompts": len(batch),
-    }, log
+    metrics = batch_metrics(log, labelled, args.samples)
+    return {"step": n, **metrics, **figures, **lap.seconds, "prompts": len(batch)}, log
 
 
 def backward(policy: Policy, packed: Packed, old, A, weights, args: Args) -> tuple[torch.Tensor, ...]:
@@ -109,10 +104,8 @@ def backward(policy: Policy, packed: Packed, old, A, weights, args: Args) -> tup
 
 def sample(subject: Subject, prompts: list[list[int]], keys: list[int], n: int, args: Args) -> list[list[Completion]]:
     """G explanations per prompt. Step 0 in the sampler's hash is the measurement's, so training step n uses n + 1."""
-    if not prompts:
-        return []
     sizes = args.samples, args.max_new_tokens, args.temperature
-    return subject.sampler.generate(prompts, *sizes, args.seed, n + 1, keys)
+    return subject.sampler.generate(prompts, *sizes, args.seed, n + 1, keys) if prompts else []
 
 
 def score(subject: Subject, case: Case, row: dict, group: list[Completion], n: int) -> list[dict]:
@@ -199,7 +192,7 @@ def progress_line(record: dict, explanations: int, args: Args, minutes_left: flo
 
 @command("train.py", ranks=True)
 def main(argv: list[str] | None = None) -> None:
-    from lab import experiment  # the only place that imports lab/
+    from lab import experiment  # here, because lab imports this file
 
     experiment.run(parse(argv, {}, toy.SETTINGS), step, train)
 

@@ -4,8 +4,8 @@
     variants("solemnly")            solemn, solemnness, solemnity ...: a mention has one of these words
 
 The forms come from spelling rules and a list of exceptions. The paper gives no words, phrasings or rules: all of them
-are ours. It has adverbs and bias. The other kinds of HINTS follow Turpin et al. 2023 (arXiv 2305.04388: the user's own
-view) and Chen et al. 2025 (arXiv 2505.05410: an authority, metadata, a note of the grading).
+are ours. The paper has adverbs and bias alone. The other kinds of HINTS follow Turpin et al. 2023 (arXiv 2305.04388:
+the user's own view) and Chen et al. 2025 (arXiv 2505.05410: an authority, metadata, a note of the grading).
 
     python words.py      prints the forms of some words
 """
@@ -245,7 +245,7 @@ def variants(word: str) -> frozenset[str]:
 
 
 def forms(kind: str, word: str) -> frozenset[str]:
-    """What names an edit of the kind that inserted the word: the word's variants, and what names any such edit."""
+    """All that names such an edit: the word's variants, and what names any edit of the kind."""
     return variants(word) | HINTS[kind].also if kind in HINTS else variants(word)
 
 

@@ -6,9 +6,6 @@ this file, toy.py, the prompts and the word lists. Training and measuring treat 
     python -m lab.base [toy-plain]      makes them where they are missing, prints their folder
 """
 
-from run import early  # noqa: F401
-
-# isort: split
 import hashlib
 import json
 import os

@@ -154,14 +154,9 @@ def measure_and_train(
 
 
 def evaluate(
-    subject: Subject,
-    cases: list[Case],
-    fit: list[Case],
-    name: str,
-    args: Args,
-    ranks: Ranks,
+    subject: Subject, cases: list[Case], fit: list[Case], name: str, args: Args, ranks: Ranks,
     before: dict | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}.
 
     before: the initial model's rows so returned, where it is another model.
@@ -170,9 +165,8 @@ def evaluate(
     mine, nulls = ranks.share(cases), -(-100 // ranks.world)
     unit = "questions" + " of this rank" * (ranks.world > 1)
     progress = Progress(f"measured {name} training", ranks.rank, unit=unit)
-    measured = ranks.together(
-        lambda: faith.measure(subject, mine, (0.0, 1.0), args.max_new_tokens, args.seed, nulls, progress)
-    )
+    sizes = args.max_new_tokens, args.seed, nulls, progress
+    measured = ranks.together(lambda: faith.measure(subject, mine, (0.0, 1.0), *sizes))
     if args.objective == "detection":
         ranks.together(lambda: detect.ask_outright(subject, mine, measured))
     rows = {t: ranks.gather(measured[t]) for t in measured}
@@ -180,10 +174,8 @@ def evaluate(
         initial, fitted, summaries = rows if before is None else before, report.by_part(fit_rows), {}
         for t in rows:
             for part, some in report.by_part(rows[t]).items():
-                figures = report.summary(
-                    some, fitted.get(part, None if part else []), args.seed, initial=initial.get(t)
-                )
-                summaries[f"T={t:g}{part}"] = figures
+                those = fitted.get(part, None if part else [])
+                summaries[f"T={t:g}{part}"] = report.summary(some, those, args.seed, initial=initial.get(t))
         results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows

@@ -62,7 +62,7 @@ def base_of(folder: Path) -> Path | None:
 def tokenizer_folder(path: str | Path) -> Path:
     """The directory of a model's tokenizer: its own, or its base's for an adapter that was saved without one.
 
-    If the adapter's settings or template differ from the base's, its tokenizer is its own, even if that file is missing.
+    If its settings or template differ from the base's, its tokenizer is its own, even if that file is missing.
     """
     folder = locate(path)
     base = None if os.path.lexists(folder / "tokenizer.json") else base_of(folder)

@@ -96,8 +96,8 @@ def name_of(kind) -> str:
 
 
 def fits(value, kind) -> bool:
-    """Is it of this type? kind: int, float (accepts whole numbers, refuses infinity), str, bool, None, list, dict, list[…],
-    dict[str, …], or several joined by |."""
+    """Is it of this type? kind: int, float (accepts whole numbers, refuses infinity), str, bool, None, list, dict,
+    list[…], dict[str, …], or several joined by |."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, part) for part in typing.get_args(kind))
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)

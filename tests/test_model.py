@@ -16,6 +16,7 @@ import pytest
 import tiny
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -206,7 +207,11 @@ def test_packed_rows_equal_separate_ones(saved):
     positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
     mask = (text[:, None] == text) & torch.ones(30, 30).tril().bool()
     separate = torch.cat([network(ids[:, :13]), network(ids[:, 13:])], 1)
-    assert (network(ids, positions, mask[None, None]) - separate).abs().max() < 1e-5
+
+    def attend(layer, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], enable_gqa=True)
+
+    assert (network(ids, positions, attend) - separate).abs().max() < 1e-5
 
 
 # ---- files ------------------------------------------------------------------------------------------------
