@@ -164,8 +164,8 @@ def shortcut(rows, fit_rows):
 
     It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
     in columns of the row's task and intervention.
-    Returns odds (the log odds of I = 1), and phi and phi_balanced: 1 where the odds are above the threshold that is best
-    on fit_rows.
+    Returns odds (the log odds of I = 1), and phi and phi_balanced: 1 where the odds are above the threshold that
+    is best on fit_rows.
     """
     if not fit_rows:
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")

@@ -11,8 +11,8 @@ Three ideas make it fast, and none changes a sample:
                       it is captured as a CUDA graph, once per bucket, and replayed.
 
 A token is drawn by the inverse CDF of softmax(logits / T) in fp32 at u = hash(seed, step, question key, sample,
-position) / 2^24, without a generator. Each T has its own sample numbers. Up to rounding, a sample depends on these and T
-alone: not on other prompts, lane, bucket, order of refill or number of ranks. The sampler knows no rewards.
+position) / 2^24, without a generator. Each T has its own sample numbers. Up to rounding, a sample depends on these and
+T alone: not on other prompts, lane, bucket, order of refill or number of ranks. The sampler knows no rewards.
 
 Axes: P slots (prompts), G lanes per slot (group), R rows decoded together, T prompt tokens, N new tokens,
 H heads, K kv heads, r = H / K, D head dim, E hidden size, V vocabulary.

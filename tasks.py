@@ -50,7 +50,7 @@ class Question:
 
 
 def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Question]:
-    """The questions of one file, or of a folder: of its published files in the order of FILES, else of its parquet files.
+    """The questions of a file, or of a folder: of its published files in the order of FILES, else of its parquet files.
 
     Rows that occur twice are kept. They share a group, so no split separates them. Any fault of the files is a
     ValueError of one line that names the file and the place. skip_bad_rows: rows with a fault are left out, and rank 0
