@@ -76,6 +76,7 @@ def random_network(path: str, device: torch.device) -> models.Transformer:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Sampler, list[list[int]]]:
+    """The sampler and the prompts; prints what is measured and where."""
     tokenizer = models.Tokenizer(args.model)
     prompts = make_prompts(tokenizer, args.count, args.length)
     if max(map(len, prompts)) + args.new > (context := models.read_config(locate(args.model)).context):
@@ -83,16 +84,11 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler, list[list[int]]]:
     network = random_network(args.model, device()) if args.random else models.load(args.model, device())
     ends = {*network.config.end_of_turn, tokenizer.end_of_turn}
     sampler = Sampler(network, ends, rows=args.rows, kernels=args.kernels)
-    introduce(network, prompts, args.samples, args.new)
-    return sampler, prompts
-
-
-def introduce(network: models.Transformer, prompts: list[list[int]], samples: int, new: int) -> None:
-    """Prints what is measured and where."""
-    at = facts(network.device)
+    at, lengths = facts(network.device), [*map(len, prompts)]
     print(f"{at['device']}, {at['threads']} threads, torch {at['torch']}, {network.dtype}, {at['date']}")
-    sizes = f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-    print(f"{sizes}, {samples} samples each, at most {new} new tokens, T = 1")
+    print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {args.samples} samples each, "
+          f"at most {args.new} new tokens, T = 1")  # fmt: skip
+    return sampler, prompts
 
 
 def tokens_of(answers) -> int:
@@ -100,7 +96,7 @@ def tokens_of(answers) -> int:
 
 
 def medians(pairs: list[tuple[float, float]]) -> dict:
-    """Of tokens per second of ours and of theirs, run in turn. Theirs is NaN where only ours was run."""
+    """Medians of tokens per second of ours and theirs, which ran in turn. Theirs is NaN where only ours was run."""
     columns = {"ours": [a for a, _ in pairs], "theirs": [b for _, b in pairs], "ratio": [a / b for a, b in pairs]}
     return {name: statistics.median(column) for name, column in columns.items()} | {"pairs": pairs}
 
@@ -359,14 +355,10 @@ def main(argv: list[str] | None = None) -> None:
         if not least <= (value := getattr(args, name)) <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"--{name} must be {bound}, not {value}")
-    for wrong, message in (
-        (args.against and (args.against == "trl") != (args.what == "train"),
-         "rollout is measured --against transformers, train --against trl"),
-        ((args.lora or args.recompute) and (args.what == "rollout" or args.against),
-         "--lora and --recompute are for train without --against; leave them out"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(message)
+    if args.against and (args.against == "trl") != (args.what == "train"):
+        raise ValueError("rollout is measured --against transformers, train --against trl")
+    if (args.lora or args.recompute) and (args.what == "rollout" or args.against):
+        raise ValueError("--lora and --recompute are for train without --against; leave them out")
     files.check_writable(args.json)
     try:
         figures = {"rollout": rollout, "train": training}[args.what](args)

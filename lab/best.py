@@ -27,14 +27,14 @@ BLOCK = {
 
 
 def measure(subject: Subject, labelled: Labelled, count: int, max_new_tokens: int, seed: int = 0,
-            progress=lambda done, total: None) -> list[dict]:  # fmt: skip
+            progress=lambda done, total: None, temperature: float = 1.0) -> list[dict]:  # fmt: skip
     """The row of the best of `count` explanations of each case, as in faith.measure. mentions: M of each sample."""
     rows, how = [], (subject.opening, subject.why)
     for start in range(0, len(labelled), 64):
         block = labelled[start : start + 64]
         prompts = [faith.explanation_prompt(subject.tokenizer, c.edited, row["y_edit"], *how) for c, row in block]
         keys = [case.key for case, _ in block]
-        groups = subject.sampler.generate(prompts, count, max_new_tokens, 1.0, seed, keys=keys)
+        groups = subject.sampler.generate(prompts, count, max_new_tokens, temperature, seed, keys=keys)
         for (case, row), group in zip(block, groups, strict=True):
             told = [faith.explanation_row(subject, case, answer, seed) for answer in group]
             best = max(told, key=lambda one: reward(one["mention"], row["influence"]))  # the first of equals

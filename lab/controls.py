@@ -40,12 +40,6 @@ BLOCK = {
 }
 
 
-def check(names: str) -> None:
-    """ValueError where --intervention has no controls: each has its own, and some have none."""
-    if names not in ASIDE:
-        raise ValueError(f"--controls needs one --intervention of {', '.join(ASIDE)}, not {names}; leave it out")
-
-
 def shown(kind: str, word: str) -> str:
     """What the edit calls the word: "a Stanford professor"."""
     return word if kind == "adverb" else HINTS[kind].personas.get(word, word)
@@ -69,16 +63,10 @@ def aside(question: Question, kind: str, word: str) -> Question:
 def edits(case: Case, word: str) -> dict[str, Question]:
     """{control: the question so edited}, without `beside`. word: what `other` and `aside` name."""
     inserted, kind = case.intervention.word, case.intervention.kind
-
-    def swapped(old: str, new: str) -> Question:
-        texts = {
-            field: tuple(re.sub(rf"\b{old}\b", new, text) for text in getattr(case.edited, field))
-            for field in ("parts", "options")
-        }
-        return replace(case.edited, **texts)
-
     if kind == "adverb":
-        return {"other": swapped(inserted, word), "aside": aside(case.question, kind, word)}
+        texts = {field: tuple(re.sub(rf"\b{inserted}\b", word, text) for text in getattr(case.edited, field))
+                 for field in ("parts", "options")}  # fmt: skip
+        return {"other": replace(case.edited, **texts), "aside": aside(case.question, kind, word)}
     appeal, old, new = case.edited.appeal, shown(kind, inserted), shown(kind, word)
 
     def named_so(who: str, old: str) -> str:  # at the start of the sentence with a capital, as the old name
@@ -106,10 +94,8 @@ def measure(subject: Subject, cases: list[Case], rows: dict[float, list[dict]], 
     logp = faith.decide(subject, [q for some in asked for q in some.values()], together=len(asked[0]))
     picks = iter(logp.argmax(-1).tolist())
     decided = [{f"y_{name}": next(picks) for name in some} for some in asked]
-    both = [
-        replace(case, edited=aside(case.edited, case.intervention.kind, word))
-        for case, word in zip(cases, words, strict=True)
-    ]
+    both = [replace(case, edited=aside(case.edited, case.intervention.kind, word))
+            for case, word in zip(cases, words, strict=True)]  # fmt: skip
     told = faith.measure(subject, both, list(rows), max_new_tokens, seed, nulls=0, progress=progress)
     none = {"y_someone": None, "y_no_letter": None}
     for t in rows:

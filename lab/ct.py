@@ -25,13 +25,14 @@ import faith
 import report
 import reward
 from faith import Case, Subject
+from lab import best
 from reward import Intervention
 from run.places import OPENERS
 from tasks import Question
 from words import named, variants
 
-NOUN = re.compile(r"\b((?i:a|an|the|his|their|my|our|its|your)) (?=[a-z])")
-NOT_NOUNS = frozenset("bit couple half lot lots result while".split())  # with OPENERS
+NOUN = re.compile(r"\b((?i:a|an|the|his|their|my|our|its|your)) (?=([a-z][\w'-]*))")
+NOT_NOUNS = OPENERS | {*"bit couple half lot lots result while".split()}
 BLOCK = {
     "flips": "edits that change the answer",
     "ct": "flips not mentioned (CT)",
@@ -55,7 +56,8 @@ def insert_adjective(question: Question, rng: random.Random) -> tuple[Question, 
     texts = list(getattr(question, field))
     present = named(" ".join((*question.parts, *question.options)))
     pool = [word for word in reward.words("adverb") if adjective(word) and variants(word).isdisjoint(present)]
-    spots = [(n, m) for n, text in enumerate(texts) for m in NOUN.finditer(text) if _begins_noun(text[m.end() :])]
+    spots = [(n, m) for n, text in enumerate(texts) for m in NOUN.finditer(text)
+             if m[2] not in NOT_NOUNS and not m[2].endswith("ly")]  # fmt: skip
     if not pool or not spots:
         return None
     word, (n, spot) = rng.choice(pool), rng.choice(spots)
@@ -64,11 +66,6 @@ def insert_adjective(question: Question, rng: random.Random) -> tuple[Question, 
         first = first[0] + "n" * (new[0] in "aeiou")
     texts[n] = f"{texts[n][: spot.start()]}{first} {new} {texts[n][spot.end() :]}"
     return replace(question, **{field: tuple(texts)}), Intervention("adverb", word, new, None, None)
-
-
-def _begins_noun(text: str) -> bool:
-    word = re.match(r"[\w'-]+", text)[0]
-    return word not in OPENERS | NOT_NOUNS and not word.endswith("ly")
 
 
 def draw(question: Question, edits: int, seed: int) -> Iterator[Case]:
@@ -89,15 +86,8 @@ def measure(subject: Subject, questions: list[Question], edits: int, temperature
     cases = [case for question in questions for case in draw(question, edits, seed)]
     rows = faith.decision_rows(subject, cases, progress)
     flips = [(case, row) for case, row in zip(cases, rows, strict=True) if row["influence"]]
-    how = subject.opening, subject.why
-    for start in range(0, len(flips), 64):
-        block = flips[start : start + 64]
-        prompts = [faith.explanation_prompt(subject.tokenizer, c.edited, row["y_edit"], *how) for c, row in block]
-        keys = [case.key for case, _ in block]
-        answers = subject.sampler.generate(prompts, 1, max_new_tokens, temperature, seed, keys=keys)
-        for (case, row), (answer,) in zip(block, answers, strict=True):
-            row |= faith.explanation_row(subject, case, answer, seed)
-    return rows
+    told = iter(best.measure(subject, flips, 1, max_new_tokens, seed, temperature=temperature))
+    return [next(told) if row["influence"] else row for row in rows]
 
 
 def figures(rows: list[dict], seed: int = 0, resamples: int = 2000) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batches import DecisionAnchor, Stream, balanced_batch, batch_metrics
+from batches import balanced_batch, batch_metrics
 from faith import WOULD, YES_NO, Case, Labelled, Subject, explanation_turns
 from model import Tokenizer
 from rollout import option_scores
@@ -77,43 +77,41 @@ def detection_loss(model, prompts: list[list[int]], tokens: list[int], influence
     return torch.nn.functional.nll_loss(logp, send(influences, logp.device), reduction="sum")
 
 
-def supervised_update(
-    n: int, policy: Policy, anchor: DecisionAnchor, args: Args, ranks: Ranks, count: int, loss_of: Callable
-) -> dict[str, float]:
-    """The updates of step n, and their figures. loss_of(part): this rank's loss on a slice of its `count` cases."""
-    lr, skipped = learning_rate(n, args), 0
+def supervised_step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks, ask: Callable):
+    """Replaces train.step. Labels, asks, computes a supervised loss, updates. Returns its record and its log.
+
+    ask(mine) -> log entries of this rank's labelled cases, loss_of(slice of them), how many terms that loss sums.
+    """
+    lap = Laps()
+    batch, labelled = balanced_batch(subject, stream, n, args, ranks)
+    lap("label_s")
+    mine = ranks.share(batch)
+    log, loss_of, terms = ask(mine)
+    lap("rollout_s")
+    (total,), lr, skipped = ranks.total(terms), learning_rate(n, args), 0
     for update in range(args.updates):
         anchor_kl = anchor.backward(n) if n + update else 0.0
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for part in policy.passes(count, args.micro):
-            some = loss_of(part)
+        for part in policy.passes(len(mine), args.micro):
+            some = loss_of(part) / total
             policy.backward(some)
             loss += some.detach()
         loss = sum(ranks.gather([float(loss)]))
         grad_norm, updated = policy.step(lr, math.isfinite(loss))
         skipped += not updated
-    anchor_kl = sum(ranks.gather([float(anchor_kl)]))
-    return {"loss": loss, "anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
-
-
-def step(
-    n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
-) -> tuple[dict, list[dict]]:
-    """Replaces train.step. Labels, asks, computes the loss, updates."""
-    lap = Laps()
-    batch, labelled = balanced_batch(subject, stream, n, args, ranks)
-    lap("label_s")
-    mine = ranks.share(batch)
-    log = ranks.together(lambda: answers(subject, mine, n))
-    prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in mine]
-    influences, tokens = [row["influence"] for _, row in mine], yes_no_tokens(subject.tokenizer)
-    lap("rollout_s")
-    (total,) = ranks.total(len(mine))
-
-    def loss_of(part: slice) -> Tensor:
-        return detection_loss(policy.model, prompts[part], tokens, influences[part]) / total
-
-    figures = supervised_update(n, policy, anchor, args, ranks, len(mine), loss_of)
     lap("update_s")
-    log = ranks.gather(log)
+    log, anchor_kl = ranks.gather(log), sum(ranks.gather([float(anchor_kl)]))
+    figures = {"loss": loss, "anchor_kl": anchor_kl, "grad_norm": grad_norm, "skipped": skipped, "lr": lr}
     return {"step": n, **batch_metrics(log, labelled, 1), **figures, **lap.seconds, "prompts": len(batch)}, log
+
+
+def step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks) -> tuple[dict, list[dict]]:
+    """A step of --objective detection."""
+
+    def ask(mine: Labelled) -> tuple:
+        log = ranks.together(lambda: answers(subject, mine, n))
+        prompts = [detection_prompt(subject.tokenizer, case, row["y_edit"]) for case, row in mine]
+        influences, tokens = [row["influence"] for _, row in mine], yes_no_tokens(subject.tokenizer)
+        return log, lambda part: detection_loss(policy.model, prompts[part], tokens, influences[part]), len(mine)
+
+    return supervised_step(n, subject, policy, stream, anchor, args, ranks, ask)

@@ -50,10 +50,8 @@ def run(args: Args, step: Callable, train: Callable) -> None:
 def prepare_defaults(args: Args, ranks: Ranks) -> None:
     """Fills in what the flags leave open: the toy's folders, and a new folder for the run."""
     if args.model in toy.VARIANTS and not Path(args.model).is_dir():
-        folder = None
-        for first in (True, False):  # rank 0 makes it, then the others find it made
-            made = ranks.together(lambda: base.prepare(args.model) if (ranks.rank == 0) == first else None)  # noqa: B023
-            folder = made or folder
+        ranks.on_first(lambda: base.prepare(args.model))  # the others find it made
+        folder = ranks.together(lambda: base.prepare(args.model))
         args.model = str(folder / "model")
         args.data = args.data or (str(folder) if args.task == "toy" else "")
     elif args.model in toy.VARIANTS and ranks.rank == 0:
@@ -174,8 +172,7 @@ def evaluate(
         initial, fitted, summaries = rows if before is None else before, report.by_part(fit_rows), {}
         for t in rows:
             for part, some in report.by_part(rows[t]).items():
-                those = fitted.get(part, None if part else [])
-                summaries[f"T={t:g}{part}"] = report.summary(some, those, args.seed, initial=initial.get(t))
+                summaries[f"T={t:g}{part}"] = report.summary(some, fitted.get(part), args.seed, initial=initial.get(t))
         results.write_measured(Path(args.out) / name, rows, fit_rows, subject, args.max_new_tokens)
         files.write_json(Path(args.out) / f"{name}.json", summaries)
     return rows

@@ -96,10 +96,9 @@ def listed(kind: str, text: str) -> list[str]:
 
 def signs(row: dict) -> dict[str, bool | None]:
     """Is its mention a denial, does it name several listed words, does it repeat a 3-gram? None where unknown."""
-    repeats = row["repeats"]
     return {"denial": denies(row["word"], row["text"], row["kind"]) if row["mention"] else None,
             "several": len(listed(row["kind"], row["text"])) > 1,
-            "repeated": None if repeats is None or repeats != repeats else repeats > 0}  # fmt: skip
+            "repeated": None if row["repeats"] is None else row["repeats"] > 0}  # fmt: skip
 
 
 def columns(rows: list[dict], source: str = "rows") -> dict[str, np.ndarray]:

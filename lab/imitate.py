@@ -22,13 +22,11 @@ from dataclasses import replace
 from torch import Tensor
 
 import train
-from batches import DecisionAnchor, Stream, balanced_batch, batch_metrics
-from faith import LETTERS, Case, Subject, explanation_prompt
+from faith import LETTERS, Case, Labelled, Subject, explanation_prompt
 from grpo import pack, token_logprobs
-from lab.detect import supervised_update
+from lab.detect import supervised_step
 from run.args import Args
 from run.policy import Policy
-from run.progress import Laps
 from run.ranks import Ranks
 from words import HINTS
 
@@ -63,27 +61,18 @@ def imitation_loss(policy: Policy, examples: list[tuple[list[int], list[int]]]) 
     return -policy.run(lambda model: token_logprobs(model, packed, 1.0)).sum()
 
 
-def step(
-    n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
-) -> tuple[dict, list[dict]]:
-    """Replaces train.step. Labels, writes the targets, samples to follow progress, computes the loss, updates."""
-    lap, tokenizer = Laps(), subject.tokenizer
-    batch, labelled = balanced_batch(subject, stream, n, args, ranks)
-    lap("label_s")
-    mine = ranks.share(batch)
-    prompts = [explanation_prompt(tokenizer, case.edited, row["y_edit"], why=subject.why) for case, row in mine]
-    texts = [target(case, row, random.Random(f"{args.seed}/{n}/target/{case.key}"), subject.why) for case, row in mine]
-    examples = [(prompt, [*tokenizer.encode(text), tokenizer.end_of_turn])
-                for prompt, text in zip(prompts, texts, strict=True)]  # fmt: skip
-    keys, one = [case.key for case, _ in mine], replace(args, samples=1)
-    answers = ranks.together(lambda: train.sample(subject, prompts, keys, n, one))
-    log = [entry | {"target": text} for (case, row), group, text in zip(mine, answers, texts, strict=True)
-           for entry in train.score(subject, case, row, group, n)]  # fmt: skip
-    lap("rollout_s")
-    (tokens,) = ranks.total(sum(len(answer) for _, answer in examples))
-    figures = supervised_update(
-        n, policy, anchor, args, ranks, len(mine), lambda part: imitation_loss(policy, examples[part]) / tokens
-    )
-    lap("update_s")
-    log = ranks.gather(log)
-    return {"step": n, **batch_metrics(log, labelled, 1), **figures, **lap.seconds, "prompts": len(batch)}, log
+def step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks) -> tuple[dict, list[dict]]:
+    """A step of --objective imitation: writes the targets, and samples to follow progress."""
+    tokenizer, why, seed = subject.tokenizer, subject.why, f"{args.seed}/{n}/target"
+
+    def ask(mine: Labelled) -> tuple:
+        prompts = [explanation_prompt(tokenizer, case.edited, row["y_edit"], why=why) for case, row in mine]
+        texts = [target(case, row, random.Random(f"{seed}/{case.key}"), why) for case, row in mine]
+        wanted = [[*tokenizer.encode(text), tokenizer.end_of_turn] for text in texts]
+        examples, keys = list(zip(prompts, wanted, strict=True)), [case.key for case, _ in mine]
+        answers = ranks.together(lambda: train.sample(subject, prompts, keys, n, replace(args, samples=1)))
+        log = [entry | {"target": text} for (case, row), group, text in zip(mine, answers, texts, strict=True)
+               for entry in train.score(subject, case, row, group, n)]  # fmt: skip
+        return log, lambda part: imitation_loss(policy, examples[part]), sum(map(len, wanted))
+
+    return supervised_step(n, subject, policy, stream, anchor, args, ranks, ask)

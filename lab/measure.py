@@ -75,8 +75,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     names, held_out = reward.kinds(args.intervention), getattr(args, "words", "") == "held-out"
     if held_out and (none := [kind for kind in names if not reward.words(kind, held_out=True)]):
         raise ValueError(f"--words held-out: {none[0]} has one word, which training has too; give --words all")
-    if getattr(args, "controls", False):
-        controls.check(args.intervention)
+    if getattr(args, "controls", False) and args.intervention not in controls.ASIDE:
+        some = ", ".join(controls.ASIDE)
+        raise ValueError(f"--controls needs one --intervention of {some}, not {args.intervention}; leave it out")
     if len({*args.why}) < len(args.why):
         raise ValueError(f"--why takes different names, not {' '.join(args.why)}")
     files.check_writable(args.json, getattr(args, "rows", None))
@@ -98,9 +99,15 @@ def run_measure(args: argparse.Namespace) -> None:
     fit_rows = faith.decision_rows(subject, fit, Progress("labelled for the shortcut", file=sys.stderr))
     trained = (locate(args.model) / "training.json").exists()
     measured, summaries, kept, fitted = {}, {}, [], report.by_part(fit_rows)
+    sizes = args.max_new_tokens, args.seed
     for why in args.why:
         also = f", asked {why}" * (len(args.why) > 1)
-        measured[why] = rows = ask_why(subject, test, why, args, also)
+        subject.why, progress = why, Progress(f"measured{also}", file=sys.stderr)
+        measured[why] = rows = faith.measure(subject, test, args.temperature, *sizes, progress=progress)
+        if args.detection:
+            detect.ask_outright(subject, test, rows)
+        if args.controls:
+            controls.measure(subject, test, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
         initial = dict.fromkeys(rows) if trained else rows  # whose labels the paper takes
         for t in rows:
             for part, some in report.by_part(rows[t]).items():
@@ -135,18 +142,6 @@ def run_measure(args: argparse.Namespace) -> None:
         more = {"best_of": chosen, "ct": many, "f_auroc": {f"T={t:g}": area for t, area in areas.items()}}
         more = {name: found for name, found in more.items() if found}
         files.write_json(args.json, {"args": vars(args), "mean_logp": subject.calibration, "summary": summaries} | more)
-
-
-def ask_why(subject: faith.Subject, cases: list, why: str, args: argparse.Namespace, also: str) -> dict[float, list]:
-    """Measured rows by temperature, with explanations that `why` asks for. also: what the progress lines add."""
-    subject.why, sizes = why, (args.max_new_tokens, args.seed)
-    progress = Progress(f"measured{also}", file=sys.stderr)
-    rows = faith.measure(subject, cases, args.temperature, *sizes, progress=progress)
-    if args.detection:
-        detect.ask_outright(subject, cases, rows)
-    if args.controls:
-        controls.measure(subject, cases, rows, *sizes, Progress(f"explained beside an aside{also}", file=sys.stderr))
-    return rows
 
 
 def best_of(subject: faith.Subject, labelled: faith.Labelled, fit_rows: list, args: argparse.Namespace) -> dict:

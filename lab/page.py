@@ -27,9 +27,7 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { margin: 0 auto; padding: 2rem 1rem; max-width: 70rem; font: 1rem/1.5 system-ui, sans-serif;
   overflow-wrap: anywhere; }
-small { opacity: .7; } mark { padding: 0 .15em; border-radius: .2em; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8886; text-align: left; vertical-align: baseline; }
+small { opacity: .7; } mark { padding: 0 .15em; border-radius: .2em; } pre { overflow-x: auto; }
 article { border: 1px solid #8886; border-radius: .6rem; padding: 1rem 1.2rem; margin: 1rem 0; }
 article p { white-space: pre-wrap; unicode-bidi: isolate; margin: .3rem 0 .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; }
@@ -72,15 +70,6 @@ def card(old: dict, new: dict) -> str:
 <div class="pair">{explained(old, "before")}{explained(new, "after")}</div></article>"""
 
 
-def figures(table: dict[str, dict]) -> str:
-    """gaming.compare's result as an HTML table."""
-    lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in ('', *table))}</tr>"]
-    for name, label in gaming.FIGURES.items():
-        entries = "".join(f"<td>{tables.cell(part.get(name))}</td>" for part in table.values())
-        lines.append(f"<tr><th>{escape(label)}</th>{entries}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
 def page(before: list[dict], after: list[dict], table: dict, each: int = 25, seed: int = 0, names=("", "")) -> str:
     """The whole page: `table` is gaming.compare of the same rows; at most `each` questions of a cell are shown."""
     old, new = ({str(row["id"]): row for row in rows} for rows in (before, after))
@@ -98,7 +87,7 @@ def page(before: list[dict], after: list[dict], table: dict, each: int = 25, see
 <p>{escape(str(names[0]))} → {escape(str(names[1]))}<br>{len(new)} questions; drawn with seed {seed}</p>
 <p>Each question was asked plainly (pick y), then with an <mark>edit</mark> (pick y′). The model was then asked why it
 chose y′. The edit mattered if y′ ≠ y. The explanation mentions it if it names the inserted word in any form.</p>
-{figures(table)}
+<pre>{escape(tables.table(table, rows=gaming.FIGURES, corner=""))}</pre>
 <p>Shares, and numbers of tokens, with 95 % intervals by bootstrap over groups of questions. Differences are in pairs.
 Tokens by cell are of the explanations that were in the cell then, not of the same questions.</p>
 {sections}</html>

@@ -20,8 +20,6 @@ from run.progress import Parser, command, quoted
 COLOURS = {"phi": "#1b6ca8", "reward": "#6a4c93", "mention_1": "#2a9d5c", "mention_0": "#d1495b"}
 NAMES = {"phi": "Phi-CCT", "reward": "reward", "mention_1": "mentions if the answer moved (I = 1)",
          "mention_0": "mentions if not (I = 0)"}  # fmt: skip
-
-
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -91,6 +89,7 @@ def cells(tables: dict[str, dict[str, dict[str, dict | None]]], to: Path) -> Pat
 
 def curves(runs: list[Path], to: Path) -> Path:
     """Draws Phi, reward and mentions of the training batches over the steps, Phi on test questions."""
+    label = "Phi-CCT on test questions, 95 %"  # once, of the first run that has any
     with picture(to, 1, 2) as panels:
         for n, run in enumerate(runs):
             steps, tested = read(Path(run))
@@ -98,8 +97,8 @@ def curves(runs: list[Path], to: Path) -> Path:
                 style = {"color": COLOURS[key], "alpha": 0.9 / len(runs) ** 0.5, "label": None if n else NAMES[key]}
                 panels[k // 2].plot(np.arange(len(values)) + 1, smooth(values, max(1, len(values) // 20)), **style)
             phi = {at: summary["phi"] for at, summary in tested.items()}
-            label = None if n else "Phi-CCT on test questions, 95 %"
-            with_intervals(panels[0], phi, color=COLOURS["phi"], label=label)
+            with_intervals(panels[0], phi, color=COLOURS["phi"], label=label if phi else None)
+            label = None if phi else label
         for panel in panels:  # one row of names above each panel: one height, equal gaps; the layout keeps them apart
             panel.set(xlabel="step", ylim=(-0.15, 1.02))
             panel.grid(alpha=0.3)

@@ -51,9 +51,7 @@ def of_run(run: Path) -> dict[str, dict]:
 
 
 def finish(args: Args, test: list[faith.Case], before: dict, after: dict) -> None:
-    """Compares before and after, prints the overview at T = 1 and two examples, fills in the model card,
-    draws the curves.
-    """
+    """Compares before and after, prints the overview at T = 1 and two examples, fills in the card, draws the curves."""
     out, tables = Path(args.out), []
     phases = {"before": before, "after": after} if before else {"after": after}
     for t in after:
@@ -105,13 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     folders = [path for path in args.paths if Path(path).is_dir()]
     if len(args.paths) == 1 and folders and not args.fit:
         figures = tables = of_run(Path(args.paths[0]))
-    elif len(folders) > 1:
-        raise ValueError("one run at a time; python -m lab.paper BASE RUN … compares runs")
-    elif len(args.paths) < 3 and not (folders and args.fit):
+    elif len(args.paths) < 3 and len(folders) < 2 and not (folders and args.fit):
         figures = of_rows(args.paths, args.fit)
         tables = {"": figures}
     else:
-        raise ValueError("give one file of rows, the rows before and after, or one run; --fit goes with rows")
+        raise ValueError("give one file of rows, the rows before and after, or one run; --fit goes with rows; "
+                         "python -m lab.paper BASE RUN … compares runs")  # fmt: skip
     texts = [f"{name}\n" * bool(name) + table(columns, args.markdown) for name, columns in tables.items()]
     print("\n\n".join(texts))
     if args.json:

@@ -170,6 +170,7 @@ def plant(kind: str, source: str, file: str, out: Path, steps: int) -> None:
         progress(step + 1, steps, text)
     card = "# A planted cause\n\nMade by faith's runs/plant.py: it does what a persona suggests.\n"
     models.save(network, out / "model", card)
+    kept.unlink(missing_ok=True)
 
 
 def packed_of(rows: list[list], device):

@@ -34,15 +34,14 @@ def states(subject: faith.Subject, rows: list[dict]) -> np.ndarray:
     hooks = [layer.register_forward_hook(lambda _, __, state: kept.append(state[0])) for layer in network.layers]
     for row in rows:
         texts = {"parts": row["parts"], "options": row["options"]} | row["edited"]
-        question = Question(
-            row["task"], "", tuple(texts["parts"]), tuple(texts["options"]), 0, "", texts.get("appeal", "")
-        )
+        parts, options = (tuple(texts[field]) for field in ("parts", "options"))
+        question = Question(row["task"], "", parts, options, 0, "", texts.get("appeal", ""))
         decided = len(faith.decision_prompt(subject.tokenizer, question))
         prompt = faith.explanation_prompt(subject.tokenizer, question, row["y_edit"], subject.opening, subject.why)
-        tokens, positions, parts, _ = end_to_end([[prompt]], network.device)
+        tokens, positions, runs, _ = end_to_end([[prompt]], network.device)
         kept.clear()
         with torch.no_grad():
-            network.hidden(tokens, positions, attend=over_parts(parts, network.device))
+            network.hidden(tokens, positions, attend=over_parts(runs, network.device))
         out.append(torch.stack([state[[decided - 1, decided, len(prompt) - 1]] for state in kept], 1).half().cpu())
     for hook in hooks:
         hook.remove()
@@ -68,13 +67,10 @@ def main(model: str, folder: str, dtype: str = "auto", why: str = "leading") -> 
     subject = faith.open_subject(model, why=why, dtype=dtype)
     data = {name: list(reading.read_jsonl(Path(folder) / f"{name}.jsonl")) for name in ("train", "test", "fit")}
     x = {name: states(subject, data[name]) for name in ("train", "test")}
-    y, given, influence = (
-        {name: np.array([row[key] for row in data[name]]) for name in x} for key in ("y", "y_edit", "influence")
-    )
+    y, given, influence = ({name: np.array([row[key] for row in data[name]]) for name in x}
+                           for key in ("y", "y_edit", "influence"))  # fmt: skip
     options = np.eye(1 + max(y["train"].max(), given["test"].max(), y["test"].max()))
-    print(
-        f"{len(y['train'])} rows to fit, {len(y['test'])} to test, of which {influence['test'].mean():.3f} were moved"
-    )
+    print(f"{len(y['train'])} rows to fit, {len(y['test'])} to test, {influence['test'].mean():.3f} of them moved")
     print("place   layer  y right  I from y: AUC, Phi  I itself: AUC, Phi")
     for place, where in enumerate(PLACES):
         for layer in range(x["test"].shape[2]):

@@ -12,7 +12,7 @@ import faith
 import model as models
 import reward
 import tasks
-from lab import imitate
+from lab import detect, imitate
 from run import reading
 from run.args import Args
 from run.policy import Policy, make_policy
@@ -45,7 +45,7 @@ def test_targets_name_the_cause_where_there_is_one(kind, task):
 def take_step(subject, labelled, policy, args, n=1):
     """A step on these cases; 0.25 stands in for the anchor."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(imitate, "balanced_batch", lambda *_: (labelled, labelled))
+        patch.setattr(detect, "balanced_batch", lambda *_: (labelled, labelled))
         anchor = types.SimpleNamespace(backward=lambda n: 0.25)
         return imitate.step(n, subject, policy, None, anchor, args, Ranks())
 
