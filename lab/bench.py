@@ -5,7 +5,7 @@
     python -m lab.bench train --model DIR --random --lora 16            with weights drawn at random
 
 The sampler's limit is the time of the model's matrix products, timed in the same run on the model's own weights, with
-as many rows as the sampler has at once. So it holds the time to read the weights too. Attention comes on top: on a CPU
+as many rows as the sampler has at once. This includes the time to read the weights. Attention comes on top: on a CPU
 its operations, at the rate of these products; on a GPU the bytes of the KV cache, at the rate of a copy in its memory,
 which is timed too. A training step's memory stands beside what lab/plan.py plans.
 Ours and theirs run in turn on the same prompts, with the same threads and dtype, and a ratio is the median over the

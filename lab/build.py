@@ -122,7 +122,7 @@ def candidates(questions: list[Question], kinds: str, seed: int, edits: int) -> 
 def label(subject: Subject, cases: Iterator[Case], log: Path, most: int, size: float = math.inf) -> Labelled:
     """Labels cases block by block until `size` of them are balanced (batches.balance), or none is left.
 
-    log: one line per labelled block. Blocks in it are not labelled again. most: how many cases there can be, for the
+    log: one line per labelled block. Blocks in it are not labelled again. most: an upper bound on the cases, for the
     progress line.
     """
     files.cut_jsonl(log, lambda block: True)  # a kill may have torn the last line

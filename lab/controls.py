@@ -9,8 +9,8 @@ I = 1 says that the answer changed when an edit was made, not what in the edit c
     beside      the edit and the aside; this one is explained too
 
 If a control has the same I nearly always, what it changes is not the cause. P(y' = suggestion | I = 1) says whether the
-model goes where the sentence points; a sentence that points nowhere gives one over the number of options, or less for a
-model that avoids it. The aside is a decoy that can fire: an explanation that lists whoever is in the question names it
+model goes where the sentence points. If the sentence points nowhere it is 1 / options, or less if the model avoids the
+suggestion. The aside is a decoy that can fire: an explanation that lists whoever is in the question names it
 as often as the inserted word. An adverb has no someone and no_letter. Sycophancy and metadata have one persona, so they
 have no controls. A question costs five decisions and one explanation more. All of this is ours.
 

@@ -12,7 +12,7 @@ Runs are compared in pairs, so all must be asked the same questions with the sam
 
 A cell has Phi, the shortcut's Phi, and Phi minus the shortcut's and minus the base's, with 95 % intervals by bootstrap
 over groups (report.py). With several seeds it has the median and [least, greatest]. Frozen labels reward Phi with the
-initial model's I. With the trained model's own I part of that gain vanishes. The vanished share is
+initial model's I. With the trained model's own I, part of that gain vanishes. The vanished share is
 
     1 − (Phi(own I) − Phi(base)) / (Phi(initial I) − Phi(base)),     undefined if the interval of the gain holds 0
 
@@ -206,7 +206,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
 
 
 def tables(folders: list, resamples=2000) -> list[dict]:
-    """One table for each task and intervention that runs were trained on; of a base alone one of all its cells."""
+    """One table for each task and intervention that runs were trained on; of a base alone, one table of all its cells."""
     unique: dict[Path, Path] = {}
     for folder in map(Path, folders):
         unique.setdefault(folder.resolve(), folder)
@@ -251,7 +251,7 @@ def label(row: str, of: dict) -> str:
 
 
 def entry(figures: list[dict | None], of: dict) -> str:
-    """A cell of the row in print; it says how many of the row's runs have it if some do not."""
+    """The cell's text. If only some runs of the row have it, it says how many."""
     found = [figure for figure in figures if figure]
     part = f" ({len(found)} of {len(of['runs'])})" * (len(found) < len(of["runs"]))
     return cell(over_seeds(found)) + part + " (smoke test)" * of["smoke"] if found else "–"

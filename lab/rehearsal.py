@@ -21,7 +21,8 @@ def rehearse(subject: Subject, policy: Policy, questions: list[Question], args: 
     """The largest micro-batch that may come, forward and backward, so that memory runs out now and not after hours.
 
     It is of the longest prompts, with explanations of --max-new-tokens. The sampler's cache and AdamW's moments, which
-    stay in memory from step 1 on, take their room too. Nothing is drawn or kept. ValueError if memory is too small.
+    stay in memory from step 1 on, are allocated too. No random number is drawn, and nothing stays. ValueError if memory
+    is too small.
     """
     model, device, longest = policy.model, ranks.device, fits.longest(subject, questions, args.intervention)
     share, half = (-(-count // ranks.world) for count in (args.prompts, args.prompts // 2))  # the most that a rank has

@@ -1,4 +1,5 @@
-# For the scripts beside it: functions that print the commands of unfinished work, one per line, and `go`, which runs them.
+# For the scripts beside it: functions that print the commands of unfinished work, one per line, and `run_lines`, which
+# runs them.
 # An interrupted run continues, an interrupted measurement starts again. DRY=1 prints the lines and runs nothing. A script
 # sources this file and resolves its paths before it changes to the repository's folder. No path may contain a space.
 # launch: the command that starts train.py. each: the prefix of a command that uses one GPU.
@@ -47,21 +48,21 @@ measure() {  # TO flags: rows and figures in TO.…; RUN/cells/WHERE-KIND is a c
         echo "mkdir -p $(dirname "$to"); ${each}python faith.py --rows $to --json $to.json --temperature 1 $* > $to.log 2>&1"
 }
 
-game() {  # BASE RUN CELL [NAME]: signs of gaming in RUN/gaming.json and .txt, and a page of explanations to read
+signs_of_gaming() {  # BASE RUN CELL [NAME]: signs of gaming in RUN/gaming.json and .txt, and a page of explanations to read
     local to=$2/${4:-gaming}
     current "$to.json" "$2" ||
         echo "python -m lab.page $1/cells/$3.T1.jsonl $2/cells/$3.T1.jsonl --to $to.html --json $to.json > $to.txt"
 }
 
-go() {  # JOBS: runs the lines of its input, JOBS at a time, each with its number in SLOT; a failure ends all
+run_lines() {  # JOBS: runs the lines of its input, JOBS at a time, each with its number in SLOT; a failure ends all
     if [ -n "${DRY:-}" ]; then cat; return; fi
     xargs -P "$1" --process-slot-var=SLOT -d '\n' -I{} \
-        bash -o pipefail -c '(eval "$1") || { echo "failed: $1" >&2; exit 255; }' go {}
+        bash -o pipefail -c '(eval "$1") || { echo "failed: $1" >&2; exit 255; }' run_lines {}
 }
 
-tell() {  # OUT RUN …: prints the table of these folders, and writes OUT.md, OUT.json and, with matplotlib, OUT.png
+make_table() {  # OUT RUN …: prints the table of these folders, and writes OUT.md, OUT.json and, with matplotlib, OUT.png
     local to=$1 picture=
     shift
     python -c 'import matplotlib' 2> /dev/null && picture="--figure $to.png"
-    echo "python -m lab.paper $* --markdown --json $to.json $picture | tee $to.md" | go 1
+    echo "python -m lab.paper $* --markdown --json $to.json $picture | tee $to.md" | run_lines 1
 }

@@ -34,7 +34,7 @@ for model in $models; do
     for kind in adverb bias; do  # 6,000 rows in all
         build "$to/data/$kind" --model "$model" $both --intervention $kind --size 3000 --edits 8 \
             --eval-questions $test --fit-questions $fit --seed 0
-    done | go "$gpus"
+    done | run_lines "$gpus"
 
     for seed in $seeds; do
         for kind in adverb bias; do
@@ -43,7 +43,7 @@ for model in $models; do
             train "$to/rq2-frozen-$kind-$seed" $asked $common $grpo $frozen "$set"
             train "$to/rq2-on-policy-$kind-$seed" $asked $common $grpo --labels on-policy --candidates 1024
         done
-    done | go 1
+    done | run_lines 1
 
     cells() {  # RUN MODEL KIND TASK…: so many questions of a task, whoever is asked
         local run=$1 model=$2 kind=$3 questions
@@ -61,11 +61,11 @@ for model in $models; do
             cells "$run" "$run/model" $kind $trained comve strategyqa
             cells "$run" "$run/model" $other $trained
         done
-    done | go "$gpus"
+    done | run_lines "$gpus"
     for kind in adverb bias; do
         for run in $(runs $kind); do
-            for task in $trained; do game "$to/base" "$run" $task-$kind gaming-$task; done
+            for task in $trained; do signs_of_gaming "$to/base" "$run" $task-$kind gaming-$task; done
         done
-    done | go "$gpus"
-    tell "$to/table" "$to/base" $(runs adverb) $(runs bias)
+    done | run_lines "$gpus"
+    make_table "$to/table" "$to/base" $(runs adverb) $(runs bias)
 done

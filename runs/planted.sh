@@ -12,7 +12,7 @@ seeds=${SEEDS:-0 1 2}
 
 planted=$out/planted
 [ -d "$planted/model" ] ||
-    echo "mkdir -p $out; python runs/plant.py $kind $model $file $planted ${PLANT_STEPS:-160} >> $out/planted.log 2>&1" | go 1
+    echo "mkdir -p $out; python runs/plant.py $kind $model $file $planted ${PLANT_STEPS:-160} >> $out/planted.log 2>&1" | run_lines 1
 
 case $kind in
 sex) task=jsonl data=$planted/questions.jsonl labels=400 steps=80 rate="--lr 4e-4 --kl 0.05" ;;
@@ -20,13 +20,13 @@ nli) task=esnli data=$planted/esnli_dev.csv labels=600 steps=120 rate="--lr 2e-4
 esac
 from="--task $task --data $data --intervention bias --dtype bf16"
 sizes="--eval-questions 300 --fit-questions 150"
-build "$out/labels" --model "$planted/model" $from $sizes --size "${LABELS:-$labels}" --edits 3 | go 1
+build "$out/labels" --model "$planted/model" $from $sizes --size "${LABELS:-$labels}" --edits 3 | run_lines 1
 
 grpo="--labels frozen --dataset $out/labels --train-only explanation --lora 16 --why alone --prompts 8 --samples 8 \
     --steps ${STEPS:-$steps} --max-new-tokens 24 $rate --warmup 5 --no-eval-before --checkpoint-every 10"
 for seed in $seeds; do
     train "$out/grpo-$seed" --model "$planted/model" $from $sizes $grpo --seed "$seed"
-done | go "$jobs"
+done | run_lines "$jobs"
 
 runs=("$out/base")
 for seed in $seeds; do runs+=("$out/grpo-$seed"); done
@@ -36,5 +36,5 @@ for run in "${runs[@]}"; do  # the same questions with the same edits for all
     asked="--model $measured --max-new-tokens 24 --why alone $from --limit 300 --fit 150"
     measure "$run/cells/$task-bias" $asked $controls
     measure "$run/cells/held-out-bias" $asked --words held-out
-done | go "$jobs"
-tell "$out/table" "${runs[@]}"
+done | run_lines "$jobs"
+make_table "$out/table" "${runs[@]}"

@@ -14,8 +14,8 @@ export OMP_NUM_THREADS=${THREADS:-2}
 task="--task esnli --data $data/esnli --intervention bias --dtype ${DTYPE:-bf16}"
 run="--lora 16 --train-only explanation --labels frozen --dataset $out/labels --prompts 8 --samples 8 --max-new-tokens 16 \
     --steps ${STEPS:-400} --lr 1.5e-4 --kl 0.05 --warmup 5 --checkpoint-every 5"
-build "$out/labels" --model "$model" $task --size 2000 | go 1
-for seed in "${seeds[@]}"; do train "$out/seed-$seed" --model "$model" $task $run --seed "$seed"; done | go 1
+build "$out/labels" --model "$model" $task --size 2000 | run_lines 1
+for seed in "${seeds[@]}"; do train "$out/seed-$seed" --model "$model" $task $run --seed "$seed"; done | run_lines 1
 
 runs=("$out/base" "${seeds[@]/#/$out/seed-}")
 for run in "${runs[@]}"; do  # the same questions with the same edits for all
@@ -28,6 +28,6 @@ for run in "${runs[@]}"; do  # the same questions with the same edits for all
     for other in strategyqa comve; do
         measure "$run/cells/$other-bias" $asked --task $other --data "$data/$other" --intervention bias --limit 200 --fit 200
     done
-done | go 1
-for run in "${runs[@]:1}"; do game "$out/base" "$run" esnli-bias; done | go 1
-tell "$out/table" "${runs[@]}"
+done | run_lines 1
+for run in "${runs[@]:1}"; do signs_of_gaming "$out/base" "$run" esnli-bias; done | run_lines 1
+make_table "$out/table" "${runs[@]}"

@@ -16,17 +16,17 @@ run=(--lora 16 --train-only explanation --dataset "$out/labels" --prompts 8 --sa
     --steps "${STEPS:-400}" --warmup 5 --checkpoint-every 5 --no-eval-before)
 cell=("${task[@]}" --limit 300 --fit 300 --max-new-tokens 16)
 
-build "$out/labels" --model "$model" "${task[@]}" --size 2000 | go 1
+build "$out/labels" --model "$model" "${task[@]}" --size 2000 | run_lines 1
 {
     measure "$out/base/cells/esnli-bias" --model "$model" "${cell[@]}" --controls  # as in qwen.sh
     measure "$out/why/cells/esnli-bias" --model "$model" "${cell[@]}" --why instructed
     measure "$out/best_of/cells/esnli-bias" --model "$model" "${cell[@]}" --best-of 8
-} | go 1
+} | run_lines 1
 for seed in "${seeds[@]}"; do
     train "$out/imitation-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels frozen --objective imitation --lr 5e-4 --seed "$seed"
     train "$out/shuffled-$seed" --model "$model" "${task[@]}" "${run[@]}" --labels shuffled --lr 1.5e-4 --kl 0.05 --seed "$seed"
-done | go 1
+done | run_lines 1
 runs=("${seeds[@]/#/$out/imitation-}" "${seeds[@]/#/$out/shuffled-}")
-for to in "${runs[@]}"; do measure "$to/cells/esnli-bias" --model "$to/model" "${cell[@]}"; done | go 1
-for to in "${runs[@]}"; do game "$out/base" "$to" esnli-bias; done | go 1
-tell "$out/baselines" "$out/base" "${runs[@]}"
+for to in "${runs[@]}"; do measure "$to/cells/esnli-bias" --model "$to/model" "${cell[@]}"; done | run_lines 1
+for to in "${runs[@]}"; do signs_of_gaming "$out/base" "$to" esnli-bias; done | run_lines 1
+make_table "$out/baselines" "$out/base" "${runs[@]}"

@@ -19,7 +19,7 @@ common="--model $model --task esnli --data $data/esnli --intervention bias --cal
     train "$out/rq1" $common --objective detection --steps 100 --labels frozen --frozen-questions 1000 --lr 5e-5
     train "$out/rq2-frozen" $common --labels frozen --frozen-questions 1000 --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
     train "$out/rq2-on-policy" $common --steps 223 --samples 8 --lr 1.2e-5 --kl 0.1
-} | go 1
+} | run_lines 1
 
 runs=("$out/base" "$out/rq1" "$out/rq2-frozen" "$out/rq2-on-policy")
 cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
@@ -40,8 +40,8 @@ cells() {  # RUN WHICH: its cells at home (WHICH is home) or on the other tasks
             --calibration "$letters"
     done
 }
-for run in "${runs[@]}"; do cells "$run" home; done | go "$jobs"
-cells "$out/base" elsewhere | go "$jobs"
-for run in "${runs[@]:1}"; do cells "$run" elsewhere; done | go "$jobs"
-for run in "${runs[@]:1}"; do game "$out/base" "$run" esnli-bias; done | go "$jobs"
-tell "$out/table" "${runs[@]}"
+for run in "${runs[@]}"; do cells "$run" home; done | run_lines "$jobs"
+cells "$out/base" elsewhere | run_lines "$jobs"
+for run in "${runs[@]:1}"; do cells "$run" elsewhere; done | run_lines "$jobs"
+for run in "${runs[@]:1}"; do signs_of_gaming "$out/base" "$run" esnli-bias; done | run_lines "$jobs"
+make_table "$out/table" "${runs[@]}"

@@ -28,7 +28,7 @@ sizes="--eval-questions 1500 --fit-questions 500"  # more than by default, for n
             train "$out/plain-$kind/$seed" --model toy-plain --intervention "$kind" $sizes --seed "$seed"
         done
     done
-} | go "$jobs"
+} | run_lines "$jobs"
 {
     for kind in adverb bias; do
         [ $kind = adverb ] && other=bias || other=adverb
@@ -41,10 +41,10 @@ sizes="--eval-questions 1500 --fit-questions 500"  # more than by default, for n
             measure "$out/transfer/$kind/$seed" $asked --data "$base" --intervention $other
         done
     done
-} | go "$jobs"
+} | run_lines "$jobs"
 {
     for seed in "${seeds[@]}"; do
         train "$out/free/$seed" --anchor 0 $sizes --seed "$seed"
         train "$out/free-frozen/$seed" --anchor 0 --labels frozen $sizes --seed "$seed"
     done
-} | go "$jobs"
+} | run_lines "$jobs"

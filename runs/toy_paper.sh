@@ -17,7 +17,7 @@ for seed in "${seeds[@]}"; do
     train "$out/rq1-$seed" --objective detection --anchor 1 $sizes --seed "$seed"
     train "$out/rq2-frozen-$seed" --labels frozen $sizes --seed "$seed"
     train "$out/rq2-on-policy-$seed" $sizes --seed "$seed"
-done | go "$jobs"
+done | run_lines "$jobs"
 
 runs=("$out/base")
 for seed in "${seeds[@]}"; do runs+=("$out/rq1-$seed" "$out/rq2-frozen-$seed" "$out/rq2-on-policy-$seed"); done
@@ -28,6 +28,6 @@ for run in "${runs[@]}"; do  # the same questions with the same edits for all
     measure "$run/cells/toy-adverb" $asked --data "$base" --intervention adverb
     measure "$run/cells/other-adverb" $asked --data "$base/other.jsonl" --intervention adverb
     measure "$run/cells/toy-bias" $asked --data "$base" --intervention bias
-done | go "$jobs"
-for run in "${runs[@]:1}"; do game "$out/base" "$run" toy-adverb; done | go "$jobs"
-tell "$out/table" "${runs[@]}"
+done | run_lines "$jobs"
+for run in "${runs[@]:1}"; do signs_of_gaming "$out/base" "$run" toy-adverb; done | run_lines "$jobs"
+make_table "$out/table" "${runs[@]}"

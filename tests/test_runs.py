@@ -146,10 +146,10 @@ def shell(text, cwd, *given):
 
 @pytest.mark.parametrize("line", ["false | tee x", "exit 3", "(exit 3) > log 2>&1", "echo $SLOT | ( '"])
 def test_a_line_that_fails_ends_it_all_and_is_named(tmp_path, line):
-    got = shell('printf "%s\\n" "touch \'be fore\'; echo \\$SLOT" "$1" "touch after" | go 1', tmp_path, line)
+    got = shell('printf "%s\\n" "touch \'be fore\'; echo \\$SLOT" "$1" "touch after" | run_lines 1', tmp_path, line)
     assert got.returncode != 0 and f"failed: {line}\n" in got.stderr
     assert (tmp_path / "be fore").exists() and not (tmp_path / "after").exists()
-    assert shell("true | go 2", tmp_path).returncode == 0
+    assert shell("true | run_lines 2", tmp_path).returncode == 0
 
 
 def test_what_the_toy_prints_while_it_is_made_is_not_its_folder(tmp_path):
@@ -188,7 +188,7 @@ def test_runs_of_the_toy(tmp_path):
 
 
 WORK = """train a/run --seed 1; train a/other --no-eval-before; build data --size 9
-measure a/run/cells/x; game base a/run x; measure base/cells/x"""
+measure a/run/cells/x; signs_of_gaming base a/run x; measure base/cells/x"""
 STAGES = [  # files, and the work of the above that is left when they are there as well
     ([], "a/run a/other data a/run/cells/x.json a/run/gaming.json base/cells/x.json"),
     (["a/run/args.json", "a/other/args.json"],
