@@ -206,7 +206,7 @@ def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
 
 
 def tables(folders: list, resamples=2000) -> list[dict]:
-    """One table for each task and intervention that runs were trained on; of a base alone, one table of all its cells."""
+    """One table for each task and intervention that runs were trained on; of a base alone, one of all its cells."""
     unique: dict[Path, Path] = {}
     for folder in map(Path, folders):
         unique.setdefault(folder.resolve(), folder)
