@@ -140,7 +140,8 @@ Labelled = list[tuple[Case, dict]]  # cases with their decision rows
 def draw_cases(questions: list[Question], kinds: str, seed: int, words=None) -> list[Case]:
     """One edit per question. It depends on seed, kinds, word list and the question, not on the other questions.
 
-    kinds: as --intervention; of several, each question draws one. Questions without a place for an edit are left out.
+    kinds: as --intervention; of several, each question draws one. words: those of each kind that may be inserted, by
+    default all. Questions without a place for an edit are left out.
     """
     cases, names, some = [], reward.kinds(kinds), None if words is None else {*words}
     for q in questions:

@@ -95,6 +95,7 @@ def intervene(
     often, whatever the model answers. If it never suggested the model's own answer, agreement with the suggestion would
     reveal influence.
     """
+    (kind,) = kinds(kind)
     known = words(kind)
     present = named(" ".join((*question.parts, *question.options, question.appeal)))
     pool = [w for w in (known if chosen is None else chosen) if present.keys().isdisjoint(forms(kind, w))]

@@ -8,7 +8,7 @@ the files as their authors publish them, and exports of Hugging Face's datasets 
     social_iqa   {train,dev}.jsonl and {train,dev}-labels.lst               the three answers, in an order by hash
     comve        subtaskA_{data_all,dev_data,test_data}.csv and answers     the two statements
     strategyqa   {train,dev}.json                                           yes, no
-    toy          questions.jsonl and causes.json, as lab.base makes them     the two things
+    toy          questions.jsonl and causes.json, as lab/base.py makes them   the two things
     jsonl        questions.jsonl, or any file of one's own questions        2 to 10, those of the file
 
 All shuffling is sorting by a hash of the seed and the question's own text. So the order is the same on every machine,

@@ -126,7 +126,8 @@ def build(folder: Path, variant: str) -> None:
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's lab/base.py.\n")
         causes: dict[frozenset, int] = {}  # each set written once
         for form in FORMS:
-            rows = [vars(q) | {"moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]
+            rows = [{"id": q.id, "parts": q.parts, "options": q.options, "gold": q.gold, "group": q.group,
+                     "moved_by": causes.setdefault(q.moved_by, len(causes))} for q in make_questions(form)]  # fmt: skip
             files.write_jsonl(part / f"{form}.jsonl", rows)
         files.write_json(part / "causes.json", [sorted(cause) for cause in causes])
         if not folder.exists():  # otherwise another process was faster

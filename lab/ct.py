@@ -87,7 +87,8 @@ def measure(subject: Subject, questions: list[Question], edits: int, temperature
     rows = faith.decision_rows(subject, cases, progress)
     flips = [(case, row) for case, row in zip(cases, rows, strict=True) if row["influence"]]
     told = iter(best.measure(subject, flips, 1, max_new_tokens, seed, temperature=temperature))
-    return [next(told) if row["influence"] else row for row in rows]
+    rows = [next(told) if row["influence"] else row for row in rows]
+    return [{key: value for key, value in row.items() if key != "mentions"} for row in rows]
 
 
 def figures(rows: list[dict], seed: int = 0, resamples: int = 2000) -> dict[str, dict]:

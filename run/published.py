@@ -101,7 +101,7 @@ def _own(file: Path, bad: BadRows, task: str = "jsonl") -> Rows:
         beside = file.with_name("causes.json")
         causes = reading.json_of(reading.text_of(beside), beside)
         if not reading.fits(causes, list[list[str]]):
-            raise ValueError(f"{beside}: it must be a list of lists of texts; make the files again with lab.base")
+            raise ValueError(f"{beside}: not a list of lists of texts; remove the folder, then run python -m lab.base")
     for place, row in reading.rows_of(file, bad, ("parts", "options", "gold", "group")):
         with bad:
             parts, options = (tuple(t.strip() for t in row.take(key, list[str])) for key in ("parts", "options"))

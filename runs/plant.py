@@ -129,6 +129,8 @@ def encoded(tokenizer: models.Tokenizer, question: Question, y: int, why: str) -
 
 def plant(kind: str, source: str, file: str, out: Path, steps: int) -> None:
     """Writes the questions that are left, trains, writes OUT/model."""
+    if (out / "model").exists():
+        raise ValueError(f"{out}/model is there already; give another folder")
     pairs, (lr, edits) = questions_of(kind, file), KINDS[kind]
     groups = sorted({question.group for question, _ in pairs}, key=hashed)
     mine = set(groups[::3])  # premises for planting

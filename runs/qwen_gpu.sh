@@ -18,7 +18,7 @@ trained() { cat "$run/metrics.jsonl" 2> /dev/null | wc -l; }
 
 [ "$dry" ] || trap 'tail -n 5 "$out"/*.log' EXIT
 [ -d "$out/model" ] || within 0 "python runs/travel.py unpack $pieces $out/model"
-[ "$dry" ] || [ "$(trained)" -ge "$steps" ] || rm -f "$run/difference.T1.json"  # measured after fewer steps
+[ "$(trained)" -ge "$steps" ] || within 0 "rm -f $run/difference.T1.json"  # measured after fewer steps
 DRY=1 DTYPE=${DTYPE:-auto} bash runs/qwen.sh "$out/model" "$data" "$out" 0 | while read -r line; do
     case $line in
         *lab.build*) within 0 "$line" ;;

@@ -359,6 +359,11 @@ def test_resume_mistakes(copy, tmp_path):
         assert code == 2 and "holds no whole checkpoint; start anew" in error and error.count("\n") == 1
         assert (copy / "metrics.jsonl").read_bytes() == before[copy / "metrics.jsonl"]
         shutil.rmtree(copy / "checkpoints", ignore_errors=True), shutil.rmtree(copy / "model", ignore_errors=True)
+    known["checkpoint_every"] = STEPS + 1  # killed before its first checkpoint: it begins anew
+    (copy / "args.json").write_text(json.dumps(known))
+    code, printed, _ = call(["--resume", "--out", copy, "--checkpoint-every", "2"])
+    assert code == 0 and "continuing after step 0\n" in printed
+    assert len(reading.read_jsonl(copy / "metrics.jsonl")) == STEPS
 
 
 def test_more_steps(whole, copy):

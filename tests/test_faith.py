@@ -89,6 +89,7 @@ def test_edits_depend_on_seed_and_question_only(questions):
 
 def test_overlap_and_repeats_by_hand():
     assert faith.overlap("My uncle, said so", "my UNCLE believes") == 0.5 and faith.overlap("", "x") == 0.0
+    assert faith.overlap("a café, I'd say", "'A' cafe “Café” I’d") == 0.75  # the words of reward.mentions
     assert faith.repeats("a b c d e") == faith.repeats("two words") == 0.0
     assert faith.repeats("a b a b a b") == pytest.approx(0.5)  # aba bab aba bab: 2 of 4 are new
 

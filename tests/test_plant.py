@@ -78,6 +78,9 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plant.plant("sex", str(folder), FILE, tmp_path / "part", 4)
     assert plant.main(["sex", str(folder), str(FILE), str(tmp_path / "part"), "4"]) == 0 and len(calls) == 4 + 4 + 2
+    with pytest.raises(ValueError, match="part/model is there already"):
+        plant.plant("sex", str(folder), FILE, tmp_path / "part", 4)
+    assert not (tmp_path / "part" / "state.pt").exists()
     first, whole, part = (models.load(path, dtype=torch.bfloat16).named_tensors()
                           for path in (folder, tmp_path / "whole" / "model", tmp_path / "part" / "model"))  # fmt: skip
     assert all(torch.equal(whole[name], part[name]) for name in whole)
@@ -123,7 +126,21 @@ def test_the_script_trains_on_labels_of_its_own_splits(kind, tmp_path):
         assert (flag["--fit"], flag["--max-new-tokens"]) == (str(runs[0].fit_questions), str(runs[0].max_new_tokens))
 
 
+@pytest.mark.parametrize("kind, steps, clip_norm", [("sex", 80, 1.0), ("nli", 120, 0.2)])
+def test_what_the_script_takes_by_default(kind, steps, clip_norm, tmp_path):
+    given = ["bash", tiny.ROOT / "runs" / "planted.sh", kind, "MODEL", FILE, tmp_path]
+    printed = subprocess.check_output(given, text=True, env=os.environ | {"DRY": "1"})
+    runs = [
+        shlex.split(line.split("train.py ")[1].split(" >")[0]) for line in printed.splitlines() if "train.py" in line
+    ]
+    assert [(run.seed, run.steps, run.clip_norm) for run in (args.parse(words, {}, {}) for words in runs)] == [
+        (seed, steps, clip_norm) for seed in (0, 1, 2)
+    ]
+
+
 def test_who_is_in_the_question_is_not_inserted(pairs):
+    persons = {form for word in reward.PERSONAS for form in reward.variants(word)}
+    assert not any(reward.named(question.parts[0]).keys() & persons for question, _ in pairs)
     question, reason = pairs[0]
     for n in range(30):
         parts = f"{question.parts[0]} My uncle and my coach see it.", *question.parts[1:]
