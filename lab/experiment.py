@@ -81,8 +81,8 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
     subject = faith.open_subject(args.model, args.opening, args.kernels, args.why, args.dtype)
     network = subject.sampler.model
     if lora.adapters(network):
-        raise ValueError(f"--model {args.model} is an adapter; merge it into its base first, with PEFT")
-    if args.lora:
+        check_goes_on(args, lora.peft_config(network), subject.only_explains)
+    elif args.lora:
         lora.attach(network, args.lora, args.lora_alpha, args.lora_targets.split(","), args.seed)
     network.recompute, subject.sampler.rows = args.recompute, args.rows
     subject.only_explains = args.train_only == "explanation"
@@ -94,6 +94,17 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
     test = faith.draw_cases(parts["test"], args.intervention, args.seed)
     fit = faith.draw_cases(parts["fit"], args.intervention, args.seed, words)
     return subject, test, fit, stream
+
+
+def check_goes_on(args: Args, adapter: dict, only_explains: bool) -> None:
+    """Raises ValueError unless the flags say what the adapter in --model is, which then is trained on."""
+    has = {"--lora": adapter["r"], "--lora-alpha": adapter["lora_alpha"],
+           "--lora-targets": ",".join(adapter["target_modules"]),
+           "--train-only": "explanation" if only_explains else "all"}  # fmt: skip
+    given = args.lora, args.lora_alpha, ",".join(sorted(args.lora_targets.split(","))), args.train_only
+    if tuple(has.values()) != given:
+        flags = " ".join(f"{flag} {value}" for flag, value in has.items())
+        raise ValueError(f"--model {args.model} is an adapter; to train it on give {flags}, or merge it into its base")
 
 
 def measure_and_train(

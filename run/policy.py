@@ -7,6 +7,7 @@ LoRA      the adapters beside a frozen model; they are fp32 themselves
 sharded   fp32 weights in shards, one per rank (FSDP2, run/shard.py); the sampler has a bf16 copy of its own
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import model as models
 from run import lora, shard
 from run.args import Args
+from run.hub import base_of, locate
 from run.ranks import Ranks
 
 
@@ -31,8 +33,8 @@ def learning_rate(n: int, args: Args) -> float:
 class Policy:
     """The trained weights and their AdamW. `model` is what the sampler runs: every update is copied into it in place.
 
-    sharded: the same model in shards, or None. reference: the initial model of the KL, or None; with LoRA it is the
-    trained model, run without its adapters.
+    sharded: the same model in shards, or None. reference: the initial model of the KL, or None; with new adapters it is
+    the trained model, run without them.
     """
 
     def __init__(self, model: models.Transformer, args: Args, ranks: Ranks, sharded=None, reference=None):
@@ -54,7 +56,7 @@ class Policy:
     @torch.no_grad()
     def reference(self, work: Callable[[models.Transformer], Tensor]) -> Tensor:
         """work(model) under the initial model."""
-        with lora.without(self.initial):
+        with lora.without(self.initial) if self.initial is self.trained else contextlib.nullcontext():
             return shard.run(self.initial, work)
 
     def passes(self, count: int, size: int, with_reference: bool = True) -> Iterator[slice]:
@@ -138,5 +140,6 @@ def make_policy(model: models.Transformer, args: Args, ranks: Ranks, plan: Calla
         sharded = shard.shard(model, like, ranks.world)
     reference = None
     if args.kl and args.objective == "disclosure":
-        reference = (sharded or model) if args.lora else models.load(args.model, ranks.device, args.dtype)
+        new = args.lora and not base_of(locate(args.model))
+        reference = (sharded or model) if new else models.load(args.model, ranks.device, args.dtype)
     return Policy(model, args, ranks, sharded, reference)

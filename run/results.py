@@ -8,7 +8,7 @@ from pathlib import Path
 import model as models
 from run import files, identity
 from run.args import Args, command, data_sets
-from run.hub import locate
+from run.hub import base_of, locate
 from run.progress import say
 from run.reading import read_json
 
@@ -60,8 +60,9 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     elif args.resume:
         say(f"note: {kept} is missing, so nobody knows whether the model and the data are those it was begun with")
     if args.dataset:
-        known, advice = read_json(dataset).get("made_of"), "give that model, or build another"
-        identity.check_same(known, made_of, f"--dataset {args.dataset}", advice, ["weights"])
+        decides = base_of(locate(args.model)) if only_explains(args.model) else args.model
+        known, now = read_json(dataset).get("made_of"), {"weights": identity.weights(decides)}
+        identity.check_same(known, now, f"--dataset {args.dataset}", "give that model, or build another")
     return made_of
 
 

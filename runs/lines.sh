@@ -6,6 +6,10 @@
 launch=python each=''
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+arguments() {  # N "$@": ends the script with its line of usage where fewer than N are given
+    [ $# -gt "$1" ] || { sed -n 's/^#     /usage: /p' "$0" >&2; exit 2; }
+}
+
 model_at() {  # MODEL: the full path of a folder; a hub id unchanged
     if [ -d "$1" ]; then realpath -s "$1"; else echo "$1"; fi
 }

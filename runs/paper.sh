@@ -12,6 +12,7 @@
 # a data set of 6,000 at 9 % flips 0.1, a cell of 1,000 questions some seconds of decoding, by the same count.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 2 "$@"
 data=$(realpath -m "$1") out=$(realpath -m "$2") gpus=${GPUS:-8} seeds=${SEEDS:-0}
 models=$(for model in ${MODELS:-meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen3-8B}; do model_at "$model"; done)
 cd "$(dirname "$0")/.."

@@ -6,6 +6,7 @@
 # the commands. Everything in bf16 on one thread.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 4 "$@"
 kind=$1 model=$(model_at "$2") file=$(realpath -m "$3") out=$(realpath -m "$4") jobs=${JOBS:-1}
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1 2}

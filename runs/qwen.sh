@@ -6,6 +6,7 @@
 # CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 3 "$@"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") seeds=("${@:4}")
 [ ${#seeds[@]} = 0 ] && seeds=(0 1 2)
 cd "$(dirname "$0")/.."

@@ -6,6 +6,7 @@
 # What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS, THREADS, DTYPE as in qwen.sh.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 3 "$@"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") seeds=("${@:4}")
 [ ${#seeds[@]} = 0 ] && seeds=(0)
 cd "$(dirname "$0")/.."

@@ -5,6 +5,7 @@
 # learned. The same command goes on where it stopped. DRY=1 prints the commands. STEPS (300) and FLAGS of train.py may be
 # given in the environment. If $OUT is set, the figures and the adapter, in pieces of 15 MiB, are put there too.
 set -euo pipefail
+[ $# = 3 ] || { sed -n 's/^#     /usage: /p' "$0" >&2; exit 2; }
 pieces=$(realpath -m "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") run=$(realpath -m "$3")/seed-0
 cd "$(dirname "$0")/.."
 box=${BOX:-550} steps=${STEPS:-300} dry=${DRY:-}

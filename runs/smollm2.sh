@@ -6,6 +6,7 @@
 # The recorded run took 37 steps at --lr 3e-5, at which the letters swayed, and went on with --resume --lr 1.2e-5 (docs/log-2026-11.md).
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 3 "$@"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

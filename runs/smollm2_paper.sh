@@ -8,6 +8,7 @@
 # had the rate 3e-5, questions set aside were 1,000 (RQ1 as here), and no adverbs were asked.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 3 "$@"
 model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") jobs=${JOBS:-2}
 launch=${LAUNCH:-torchrun --nproc-per-node 2}
 cd "$(dirname "$0")/.."

@@ -6,6 +6,7 @@
 # the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 2 "$@"
 commit=$1 out=$(realpath -m "$2") jobs=${JOBS:-2}
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -6,6 +6,7 @@
 # interrupted ones continue. DRY=1 prints the commands.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
+arguments 1 "$@"
 out=$(realpath -m "$1") jobs=${JOBS:-2} commit=7abf56bf7b82f16f0b6b55ebea6c3978ccc8bac2  # from before this script
 cd "$(dirname "$0")/.."
 hashed=$(seeds_of $commit 3)

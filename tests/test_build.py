@@ -335,6 +335,18 @@ def test_a_run_takes_its_labels(done, folder, tmp_path, monkeypatch):
     assert [(r["id"], r["text_inserted"]) for r in tested] == [(r["id"], r["text_inserted"]) for r in rows["test"]]
 
 
+def test_labels_of_an_adapter(done, folder, tmp_path):
+    """One that is off while the model decides is trained on with its base's labels; another needs its own."""
+    for only in ("explanation", "all"):
+        was, given = tmp_path / only, {"lora": 4, "lora_targets": "q_proj", "train_only": only, "steps": 1, "lr": 0.01}
+        launch.ran(training(folder, was, done, **given))
+        goes_on = training(was / "model", tmp_path / f"{only}-on", done, **given)
+        if only == "explanation":
+            launch.ran(goes_on)
+        else:
+            assert "made with other weights" in launch.refused(goes_on)
+
+
 def test_calibrated_labels(folder, tmp_path):
     given = {"calibrate": True, "calibration_questions": 5}
     assert build.main(flags(folder, tmp_path / "set", **given)) == 0

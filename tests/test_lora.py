@@ -205,6 +205,18 @@ def test_resume(done, folder, tmp_path):
     assert (out / name).read_bytes() == (copy / name).read_bytes()
 
 
+def test_an_adapter_is_trained_on(done, tmp_path):
+    """It begins as it was, and that is the reference of the KL. What is saved has the same base."""
+    out, adapter = tmp_path / "o", done[0] / "model"
+    assert call([*done[1], "--model", adapter, "--out", out])[0] == 0
+    assert [r["text"] for r in lines(out / "before.T1.jsonl")] == [r["text"] for r in lines(done[0] / "after.T1.jsonl")]
+    metrics = lines(out / "metrics.jsonl")
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-5
+    first, then = (safetensors.torch.load_file(at / "adapter_model.safetensors") for at in (adapter, out / "model"))
+    assert first.keys() == then.keys() and not any(torch.equal(first[name], then[name]) for name in first)
+    assert (out / "model" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+
+
 def test_only_explanations(done, folder, tmp_path):
     """--train-only explanation: no decision changes by a bit, in training, after it, or when the model is measured
     again. With the same flags but for this one, decisions do change."""
@@ -261,8 +273,9 @@ def test_flags_that_are_refused(done, folder, tmp_path):
         ({"lora": 4, "lora_alpha": 0}, "--lora-alpha must be above 0"),
         ({"lora": 4, "lora_targets": "q_proj,w"}, "no layer is called 'w'; there are q_proj, "),
         ({"lora": 4, "lora_targets": "layers.2.mlp.up_proj"}, "no layer is called 'layers.2.mlp.up_proj'"),
-        ({"model": done[0] / "model"}, "is an adapter; merge it"),
-    ):
+        ({"model": done[0] / "model", "lora": 4}, "is an adapter; to train it on give --lora 4 --lora-alpha 32.0 "
+                                                  "--lora-targets q_proj,up_proj,v_proj --train-only all, or merge it"),
+    ):  # fmt: skip
         code, _, error = call(flags(folder, **{"out": tmp_path / "x", **changes}))
         assert code == 2 and words in error and error.count("\n") == 1
 
