@@ -186,7 +186,8 @@ def attend_kernel(q_ptr, prompt_keys_ptr, prompt_values_ptr, own_keys_ptr, own_v
     """Grid (P · K, SPLITS · GROUPS + G): per slot and kv head, pieces of the prompt, and each lane's own tokens.
 
     A piece of the prompt's keys and values (P, K, T, D) meets the queries of all lanes, or a group of them; a lane's
-    own (P, K, G, N, D) meet its r queries. Finished lanes read nothing; a prompt whose lanes all are is not read.
+    own (P, K, G, N, D) meet its r queries. A lane that has finished reads nothing, and a
+    prompt is not read once all its lanes have finished.
     """
     slot, k, task, r = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1), H // K
     if task < SPLITS * GROUPS:  # these take longest, so they start first

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batches import balanced_batch, batch_metrics
+from batches import DecisionAnchor, Stream, balanced_batch, batch_metrics
 from faith import WOULD, YES_NO, Case, Labelled, Subject, explanation_turns
 from model import Tokenizer
 from rollout import option_scores
@@ -77,7 +77,10 @@ def detection_loss(model, prompts: list[list[int]], tokens: list[int], influence
     return torch.nn.functional.nll_loss(logp, send(influences, logp.device), reduction="sum")
 
 
-def supervised_step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks, ask: Callable):
+def supervised_step(
+    n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks,
+    ask: Callable,
+) -> tuple[dict, list[dict]]:  # fmt: skip
     """Replaces train.step. Labels, asks, computes a supervised loss, updates. Returns its record and its log.
 
     ask(mine) -> log entries of this rank's labelled cases, loss_of(slice of them), how many terms that loss sums.
@@ -105,7 +108,9 @@ def supervised_step(n: int, subject: Subject, policy: Policy, stream, anchor, ar
     return {"step": n, **batch_metrics(log, labelled, 1), **figures, **lap.seconds, "prompts": len(batch)}, log
 
 
-def step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks) -> tuple[dict, list[dict]]:
+def step(
+    n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
+) -> tuple[dict, list[dict]]:
     """A step of --objective detection."""
 
     def ask(mine: Labelled) -> tuple:

@@ -22,6 +22,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import train
+from batches import DecisionAnchor, Stream
 from faith import LETTERS, Case, Labelled, Subject, explanation_prompt
 from grpo import pack, token_logprobs
 from lab.detect import supervised_step
@@ -61,7 +62,9 @@ def imitation_loss(policy: Policy, examples: list[tuple[list[int], list[int]]]) 
     return -policy.run(lambda model: token_logprobs(model, packed, 1.0)).sum()
 
 
-def step(n: int, subject: Subject, policy: Policy, stream, anchor, args: Args, ranks: Ranks) -> tuple[dict, list[dict]]:
+def step(
+    n: int, subject: Subject, policy: Policy, stream: Stream, anchor: DecisionAnchor, args: Args, ranks: Ranks
+) -> tuple[dict, list[dict]]:
     """A step of --objective imitation: writes the targets, and samples to follow progress."""
     tokenizer, why, seed = subject.tokenizer, subject.why, f"{args.seed}/{n}/target"
 

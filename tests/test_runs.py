@@ -1,6 +1,7 @@
 """runs/: what each script would run is accepted as it stands and belongs together; the sampler's profile."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import faith
+import tasks
 import toy
 from lab import build, measure, paper
 from run import args as flags
@@ -242,6 +244,38 @@ def test_paths_are_seen_from_where_the_script_is_called(tmp_path, script):
     assert " some/" not in text and "=some/" not in text
     if script not in ("toy.sh", "toy_paper.sh"):
         assert " --model meta-llama/Llama-3.1-8B-Instruct " in run("meta-llama/Llama-3.1-8B-Instruct").stdout
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (ROOT / "runs").glob("*.sh") if path.name != "lines.sh")
+)
+def test_without_arguments_a_script_says_what_it_takes(script):
+    got = subprocess.run(["bash", ROOT / "runs" / script], capture_output=True, text=True)
+    assert (got.returncode, got.stdout) == (2, "") and got.stderr.startswith(f"usage: bash runs/{script} ")
+    assert got.stderr.count("\n") == 1
+
+
+def test_easy_questions(tmp_path):
+    """They are read as they are, are right, and the right option is first in half of them."""
+    spec = importlib.util.spec_from_file_location("easy", ROOT / "runs" / "easy.py")
+    easy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(easy)
+    assert easy.main([str(tmp_path)]) == 0 and easy.main([str(tmp_path), "x"]) == 2
+    capitals, opposites = dict(easy.pairs(easy.CAPITALS)), [set(pair) for pair in easy.pairs(easy.OPPOSITES)]
+    kinds = {f"Which of these is {name}?": set(words.split()) for name, words in easy.KINDS.items()}
+    for name, count in (("kinds", 2000), ("capitals", 600), ("opposites", 600)):
+        questions = tasks.load("jsonl", tmp_path / f"{name}.jsonl")
+        asked = {(q.parts, frozenset(q.options)) for q in questions}
+        assert len(questions) == count == 2 * sum(q.gold for q in questions) and len(asked) > 0.99 * count
+        for q in questions:
+            right, wrong = q.options[q.gold], q.options[1 - q.gold]
+            if name == "kinds":
+                assert right in kinds[q.parts[0]] and wrong not in kinds[q.parts[0]] and q.group == right
+            elif name == "capitals":
+                assert q.parts[0] == f"What is the capital of {q.group}?" and capitals[q.group] == right != wrong
+            else:
+                word = q.parts[0].split('"')[1]
+                assert {word, right} in opposites and {*q.group.split()} == {word, right} and wrong not in {word, right}
 
 
 @pytest.mark.parametrize("launch", ["", "python"])
