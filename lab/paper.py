@@ -36,7 +36,7 @@ from run.progress import Parser, command
 from run.results import check_rows, hashes
 from run.tables import cell, grid
 
-ROWS = ("base", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
+ROWS = ("base", "form", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
           "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
 FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
@@ -82,8 +82,9 @@ def read(folder: str | Path) -> Run:
     if not saved:
         return Run(folder, folder.resolve().name, cells, {})
     args = reading.read_json(saved)
-    supervised = {"detection": "RQ1", "imitation": "imitation"}
-    row = supervised.get(args.take("objective", str)) or f"RQ2-{args.take('labels', str)}"
+    labels = args.take("labels", str)  # of shuffled ones an imitation learns the form of an explanation alone
+    supervised = {"detection": "RQ1", "imitation": "form" if labels == "shuffled" else "imitation"}
+    row = supervised.get(args.take("objective", str)) or f"RQ2-{labels}"
     if row not in ROWS:
         args.refuse("labels", "on-policy, frozen or shuffled")
     task, kind, _ = (args.take(key, str) for key in ("task", "intervention", "model"))

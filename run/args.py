@@ -157,9 +157,6 @@ def check(args: Args) -> None:
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.objective == "imitation" and args.opening:
         raise ValueError("--objective imitation writes explanations from their first word; leave out --opening")
-    if (args.objective, args.why, args.labels) == ("imitation", "alone", "shuffled"):
-        raise ValueError("--why alone states the true y, from which the model would learn the true influence; "
-                         "take another --why for shuffled labels")  # fmt: skip
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.train_only != "all" and not args.lora:

@@ -1,34 +1,61 @@
 #!/usr/bin/env bash
-# Qwen2.5-Coder-0.5B-Instruct on e-SNLI with bias phrases. Its LoRA adapters are on only while it explains, so its decisions stay
-# as they are and are labelled once. Three seeds; then held-out personas, other tasks and adverbs; then the table.
-#     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, comve/, strategyqa/
-# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (400), THREADS (2). In bf16, which
-# CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
+# Qwen2.5-Coder-0.5B-Instruct on easy questions (runs/easy.py) with bias phrases. No decision is trained: what it answers, and
+# whom it follows, is its own. Its LoRA adapters are on only while it explains, so its decisions are labelled once. First they
+# learn the form of an explanation, by imitation: first the answer that it would give by itself, then a reason, or by the toss of
+# a coin (shuffled labels) the persona. Then GRPO, three seeds; held-out personas, questions of other kinds, the table.
+# BASELINES=1 adds those of docs/guide.md, of one seed.
+#     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, strategyqa/
+# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (160), JOBS (1), THREADS (1). In
+# bf16, which CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
 arguments 3 "$@"
-model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") seeds=("${@:4}")
+model=$(model_at "$1") data=$(realpath -m "$2") out=$(realpath -m "$3") seeds=("${@:4}") jobs=${JOBS:-1}
 [ ${#seeds[@]} = 0 ] && seeds=(0 1 2)
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=${THREADS:-2}
+export OMP_NUM_THREADS=${THREADS:-1}
+echo "python runs/easy.py $out/easy" | run_lines 1
 
-task="--task esnli --data $data/esnli --intervention bias --dtype ${DTYPE:-bf16}"
-run="--lora 16 --train-only explanation --labels frozen --dataset $out/labels --prompts 8 --samples 8 --max-new-tokens 16 \
-    --steps ${STEPS:-400} --lr 1.5e-4 --kl 0.05 --warmup 5 --checkpoint-every 5"
-build "$out/labels" --model "$model" $task --size 2000 | run_lines 1
-for seed in "${seeds[@]}"; do train "$out/seed-$seed" --model "$model" $task $run --seed "$seed"; done | run_lines 1
+task="--intervention bias --dtype ${DTYPE:-bf16}" kinds="--task jsonl --data $out/easy/kinds.jsonl"
+sizes="--eval-questions 300 --fit-questions 150 --calibrate"
+run="--dataset $out/labels --lora 16 --train-only explanation --why alone --prompts 8 --max-new-tokens 24 --warmup 5 \
+    --no-eval-before --checkpoint-every 10"
+grpo="--samples 8 --steps ${STEPS:-160} --lr 1e-4 --kl 0.2 --clip-norm 0.2"
+build "$out/labels" --model "$model" $kinds $task $sizes --size 1000 --edits 2 | run_lines 1
+train "$out/form" --model "$model" $kinds $task $sizes $run --objective imitation --labels shuffled --steps 60 --lr 5e-4 \
+    --decay linear | run_lines 1
+for seed in "${seeds[@]}"; do
+    train "$out/seed-$seed" --model "$out/form/model" $kinds $task $sizes $run --labels frozen $grpo --seed "$seed"
+done | run_lines "$jobs"
+runs=("$out/base" "$out/form" "${seeds[@]/#/$out/seed-}")
+if [ "${BASELINES:-}" ]; then
+    train "$out/imitation" --model "$out/form/model" $kinds $task $sizes $run --objective imitation --labels frozen \
+        --steps "${STEPS:-160}" --lr 3e-4 --decay linear | run_lines 1
+    train "$out/shuffled" --model "$out/form/model" $kinds $task $sizes $run --labels shuffled $grpo | run_lines 1
+    runs+=("$out/imitation" "$out/shuffled")
+fi
 
-runs=("$out/base" "${seeds[@]/#/$out/seed-}")
-for run in "${runs[@]}"; do  # the same questions with the same edits for all
-    measured=$run/model
-    [ "$run" = "$out/base" ] && measured=$model
-    asked="--model $measured --max-new-tokens 16 --dtype ${DTYPE:-bf16}"
-    measure "$run/cells/esnli-bias" $asked $task --limit 300 --fit 300 --controls
-    measure "$run/cells/held-out-bias" $asked $task --limit 300 --fit 300 --words held-out
-    measure "$run/cells/esnli-adverb" $asked --task esnli --data "$data/esnli" --intervention adverb --limit 300 --fit 300
-    for other in strategyqa comve; do
-        measure "$run/cells/$other-bias" $asked --task $other --data "$data/$other" --intervention bias --limit 200 --fit 200
+cells() {  # RUN: the same questions with the same edits for all; the letters' means are the base's
+    local to=$1/cells measured=$1/model controls='' file
+    [ "$1" = "$out/base" ] && measured=$model controls=--controls  # once: no decision changes
+    letters() { if [ "$measured" = "$model" ]; then echo fit; else echo "$out/base/cells/$1-bias.calibration.json"; fi; }
+    local asked="--model $measured --max-new-tokens 24 --why alone $task --fit 150"
+    measure "$to/jsonl-bias" $asked $kinds --limit 300 --calibration "$(letters jsonl)" $controls
+    measure "$to/held-out-bias" $asked $kinds --limit 300 --calibration "$(letters held-out)" --words held-out
+    for file in capitals opposites; do
+        measure "$to/$file-bias" $asked --task jsonl --data "$out/easy/$file.jsonl" --limit 300 --calibration "$(letters $file)"
     done
-done | run_lines 1
-for run in "${runs[@]:1}"; do signs_of_gaming "$out/base" "$run" esnli-bias; done | run_lines 1
+    for file in esnli strategyqa; do
+        measure "$to/$file-bias" $asked --task $file --data "$data/$file" --limit 200 --calibration "$(letters $file)"
+    done
+}
+cells "$out/base" | run_lines "$jobs"
+if [ "${BASELINES:-}" ]; then  # the base, told to name what moved it, or the best of 8
+    asked="--model $model --max-new-tokens 24 $task $kinds --fit 150 --limit 300 \
+        --calibration $out/base/cells/jsonl-bias.calibration.json"
+    measure "$out/why/cells/jsonl-bias" $asked --why instructed | run_lines 1
+    measure "$out/best_of/cells/jsonl-bias" $asked --why alone --best-of 8 | run_lines 1
+fi
+for run in "${runs[@]:1}"; do cells "$run"; done | run_lines "$jobs"
+for run in "${runs[@]:1}"; do signs_of_gaming "$out/base" "$run" jsonl-bias; done | run_lines "$jobs"
 make_table "$out/table" "${runs[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The labels and the first run of runs/qwen.sh, on a GPU machine without a network and with little time.  NOT YET RUN ON A GPU.
+# The labels, the form and the first run of runs/qwen.sh, on a GPU machine without a network and with little time.  NOT YET RUN ON A GPU.
 #     bash runs/qwen_gpu.sh PIECES DATA_DIR OUT_DIR        PIECES: what runs/travel.py packed; DATA_DIR has esnli/
 # It ends within BOX (550) seconds. Training stops where RESERVE (150) of them are left, for the measurement of what was
 # learned. The same command goes on where it stopped. DRY=1 prints the commands. STEPS (300) and FLAGS of train.py may be
@@ -19,15 +19,15 @@ trained() { cat "$run/metrics.jsonl" 2> /dev/null | wc -l; }
 
 [ "$dry" ] || trap 'tail -n 5 "$out"/*.log' EXIT
 [ -d "$out/model" ] || within 0 "python runs/travel.py unpack $pieces $out/model"
-[ "$(trained)" -ge "$steps" ] || within 0 "rm -f $run/difference.T1.json"  # measured after fewer steps
+[ "$(trained)" -ge "$steps" ] || within 0 "rm -f $run/after.json"  # measured after fewer steps
 DRY=1 DTYPE=${DTYPE:-auto} bash runs/qwen.sh "$out/model" "$data" "$out" 0 | while read -r line; do
     case $line in
-        *lab.build*) within 0 "$line" ;;
+        *easy.py* | *lab.build* | *imitation*) within 0 "$line" ;;
         *train.py*) within "${RESERVE:-150}" "${line/ >>/ $flags >>}" || [ $? = 124 ] ;;
     esac
 done
 [ "$dry" ] && exit
-[ -f "$run/difference.T1.json" ] || within 0 "python train.py --out $run --resume --steps $(trained) >> $run.log 2>&1"
+[ -f "$run/after.json" ] || within 0 "python train.py --out $run --resume --steps $(trained) >> $run.log 2>&1"
 if [ "${OUT:-}" ]; then
     tar czf "$OUT/run.tar.gz" -C "$out" --exclude=model --exclude=checkpoints .
     within 0 "python runs/travel.py pack $run/model $OUT/adapter --piece 15"

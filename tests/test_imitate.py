@@ -125,4 +125,12 @@ def test_no_opening_and_no_reference(folder, tmp_path):
     args = Args(model=str(folder), objective="imitation", kl=0.1)
     assert make_policy(models.load(folder), args, Ranks()).initial is None
     assert "leave out --opening" in refused(flags(folder, tmp_path / "x", opening="My"))
-    assert "states the true y" in refused(flags(folder, tmp_path / "x", labels="shuffled", why="alone"))
+
+
+def test_the_form_is_learned_from_shuffled_labels(folder, tmp_path):
+    """The model's own answer is the true one; the edit is named by labels that say nothing of its influence."""
+    ran(flags(folder, tmp_path / "o", labels="shuffled", why="alone"))
+    said = reading.read_jsonl(tmp_path / "o" / "explanations.jsonl")
+    assert all(e["target"].startswith(f"By myself: ({'ABC'[e['y']]}). ") for e in said)
+    assert all((e["word"] in e["target"]) == e["influence"] for e in said)
+    assert 0 < sum(e["influence"] == (e["y"] != e["y_edit"]) for e in said) < len(said)

@@ -20,7 +20,7 @@ from run import args as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"toy_paper.sh": ("OUT",), "smollm2_paper.sh": ("MODEL", "DATA", "OUT"), "paper.sh": ("DATA", "OUT"),
-           "qwen.sh": ("MODEL", "DATA", "OUT"), "qwen_baselines.sh": ("MODEL", "DATA", "OUT")}  # fmt: skip
+           "qwen.sh": ("MODEL", "DATA", "OUT")}  # fmt: skip
 COMMIT = "91a860ac1a53780b3859ada33e8ce417b21c9118"  # what runs/toy.sh was run with
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -36,7 +36,7 @@ def lines(script, out, **environment):
     """What `DRY=1 bash runs/SCRIPT` prints: (the program, its arguments) of each command."""
     given = [str(out) if name == "OUT" else name for name in SCRIPTS.get(script, (COMMIT, "OUT"))]
     done = subprocess.run(["bash", ROOT / "runs" / script, *given], capture_output=True, text=True, cwd=out,
-                          env=os.environ | {"DRY": "1", "PATH": PATH} | environment)  # fmt: skip
+                          env=os.environ | {"DRY": "1", "BASELINES": "1", "PATH": PATH} | environment)  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
     for line in done.stdout.splitlines():
         words = shlex.split(line.split("; ")[-1].split(" | ")[0])
@@ -67,6 +67,9 @@ def planned(script, tmp_path, monkeypatch):
             args = parse(words)
             runs[args.out] = args
             continue
+        if program == "runs/easy.py":
+            assert words == [f"{tmp_path}/easy"]
+            continue
         if program == "lab.page":  # of each run at home, beside the base's
             before, after, *rest = words
             folder = after.split("/cells/")[0]
@@ -93,19 +96,20 @@ def planned(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch):
     runs, sets, cells, tables = planned(script, tmp_path, monkeypatch)
-    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12, "qwen.sh": 3, "qwen_baselines.sh": 2}[script]
+    count = {"toy_paper.sh": 9, "smollm2_paper.sh": 3, "paper.sh": 12, "qwen.sh": 6}[script]
     assert len(runs) == count and len(tables) == (2 if script == "paper.sh" else 1)
-    alone = {f"{tmp_path}/{name}": {name} for name in ("why", "best_of") if script == "qwen_baselines.sh"}
+    alone = {f"{tmp_path}/{name}": {name} for name in ("why", "best_of") if script == "qwen.sh"}
     assert sorted(folder for table in tables for folder in table) == sorted(cells.keys() - alone)
     for folder, flag in alone.items():  # the base, asked as in the table but for one flag
-        (cell,), (base,) = cells[folder].values(), cells[f"{tmp_path}/base"].values()
+        (cell,), base = cells[folder].values(), cells[f"{tmp_path}/base"]["jsonl-bias"]
+        assert cell.calibration == f"{base.rows}.calibration.json"
         differs = {key for key, value in vars(cell).items() if value != vars(base)[key]}
-        assert differs == flag | {"rows", "json", "controls"}
+        assert differs == flag | {"rows", "json", "controls", "calibration"}
     for table in tables:
         base, *trained = table
         assert base.endswith("/base") and set(trained) <= set(runs)
         for folder in trained:
-            run, count = runs[folder], {"toy_paper.sh": 3, "paper.sh": 6, "qwen_baselines.sh": 1}.get(script, 5)
+            run, count = runs[folder], {"toy_paper.sh": 3, "paper.sh": 6, "qwen.sh": 6}.get(script, 5)
             assert {*homes_of(run)} <= {*cells[folder]} and len(cells[folder]) == count
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
@@ -120,17 +124,21 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
                 assert cell.calibration == (fitted if fitted != "fit" else f"{base}/cells/{name}.calibration.json")
     rows = defaultdict(list)
     for run in runs.values():
-        row = {"detection": "RQ1", "imitation": "imitation"}.get(run.objective, f"RQ2-{run.labels}")
+        row = {"detection": "RQ1", "imitation": f"imitation-{run.labels}"}.get(run.objective, f"RQ2-{run.labels}")
         rows[run.model, run.task, run.intervention].append(row)
-    wanted = {"qwen.sh": ["RQ2-frozen"], "qwen_baselines.sh": ["imitation", "RQ2-shuffled"]}
+    if script == "qwen.sh":  # the form is learned first, of the model itself; the others go on from there
+        form = rows.pop(("MODEL", "jsonl", "bias"))
+        assert form == ["imitation-shuffled"] and [model for model, *_ in rows] == [f"{tmp_path}/form/model"]
+    wanted = {"qwen.sh": ["imitation-frozen", "RQ2-shuffled", "RQ2-frozen"]}
     wanted = wanted.get(script, ["RQ1", "RQ2-frozen", "RQ2-on-policy"])
     assert all({*of} == {*wanted} for of in rows.values())
 
-    assert len(sets) == {"paper.sh": 4, "qwen.sh": 1, "qwen_baselines.sh": 1}.get(script, 0)
+    assert len(sets) == {"paper.sh": 4, "qwen.sh": 1}.get(script, 0)
     assert {run.dataset for run in runs.values()} - {""} == set(sets)
     for run in runs.values():
         for key in "model task data intervention eval_questions fit_questions calibrate dtype".split():
-            assert not run.dataset or getattr(run, key) == getattr(sets[run.dataset], key)
+            form = key == "model" and run.model == f"{tmp_path}/form/model"  # an adapter, off while it decides
+            assert not run.dataset or form or getattr(run, key) == getattr(sets[run.dataset], key)
         if run.objective == "detection":  # learns from the initial model's labels, as in the paper, but on the toy
             assert run.labels == ("on-policy" if script == "toy_paper.sh" else "frozen") and run.parallel != "shard"
         if script == "paper.sh":  # 8 billion trained weights do not fit on one GPU: what cannot be cut has adapters

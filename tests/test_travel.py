@@ -116,15 +116,16 @@ def test_wrong_commands(packed, tmp_path, capfd):
     assert not [*tmp_path.iterdir()]
 
 
-STAND_IN = """#!/bin/bash
+STAND_IN = r"""#!/bin/bash
 [ "$1" = -c ] && exit
 echo "$@" >> commands
 case "$*" in
     *unpack*) sleep 2; mkdir -p $4 ;;
     *train.py*)
         mkdir -p $3 && cd $3 && touch args.json metrics.jsonl && trap "sleep 0.5; echo >> metrics.jsonl; exit 143" TERM
-        while [ $(wc -l < metrics.jsonl) -lt ${!#} ]; do echo >> metrics.jsonl; sleep 0.1; done
-        touch difference.T1.json
+        steps=$(sed 's/.*--steps \([0-9]*\).*/\1/' <<< "$*")
+        while [ $(wc -l < metrics.jsonl) -lt $steps ]; do echo >> metrics.jsonl; sleep 0.1; done
+        touch after.json
 esac
 """
 
@@ -141,19 +142,24 @@ def test_the_script_keeps_its_time_and_goes_on(tmp_path):
         (tmp_path / "commands").write_text("")
         subprocess.run(["bash", tiny.ROOT / "runs" / "qwen_gpu.sh", "pieces", "data", "out"], cwd=tmp_path, check=True,
                        env=os.environ | {"PATH": path, "OUT": str(tmp_path)} | environment)  # fmt: skip
-        assert (run / "difference.T1.json").exists() and (tmp_path / "run.tar.gz").stat().st_size > 0
+        assert (run / "after.json").exists() and (tmp_path / "run.tar.gz").stat().st_size > 0
         return (tmp_path / "commands").read_text().splitlines(), len((run / "metrics.jsonl").read_text().splitlines())
 
-    (unpack, build, train, measure, pack), steps = call(BOX="5", RESERVE="2", STEPS="1000")
+    (unpack, easy, build, form, train, measure, pack), steps = call(BOX="9", RESERVE="2", STEPS="1000")
     assert unpack == f"runs/travel.py unpack {tmp_path}/pieces {tmp_path}/out/model" and 0 < steps < 13
-    assert build.startswith(f"-m lab.build --out {tmp_path}/out/labels --model {tmp_path}/out/model --task esnli")
+    kinds = f"{tmp_path}/out/easy/kinds.jsonl"
+    assert easy == f"runs/easy.py {tmp_path}/out/easy"
+    assert build.startswith(f"-m lab.build --out {tmp_path}/out/labels --model {tmp_path}/out/model --task jsonl")
+    assert form.startswith(
+        f"train.py --out {tmp_path}/out/form --model {tmp_path}/out/model --task jsonl --data {kinds} "
+    )
     parsed = args.parse(train.split()[1:], {}, {})
     args.check(parsed)
-    assert (parsed.prompts, parsed.samples, parsed.steps, parsed.data) == (32, 16, 1000, f"{tmp_path}/data/esnli")
+    assert (parsed.prompts, parsed.samples, parsed.steps, parsed.data) == (32, 16, 1000, kinds)
     assert measure == f"train.py --out {run} --resume --steps {steps}"
     assert pack == f"runs/travel.py pack {run}/model {tmp_path}/adapter --piece 15"
     (tmp_path / "out" / "labels").mkdir()
     (tmp_path / "out" / "labels" / "manifest.json").write_text('"complete": true')
-    (train, pack), more = call(STEPS=str(steps + 2))
+    (easy, train, pack), more = call(STEPS=str(steps + 2))
     assert train.startswith(f"train.py --out {run} --resume ") and more == steps + 2
-    assert len(call(STEPS=str(more))[0]) == 1
+    assert len(call(STEPS=str(more))[0]) == 2
