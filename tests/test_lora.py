@@ -215,6 +215,10 @@ def test_an_adapter_is_trained_on(done, tmp_path):
     first, then = (safetensors.torch.load_file(at / "adapter_model.safetensors") for at in (adapter, out / "model"))
     assert first.keys() == then.keys() and not any(torch.equal(first[name], then[name]) for name in first)
     assert (out / "model" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+    measured = ["--model", out / "model", "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5,
+                "--max-new-tokens", 10, "--temperature", 1, "--rows", tmp_path / "rows"]  # fmt: skip
+    assert faith.main([str(x) for x in measured]) == 0
+    assert [r["text"] for r in lines(tmp_path / "rows.T1.jsonl")] == [r["text"] for r in lines(out / "after.T1.jsonl")]
 
 
 def test_only_explanations(done, folder, tmp_path):
