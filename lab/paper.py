@@ -82,9 +82,10 @@ def read(folder: str | Path) -> Run:
     if not saved:
         return Run(folder, folder.resolve().name, cells, {})
     args = reading.read_json(saved)
-    labels = args.take("labels", str)  # of shuffled ones an imitation learns the form of an explanation alone
+    objective, labels = args.take("objective", str), args.take("labels", str)
+    # Of shuffled labels an imitation learns the form of an explanation alone.
     supervised = {"detection": "RQ1", "imitation": "form" if labels == "shuffled" else "imitation"}
-    row = supervised.get(args.take("objective", str)) or f"RQ2-{labels}"
+    row = supervised.get(objective) or f"RQ2-{labels}"
     if row not in ROWS:
         args.refuse("labels", "on-policy, frozen or shuffled")
     task, kind, _ = (args.take(key, str) for key in ("task", "intervention", "model"))

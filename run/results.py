@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import model as models
-from run import files, identity
+from run import files, identity, lora
 from run.args import Args, command, data_sets
 from run.hub import base_of, locate
 from run.progress import say
@@ -112,8 +112,9 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     paths = data_sets(args.task, args.data).values()
     record = dataclasses.asdict(args) | {"data": ",".join(str(Path(path).resolve()) for path in paths)}
     record |= {"history": earlier} if (earlier := history(args)) else {}
-    base = base_of(locate(args.model)) or args.model  # of an adapter that was trained on: faith.py asks for it
-    record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"] | {"weights": identity.weights(base)}}
+    record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"]}
+    if lora.adapters(model):  # faith.py asks for its base
+        record["made_of"] |= {"weights": identity.weights(model.source)}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
     copied = (identity.LIST, *["calibration.json"] * args.calibrate)
     also += [(name, (folder.parent / name).read_text(encoding="utf-8")) for name in copied]

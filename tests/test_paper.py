@@ -269,6 +269,8 @@ def test_a_run_that_stopped_early_is_marked(paper_runs, folder):
     assert (alone["rows"]["RQ2-frozen"]["steps"], alone["rows"]["RQ2-frozen"]["planned"]) == ([30], [200])
     names = [line.split("  ")[0] for line in paper.text(alone, False).split("\n")]
     assert "RQ1 (stopped after 150 of 200 steps)" in names and "RQ2-frozen (stopped after 30 of 200 steps)" in names
+    taught = table_of(a, *(folder(n, objective="imitation", labels=n) for n in ("shuffled", "frozen")))["rows"]
+    assert [*taught] == ["form", "imitation", "RQ2-frozen"]  # labels that were shuffled teach the form alone
     two = "\nRQ2-frozen (2 seeds, 1 of them stopped after 30 of 200 steps)  "
     assert two in paper.text(table_of(a, b), False)
     assert "stopped" not in paper.text(table_of(b, paper_runs[0]["base"]), False)
