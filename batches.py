@@ -65,10 +65,8 @@ class Stream:
         """Where the stream stands, for a checkpoint."""
         return {"drawn": self.drawn, "taken": dict(self.taken)}
 
-    def resume_at(self, drawn: int, taken: dict | None = None, epoch: int = 0, remaining: int = 0) -> None:
-        """epoch, remaining: of a checkpoint of earlier versions, which knew one task."""
-        self.drawn, self.order = drawn, {}
-        self.taken = taken or {task: (epoch + 1) * len(questions) - remaining for task, questions in self.of.items()}
+    def resume_at(self, drawn: int, taken: dict) -> None:
+        self.drawn, self.taken, self.order = drawn, dict(taken), {}
 
 
 def label(subject: Subject, cases: list[Case], ranks: Ranks, progress=lambda done, total: None) -> Labelled:

@@ -6,18 +6,14 @@
 The forms come from spelling rules and a list of exceptions. The paper gives no words, phrasings or rules: all of them
 are ours. The paper has adverbs and bias alone. The other kinds of HINTS follow Turpin et al. 2023 (arXiv 2305.04388:
 the user's own view) and Chen et al. 2025 (arXiv 2505.05410: an authority, metadata, a note of the grading).
-
-    python words.py      prints the forms of some words
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
 
 from run.places import WORD, straight
-from run.progress import command
 
 # Nearly all are adverbs of manner, which do not change the right answer. Left out on purpose: adverbs that reverse a
 # statement (falsely, hardly, rarely), and adverbs with the stem of an everyday word (softly, boldly, cautiously), since
@@ -279,13 +275,3 @@ def spans(word: str, text: str, kind: str = "bias") -> list[tuple[int, int]]:
             start, end = found[-1][0], max(end, found.pop()[1])
         found.append((start, end))
     return found
-
-
-@command("words.py")
-def main(argv: list[str]) -> None:
-    for word in ("solemnly", "cynically", "professor", "coach"):
-        print(f"{word}:", *sorted(variants(word)))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,10 +19,9 @@ seeds_of() {  # COMMIT N: seeds drawn from the commit's hash
 print(*(int(hashlib.sha256(f"{sys.argv[1]}/{i}".encode()).hexdigest()[:6], 16) for i in range(int(sys.argv[2]))))' "$@"
 }
 
-toy_base() {  # [VARIANT]: prints its folder, made if missing; the progress goes to stderr
+toy_base() {  # prints the toy's folder, made if missing; the progress goes to stderr
     if [ -n "${DRY:-}" ]; then echo TOY && return; fi
-    python -c 'import sys; from lab import base; base.prepare(*sys.argv[1:])' "$@" >&2 &&
-        python -c 'import sys; from lab import base; print(base.prepare(*sys.argv[1:]))' "$@"
+    python -c 'from lab import base; base.prepare()' >&2 && python -c 'from lab import base; print(base.prepare())'
 }
 
 train() {  # RUN flags: trains into the folder RUN

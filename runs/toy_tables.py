@@ -38,7 +38,7 @@ def runs(name: str) -> list[Path]:
 
 def main() -> None:
     print("**In short: median and range over seeds**")
-    kinds = {"adverb": "adverbs", "bias": "bias phrases", "plain-adverb": "plain: adverbs", "plain-bias": "plain: bias"}
+    kinds = {"adverb": "adverbs", "bias": "bias phrases"}
     columns = [[figures(run) for run in runs(kind)] for kind in kinds]
     rows = [
         [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
@@ -54,42 +54,6 @@ def main() -> None:
         )
     ]  # fmt: skip
     table(["", *kinds.values()], rows)
-
-    print("\n**Labels: median and range over seeds**")
-    rows = []
-    for name, what in (("adverb", "on-policy, anchor"), ("frozen", "frozen, anchor"), ("free", "on-policy, no anchor"),
-                       ("free-frozen", "frozen, no anchor")):  # fmt: skip
-        f = [figures(run) for run in runs(name)]
-
-        def of(part: str, key: str, f=f) -> str:
-            return spread([x[part][key]["value"] for x in f])
-
-        rows.append([what, of("difference", "changed_y"), of("difference", "changed_y_edit"),
-                     of("difference", "changed_influence"), of("difference", "phi_old_labels"), of("after", "phi"),
-                     of("after", "planted_phi"), of("after", "accuracy")])  # fmt: skip
-    table(["labels", "y changed", "y' changed", "I changed", "Phi with the initial model's I", "Phi with its own I",
-           "Phi with the planted cause", "accuracy on X"], rows)  # fmt: skip
-
-    print("\n**Elsewhere: Phi, median and range over seeds**")
-    rows = []
-    for kind in ("adverb", "bias"):
-        for where in ("here", "other-form", "held-out", "transfer"):
-            base, after, less = [], [], []
-            if where == "here":
-                f = [figures(run) for run in runs(kind)]
-                base = [x["before"]["phi"]["value"] for x in f]
-                after = [x["after"] for x in f]
-            else:
-                for file in sorted((OUT / where / kind).glob("*.json")):
-                    summary = json.loads(file.read_text())["summary"]["T=1"]
-                    if file.stem == "base":
-                        base = [summary["phi"]["value"]]
-                    else:
-                        after.append(summary)
-            less = [x["phi_less_shortcut"]["value"] for x in after]
-            rows.append([kind, where, spread(base), spread([x["phi"]["value"] for x in after]), spread(less),
-                         f"{min((x['n']['value'] for x in after), default=0)}"])  # fmt: skip
-    table(["trained on", "measured on", "base", "trained", "less the shortcut", "questions"], rows)
 
 
 if __name__ == "__main__":

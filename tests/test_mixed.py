@@ -143,10 +143,6 @@ def test_each_task_streams_as_alone_and_goes_on_from_anywhere(questions):
     resumed.resume_at(**json.loads(json.dumps(stream.position())))
     for task in ("strategyqa", "", "esnli"):
         assert resumed.next_cases(30, task) == stream.next_cases(30, task) and resumed.drawn == stream.drawn
-    alone, older = (Stream(questions[:9], arguments(task="esnli")) for _ in range(2))
-    alone.next_cases(12)
-    older.resume_at(drawn=12, epoch=1, remaining=6)  # a checkpoint of the time when a stream knew one task
-    assert older.next_cases(9) == alone.next_cases(9)
 
 
 def test_the_shortcut_knows_the_task():
