@@ -37,7 +37,7 @@ from chat import Tokenizer
 from run import lora
 from run.config import switches
 from run.files import whole_folder
-from run.hub import base_of, locate, weight_files
+from run.hub import base_of, locate, tokenizer_folder, weight_files
 from run.progress import command
 from run.reading import copy_tensors, read_json
 
@@ -167,7 +167,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing: keep only each block's input, and run it again in backward
-        self.source: Path | None = None  # the directory that `load` read; `save` copies the tokenizer from it
+        self.source: Path | None = None  # the directory that `load` read, of an adapter its base's
+        self.tokenizer_source: Path | None = None  # `save` copies the tokenizer from it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
@@ -262,7 +263,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             raise ValueError(f"{folder} holds an adapter and a whole model, {both[0]}; move one away, or use the base")
         if base_of(base):
             raise ValueError(f"{folder}: its base {base} is an adapter too; merge that with PEFT into its own base")
-        return lora.read(load(base, device, dtype), folder)
+        network = lora.read(load(base, device, dtype), folder)
+        network.tokenizer_source = tokenizer_folder(folder)
+        return network
     model = empty(folder, device, dtype)
     places, seen = model.named_tensors(lambda parameter: parameter.data), set()
     embedding = places["embed_tokens.weight"]  # old files of a tied model hold the head too, or the head alone
@@ -289,11 +292,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             raise ValueError(f"{folder}: config.json ties the head, but lm_head.weight differs; fetch both again")
     if missing := [f"{name} {tuple(place.shape)}" for name, place in places.items() if name not in seen]:
         raise ValueError(f"{folder} lacks the tensor {missing[0]}; fetch the weights again")
-    model.source = folder
+    model.source = model.tokenizer_source = folder
     return model
 
 
-# Tokenizer files; `save` copies them from the loaded model's folder.
+# Tokenizer files, which `save` copies.
 COMPANIONS = ("tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
               "tokenizer.model chat_template.jinja chat_template.json additional_chat_templates").split()  # fmt: skip
 
@@ -325,8 +328,8 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
             write_tensors({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, partial / name)
         for name, value in values.items():
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-        for name in COMPANIONS if model.source else ():
-            if (file := model.source / name).exists():
+        for name in COMPANIONS if model.tokenizer_source else ():
+            if (file := model.tokenizer_source / name).exists():
                 (shutil.copytree if file.is_dir() else shutil.copyfile)(file, partial / name)
         for name, text in [("README.md", card or "A model saved by faith's model.save.\n"), *also]:
             (partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -334,11 +337,11 @@ def save(model: Transformer, path: str | Path, card: str = "", shard_bytes: floa
 
 def generation_config(model: Transformer) -> dict:
     """The source's generation_config.json, with all tokens that ended an answer: the model's, and the template's."""
-    settings, ends, source = {}, list(model.config.end_of_turn), model.source
-    if source and (source / "generation_config.json").exists():
-        settings = read_json(source / "generation_config.json")
-    if source and (source / "tokenizer.json").exists():
-        ends.append(Tokenizer(source).end_of_turn)
+    settings, ends = {}, list(model.config.end_of_turn)
+    if model.source and (model.source / "generation_config.json").exists():
+        settings = read_json(model.source / "generation_config.json")
+    if (home := model.tokenizer_source) and (home / "tokenizer.json").exists():
+        ends.append(Tokenizer(home).end_of_turn)
     return settings | {"eos_token_id": list(dict.fromkeys(ends))}
 
 

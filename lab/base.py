@@ -121,7 +121,7 @@ def build(folder: Path, variant: str) -> None:
         scratch, part = Path(scratch), Path(scratch, "part")
         make_tokenizer(scratch)
         network = train_base(scratch, variant)
-        network.source = scratch
+        network.source = network.tokenizer_source = scratch
         part.mkdir()
         models.save(network, part / "model", "# The toy's base model\n\nMade by faith's lab/base.py.\n")
         causes: dict[frozenset, int] = {}  # each set written once

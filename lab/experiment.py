@@ -98,8 +98,9 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
 
 def check_goes_on(args: Args, adapter: dict, only_explains: bool) -> None:
     """Raises ValueError unless the flags say what the adapter in --model is, which then is trained on."""
-    has = {"--lora": adapter["r"], "--lora-alpha": adapter["lora_alpha"],
-           "--lora-targets": ",".join(adapter["target_modules"]),
+    targets = sorted(name.removeprefix("model.") for name in adapter["target_modules"])
+    has = {"--lora": adapter["r"], "--lora-alpha": float(f"{adapter['lora_alpha']:.6g}"),  # saved as scale · r
+           "--lora-targets": ",".join(targets),
            "--train-only": "explanation" if only_explains else "all"}  # fmt: skip
     given = args.lora, args.lora_alpha, ",".join(sorted(args.lora_targets.split(","))), args.train_only
     if tuple(has.values()) != given:
@@ -120,8 +121,9 @@ def measure_and_train(
             results.write_args(args)
         if not all((out / name).exists() for name in ("identity.json", identity.LIST)):
             results.write_identity(args, subject.made_of, stream)
+        each = args.samples if args.objective == "disclosure" else 1
         print(f"{args.task}, {args.intervention}, {args.labels} labels: {args.steps} steps of {args.prompts} x "
-              f"{args.samples} explanations, into {out}", flush=True)  # fmt: skip
+              f"{each} explanations, into {out}", flush=True)  # fmt: skip
     if args.calibrate:
         subject.offsets = faith.calibrate(subject, stream.questions, args.calibration_questions)
         if ranks.rank == 0:
@@ -146,6 +148,8 @@ def measure_and_train(
         ranks.together(state.resume)
         if ranks.rank == 0:
             results.write_args(args, state.steps)
+            for name in ("after.json", "difference.T1.json") if state.steps < args.steps else ():
+                (out / name).unlink(missing_ok=True)  # of a run that goes on; runs/lines.sh takes it for done
     if ranks.rank == 0 and before and not state.steps:
         logged(0, {"before": reading.read_json(out / "before.json")})
     problem = train(args, ranks, step, subject, policy, stream, anchor, state, logged)

@@ -32,7 +32,8 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
     if (trained := record.get("why", "leading" if record else args.why[0])) not in args.why:
         print(f"note: this model was trained to explain when asked --why {trained}")
     if args.calibration not in ("none", "fit"):
-        begun = record.take("made_of", dict[str, str], {}).get("weights")
+        made_of = record.take("made_of", dict[str, str], {})
+        begun = {made_of.get("weights"), made_of.get("base") if subject.only_explains else None}
         offsets = read_offsets(subject, args.calibration, options, task, args.model, begun)
         subject.offsets = {task or "ask": offsets}
     elif args.calibration == "none" and saved.exists():
@@ -40,7 +41,7 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
     return subject
 
 
-def read_offsets(subject: faith.Subject, file: str, options: int, task: str, model="", begun=None) -> np.ndarray:
+def read_offsets(subject: faith.Subject, file: str, options: int, task: str, model="", begun=frozenset()) -> np.ndarray:
     """The offsets (options,) of a calibration.json; ValueError if it is of another task, other prompts, or weights that
     are neither those of the model nor `begun`, those that its run began with.
     """
@@ -56,7 +57,7 @@ def read_offsets(subject: faith.Subject, file: str, options: int, task: str, mod
         if "made_of" in saved:
             now = faith.made_of(subject, [])
             identity.check_same(saved["made_of"], now, file, "calibrate anew", ("tokenizer", "prompts"))
-            if model and begun != (then := saved["made_of"].get("weights")) and then:
+            if model and (then := saved["made_of"].get("weights")) and then not in begun:
                 advice = "give that of this model, or of the run that made it"
                 identity.check_same(saved["made_of"], {"weights": identity.weights(model)}, file, advice)
     except ValueError as error:

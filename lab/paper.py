@@ -32,6 +32,7 @@ from lab import plot
 from lab.compare import compare, pairs
 from reward import KINDS
 from run import files, identity, reading
+from run.args import Args
 from run.progress import Parser, command
 from run.results import check_rows, hashes
 from run.tables import cell, grid
@@ -39,7 +40,9 @@ from run.tables import cell, grid
 ROWS = ("base", "form", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
           "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
-FREE = {"seed", "out", "resume", "note", "save_every", "checkpoint_every", "micro", "parallel", "recompute"}  # in a row
+FREE = {
+    *"seed out resume note save_every checkpoint_every micro parallel recompute log rows kernels eval_before".split()
+}
 SMOKE = 20  # a run of fewer steps shows only that the commands work
 PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
          "phi_less_shortcut": "Phi minus the shortcut's", "phi_less_base": "Phi minus the base's",
@@ -104,9 +107,9 @@ def check_alike(runs: list[Run]) -> None:
                 names = "weights", "questions", "dataset"
                 identity.check_same(was, now, f"{a.folder}/identity.json", f"{both} not seeds of one row", names)
             for key in sorted((a.args.keys() | b.args.keys()) - free):
-                x, y = a.args.get(key), b.args.get(key)
-                if (x or 0) != (y or 0):  # a run that is older than a flag has it off
-                    flag = f"--{key.replace('_', '-')}"
+                x, y = (run.args.get(key, getattr(Args, key, None)) for run in (a, b))  # one may be older than a flag
+                if x != y:
+                    flag = "history of flags" if key == "history" else f"--{key.replace('_', '-')}"
                     raise ValueError(f"{both} not seeds of one row, {b.row}: their {flag} differs, {x!r} and {y!r}")
             if a.args.get("seed") == (seed := b.args.get("seed")):
                 raise ValueError(f"{both} the same seed of {b.row}, --seed {seed}: give one of them")
@@ -133,6 +136,7 @@ def check_made_of(key: Key, runs: list[Run]) -> None:
     for run in (run for run in runs if run.trained):
         where, begun = f"{run.folder}/identity.json", hashes(run.folder / "identity.json")
         if begun and base:
+            begun |= {"weights": identity.base_weights(begun)}
             identity.check_same(begun, base, where, "give the base that the run began with", ["weights", "tokenizer"])
         made_of = hashes(f"{run.cells[key]}.identity.json")
         if made_of and (run.folder / "model").exists():
@@ -176,7 +180,9 @@ def columns(trained: Key | None, runs: list[Run]) -> dict[Key, str]:
            for key in sorted(there) if key[1] in kinds and key not in home}  # fmt: skip
     cross = {(task, kind): f"cross-intervention: {kind}" + f", {task}" * (len(tasks) > 1)
              for kind in KINDS if kind not in kinds for task in tasks}  # fmt: skip
-    return near | far | {key: head for key, head in cross.items() if key in there}
+    named = near | far | {key: head for key, head in cross.items() if key in there}
+    rest = sorted({key for run in runs if run.trained for key in run.cells} - named.keys())
+    return named | {key: f"elsewhere: {there[key]}" for key in rest}
 
 
 def measured(key: Key, runs: list[Run], resamples=2000) -> dict[Path, dict]:
@@ -217,7 +223,7 @@ def tables(folders: list, resamples=2000) -> list[dict]:
     if len(bases) > 1:
         raise ValueError(f"{bases[0].folder} and {bases[1].folder} have no args.json: give one base")
     for a, b in itertools.combinations(trained, 2):
-        was, now = (hashes(run.folder / "identity.json").get("weights") for run in (a, b))
+        was, now = (identity.base_weights(hashes(run.folder / "identity.json")) for run in (a, b))
         if was != now if was and now else a.args["model"] != b.args["model"]:
             models = f"{a.args['model']} of {a.folder} and {b.args['model']} of {b.folder}"
             raise ValueError(f"runs of several models, {models}: make a table of each")

@@ -156,6 +156,8 @@ def check(args: Args) -> None:
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.objective == "imitation" and args.opening:
         raise ValueError("--objective imitation writes explanations from their first word; leave out --opening")
+    if args.objective != "disclosure" and args.kl:
+        raise ValueError(f"--objective {args.objective} has no KL term; leave out --kl")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.train_only != "all" and not args.lora:

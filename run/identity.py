@@ -1,6 +1,7 @@
 """What a result was made of, as sha256 hashes, and the refusal to mix results that were made of different things.
 
     weights      the model's safetensors files (of an adapter: its base's too)
+    base         of an adapter that was trained on: its base's weights
     config       the switches of model.Config, with the tokens that end an answer
     tokenizer    tokenizer.json, and the chat turns as they are rendered
     opening      the words that an explanation must begin with, and --why where it is not leading
@@ -56,6 +57,17 @@ def weights(path: str | Path) -> str:
     return digest([weights(base), *map(file_digest, own)])
 
 
+def of_model(path: str | Path) -> dict[str, str]:
+    """The hash of a model's weights, and of an adapter also its base's."""
+    base = base_of(locate(path))
+    return {"weights": weights(path)} | ({"base": weights(base)} if base else {})
+
+
+def base_weights(made_of: dict[str, str]) -> str | None:
+    """Of what a run began with: the hash of the weights below its adapters."""
+    return made_of.get("base", made_of.get("weights"))
+
+
 def check_same(was: object, now: dict[str, str], where: str, advice: str, names: Iterable[str] = ()) -> None:
     """Raises ValueError if the hashes `was`, kept in `where`, differ from `now`. names: which of them count, or all."""
     known = was if isinstance(was, dict) else {}
@@ -70,8 +82,8 @@ def check_base(path: str | Path, config: str) -> None:
     folder = locate(path)
     base, record = base_of(folder), folder / "training.json"
     if base and os.path.lexists(record) and (made_of := read_json(record).take("made_of", dict[str, str], {})):
-        now = {"weights": weights(base), "config": config}
-        check_same(made_of, now, f"the adapter {path}", f"put the right model at {base}")
+        known, now = made_of | {"weights": base_weights(made_of)}, {"weights": weights(base), "config": config}
+        check_same(known, now, f"the adapter {path}", f"put the right model at {base}")
 
 
 # ---- which questions a trained model has seen ------------------------------------------------------------------

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import model as models
-from run import files, identity, lora
+from run import files, identity
 from run.args import Args, command, data_sets
-from run.hub import base_of, locate
+from run.hub import locate
 from run.progress import say
 from run.reading import read_json
 
-ALIKE = ("questions", "prompts", "words", "opening", "calibration", "length")  # of rows that are compared
+ALIKE = ("questions", "prompts", "words", "opening", "calibration", "length", "dtype")  # of rows that are compared
 
 
 def write_args(args: Args, steps: int = 0) -> None:
@@ -50,7 +50,7 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     identity.HASHED.update({file: stamp for file, stamp in known.items() if len(stamp) == 4})
     fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if not f.metadata["on_resume"]}
     set_flags = {name: value for name, value in fixed.items() if value != getattr(Args, name)}
-    made_of = made_of | {"weights": identity.weights(args.model), "flags": identity.digest(set_flags)}
+    made_of = made_of | identity.of_model(args.model) | {"flags": identity.digest(set_flags)}
     made_of |= {"dataset": identity.file_digest(dataset.with_name("train.jsonl"))} if args.dataset else {}
     if begun is not None:
         identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
@@ -60,8 +60,8 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     elif args.resume:
         say(f"note: {kept} is missing, so nobody knows whether the model and the data are those it was begun with")
     if args.dataset:
-        decides = base_of(locate(args.model)) if only_explains(args.model) else args.model
-        known, now = read_json(dataset).get("made_of"), {"weights": identity.weights(decides)}
+        decides = "base" if "base" in made_of and only_explains(args.model) else "weights"
+        known, now = read_json(dataset).get("made_of"), {"weights": made_of[decides]}
         identity.check_same(known, now, f"--dataset {args.dataset}", "give that model, or build another")
     return made_of
 
@@ -81,7 +81,8 @@ def write_offsets(file: str | Path, subject, questions: int, task: str) -> None:
 
 def write_measured(prefix: str | Path, rows: dict[float, list], fit_rows: list, subject, max_new_tokens: int) -> None:
     """Writes what faith.measure gave: PREFIX.T0.jsonl, …, PREFIX.fit.jsonl, and PREFIX.identity.json."""
-    how = {"calibration": subject.calibration, "length": max_new_tokens}
+    dtype = str(subject.sampler.model.dtype)
+    how = {"calibration": subject.calibration, "length": max_new_tokens, "dtype": dtype}
     made_of = subject.made_of | {name: identity.digest(value) for name, value in how.items()}
     parts = {f"T{t:g}": rows[t] for t in rows} | {"fit": fit_rows}
     for part in parts:
@@ -113,8 +114,6 @@ def save_model(args: Args, model: models.Transformer, name: str) -> None:
     record = dataclasses.asdict(args) | {"data": ",".join(str(Path(path).resolve()) for path in paths)}
     record |= {"history": earlier} if (earlier := history(args)) else {}
     record |= {"made_of": read_json(folder.parent / "identity.json")["made_of"]}
-    if lora.adapters(model):  # faith.py asks for its base
-        record["made_of"] |= {"weights": identity.weights(model.source)}
     also = [("training.json", json.dumps(record, indent=1) + "\n")]
     copied = (identity.LIST, *["calibration.json"] * args.calibrate)
     also += [(name, (folder.parent / name).read_text(encoding="utf-8")) for name in copied]

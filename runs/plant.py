@@ -117,6 +117,8 @@ def encoded(tokenizer: models.Tokenizer, question: Question, y: int, why: str) -
     """Token ids, and for each what it is: "letter", "why" or "" (not trained)."""
     decision = faith.decision_prompt(tokenizer, question)
     ids = faith.explanation_prompt(tokenizer, question, y, why="alone")
+    if ids[: len(decision)] != decision:
+        raise ValueError("this model's chat template writes an answered turn otherwise than one to be answered")
     kinds = [""] * len(decision) + ["letter"]
     if not why:
         return ids[: len(kinds)], kinds

@@ -36,8 +36,10 @@ def states(subject: faith.Subject, rows: list[dict]) -> np.ndarray:
         texts = {"parts": row["parts"], "options": row["options"]} | row["edited"]
         parts, options = (tuple(texts[field]) for field in ("parts", "options"))
         question = Question(row["task"], "", parts, options, 0, "", texts.get("appeal", ""))
-        decided = len(faith.decision_prompt(subject.tokenizer, question))
+        decision = faith.decision_prompt(subject.tokenizer, question)
         prompt = faith.explanation_prompt(subject.tokenizer, question, row["y_edit"], subject.opening, subject.why)
+        if prompt[: (decided := len(decision))] != decision:
+            raise ValueError("this model's chat template writes an answered turn otherwise than one to be answered")
         tokens, positions, runs, _ = end_to_end([[prompt]], network.device)
         kept.clear()
         with torch.no_grad():

@@ -31,7 +31,8 @@ runs=("$out/base" "$out/form" "${seeds[@]/#/$out/seed-}")
 if [ "${BASELINES:-}" ]; then
     train "$out/imitation" --model "$out/form/model" $kinds $task $sizes $run --objective imitation --labels frozen \
         --steps "${STEPS:-60}" --lr 3e-4 --decay linear | run_lines 1
-    train "$out/shuffled" --model "$out/form/model" $kinds $task $sizes $run --labels shuffled $grpo | run_lines 1
+    train "$out/shuffled" --model "$out/form/model" $kinds $task $sizes $run --labels shuffled $grpo --seed 1 |
+        run_lines 1  # seed 0 would be the permutation that the form has seen
     runs+=("$out/imitation" "$out/shuffled")
 fi
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The labels, the form and the first run of runs/qwen.sh, on a GPU machine without a network and with little time.  NOT YET RUN ON A GPU.
-#     bash runs/qwen_gpu.sh PIECES DATA_DIR OUT_DIR        PIECES: what runs/travel.py packed; DATA_DIR has esnli/
+# The labels, the form and the first run of runs/qwen.sh, on a GPU machine without a network and with little time. NOT YET
+# RUN ON A GPU.
+#     bash runs/qwen_gpu.sh PIECES DATA_DIR OUT_DIR        PIECES: what runs/travel.py packed; DATA_DIR: as of qwen.sh
 # It ends within BOX (550) seconds. Training stops where RESERVE (150) of them are left, for the measurement of what was
 # learned. The same command goes on where it stopped. DRY=1 prints the commands. STEPS (300) and FLAGS of train.py may be
 # given in the environment. If $OUT is set, the figures and the adapter, in pieces of 15 MiB, are put there too.
@@ -22,7 +23,7 @@ trained() { cat "$run/metrics.jsonl" 2> /dev/null | wc -l; }
 [ "$(trained)" -ge "$steps" ] || within 0 "rm -f $run/after.json"  # measured after fewer steps
 DRY=1 DTYPE=${DTYPE:-auto} bash runs/qwen.sh "$out/model" "$data" "$out" 0 | while read -r line; do
     case $line in
-        *easy.py* | *lab.build* | *imitation*) within 0 "$line" ;;
+        *easy.py* | *lab.build* | *"--out $out/form "*) within 0 "$line" ;;
         *train.py*) within "${RESERVE:-150}" "${line/ >>/ $flags >>}" || [ $? = 124 ] ;;
     esac
 done

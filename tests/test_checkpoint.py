@@ -16,6 +16,7 @@ import torch
 from launch import call, close, finish, ran, refused, same, script, start, timeless, until
 
 import model as models
+import train
 from lab import experiment
 from run import checkpoint, files, lora, reading, results
 from run.args import Args
@@ -366,9 +367,13 @@ def test_resume_mistakes(copy, tmp_path):
     assert len(reading.read_jsonl(copy / "metrics.jsonl")) == STEPS
 
 
-def test_more_steps(whole, copy):
-    """A run that has ended may get more steps, at another learning rate."""
-    resumed(copy, "--steps", STEPS + 2, "--lr", "1e-4", after=STEPS)
+def test_more_steps(whole, copy, monkeypatch):
+    """A run that has ended may get more steps, at another learning rate. From then on it does not look ended."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert call(["--resume", "--out", copy, "--steps", STEPS + 2, "--lr", "1e-4"])[0] == 143
+    assert not (copy / "after.json").exists() and not (copy / "difference.T1.json").exists()
+    resumed(copy, after=STEPS)
     metrics = timeless(copy / "metrics.jsonl")
     assert metrics[:STEPS] == timeless(whole / "metrics.jsonl") and len(metrics) == STEPS + 2
     was, now = (json.loads((out / "args.json").read_text()) for out in (whole, copy))

@@ -267,6 +267,7 @@ def test_rows_that_are_compared(copy, change, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("given", "what"), [
     (["--calibration", "fit"], "calibration"), (["--max-new-tokens", "3"], "length"),
+    (["--dtype", "bf16"], "dtype"),
 ])  # fmt: skip
 def test_rows_that_were_measured_in_another_way(copy, given, what, capsys):
     measure = ["--model", str(copy / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit", "5",

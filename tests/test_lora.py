@@ -16,6 +16,7 @@ from test_grpo import close as agree
 import faith
 import grpo
 import model as models
+from lab import paper
 from rollout import Sampler
 from run import lora
 
@@ -205,7 +206,7 @@ def test_resume(done, folder, tmp_path):
     assert (out / name).read_bytes() == (copy / name).read_bytes()
 
 
-def test_an_adapter_is_trained_on(done, tmp_path):
+def test_an_adapter_is_trained_on(done, folder, tmp_path):
     """It begins as it was, and that is the reference of the KL. What is saved has the same base."""
     out, adapter = tmp_path / "o", done[0] / "model"
     assert call([*done[1], "--model", adapter, "--out", out])[0] == 0
@@ -215,10 +216,42 @@ def test_an_adapter_is_trained_on(done, tmp_path):
     first, then = (safetensors.torch.load_file(at / "adapter_model.safetensors") for at in (adapter, out / "model"))
     assert first.keys() == then.keys() and not any(torch.equal(first[name], then[name]) for name in first)
     assert (out / "model" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
-    measured = ["--model", out / "model", "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5,
-                "--max-new-tokens", 10, "--temperature", 1, "--rows", tmp_path / "rows"]  # fmt: skip
-    assert faith.main([str(x) for x in measured]) == 0
-    assert [r["text"] for r in lines(tmp_path / "rows.T1.jsonl")] == [r["text"] for r in lines(out / "after.T1.jsonl")]
+    for run, model in (("base", folder), ("o", out / "model")):
+        measured = ["--model", model, "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5, "--max-new-tokens",
+                    10, "--temperature", 1, "--rows", tmp_path / run / "cells" / "esnli-bias"]  # fmt: skip
+        (tmp_path / run / "cells").mkdir(parents=True)
+        assert faith.main([str(x) for x in measured]) == 0
+    rows = lines(out / "cells" / "esnli-bias.T1.jsonl")
+    assert [r["text"] for r in rows] == [r["text"] for r in lines(out / "after.T1.jsonl")]
+    (table,) = paper.tables([tmp_path / "base", out])  # the base is the adapter's
+    assert [*table["rows"]] == ["base", "RQ2-on-policy"]
+
+
+@pytest.mark.parametrize("train_only", ["all", "explanation"])
+def test_the_calibration_of_an_adapter_that_is_trained_on(folder, tmp_path, train_only, capsys):
+    """It is that of what the run began with; where no adapter decides, also that of its base."""
+    given, last = {"lora": 2, "calibrate": True, "train_only": train_only, "steps": 1}, folder
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert call(flags(last, out, **given))[0] == 0
+        last = out / "model"
+    for file, status in ((last, 0), (tmp_path / "b", 0), (tmp_path / "a", 0 if train_only == "explanation" else 2)):
+        measured = ["--model", last, "--task", "esnli", "--data", DATA, "--limit", 5, "--fit", 5, "--max-new-tokens", 2,
+                    "--calibration", file / "calibration.json"]  # fmt: skip
+        capsys.readouterr()
+        assert faith.main([str(x) for x in measured]) == status
+        assert bool(status) == ("give that of this model, or of the run that made it" in capsys.readouterr().err)
+
+
+def test_an_adapter_with_a_chat_template_of_its_own(folder, tmp_path):
+    """It is trained with that template and saved with it."""
+    models.save(lora.attach(models.load(folder), 2, 4.0), tmp_path / "a")
+    config = tmp_path / "a" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"chat_template": "Well. " + settings["chat_template"]}))
+    models.save(models.load(tmp_path / "a"), tmp_path / "b")
+    turns = [{"role": "user", "content": "Is it?"}]
+    own, saved, base = (models.Tokenizer(at).render(turns) for at in (tmp_path / "a", tmp_path / "b", folder))
+    assert own == saved != base
 
 
 def test_only_explanations(done, folder, tmp_path):

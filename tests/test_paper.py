@@ -151,6 +151,13 @@ def test_the_gain_that_vanishes(paper_runs, made):
     assert [got["vanished"][key] for key in ("low", "high")] == pytest.approx([low, high], abs=0.15 * (high - low))
 
 
+def test_a_cell_of_another_task_and_another_edit(paper_runs, folder):
+    rows = paper_runs[1]["s1"][CROSS]
+    (table,) = paper.tables([folder("run", rows=rows, key=(FAR[0], CROSS[1]), seed=1)], resamples=20)
+    assert table["columns"] == ["in-distribution", f"elsewhere: {FAR[0]}, {CROSS[1]}"]
+    assert table["rows"]["RQ2-on-policy"]["cells"][table["columns"][1]][0]["n"]["value"] == len(rows)
+
+
 def test_a_share_by_hand():
     """Before, Phi is 0. Mentions that follow the initial I gain 1. None of it vanishes if I is the same, else all."""
     base = [make_row(k, k % 2, k // 2 % 2) for k in range(80)]
@@ -302,9 +309,10 @@ def test_only_seeds_share_a_row(paper_runs, folder):
     s1 = paper_runs[0]["s1"]
     for name, args, message in (
         ("same", {"seed": 1}, "are the same seed of RQ2-on-policy, --seed 1"),
-        ("lr", {"seed": 7, "lr": 1e-3}, "not seeds of one row, RQ2-on-policy: their --lr differs, None and 0.001"),
+        ("lr", {"seed": 7, "lr": 1e-3}, "not seeds of one row, RQ2-on-policy: their --lr differs, 1e-05 and 0.001"),
         ("steps", {"seed": 7, "steps": 100}, "their --steps differs, 200 and 100"),
         ("open", {"seed": 7, "anchor_questions": 1}, "their --anchor-questions differs"),
+        ("resumed", {"seed": 7, "history": [{"until": 3, "lr": 1.0}]}, "their history of flags differs, None and "),
     ):
         other = folder(name, **args)
         assert refused(message, s1, other).startswith(f"{s1} and {other} are ")
@@ -312,7 +320,8 @@ def test_only_seeds_share_a_row(paper_runs, folder):
     assert list(table_of(*rows[::-1])["rows"]) == ["imitation", "RQ2-shuffled", "RQ2-frozen"]
     labelled = [folder(labels, objective="detection", labels=labels) for labels in ("frozen", "x")]
     refused("of one row, RQ1: their --labels differs", *labelled)
-    free = folder("free", seed=7, out="there", note="hm", checkpoint_every=5, lora=0)
+    free = folder("free", seed=7, out="there", note="hm", checkpoint_every=5, lora=0, log="tensorboard",
+                  kernels="plain", eval_before=False, why="leading")  # fmt: skip
     assert len(table_of(s1, free)["rows"]["RQ2-on-policy"]["runs"]) == 2
 
 

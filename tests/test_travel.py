@@ -163,3 +163,5 @@ def test_the_script_keeps_its_time_and_goes_on(tmp_path):
     (easy, train, pack), more = call(STEPS=str(steps + 2))
     assert train.startswith(f"train.py --out {run} --resume ") and more == steps + 2
     assert len(call(STEPS=str(more))[0]) == 2
+    (tmp_path / "out" / "form" / "after.json").unlink()  # cut off while it learned the form
+    assert f"train.py --out {tmp_path}/out/form --resume" in call(STEPS=str(more))[0]
