@@ -52,8 +52,7 @@ class Args:
     warmup: int = option(5, "steps of linear warm-up", least=0, on_resume=True)
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
-    beta2: float = option(0.98, "AdamW's second-moment decay; 0.98 because runs are short", least=0,
-                          most=0.99999)
+    beta2: float = option(0.98, "AdamW's second-moment decay; 0.98 because runs are short", least=0, most=0.99999)
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, on_resume=True)
     loss: str = option("dr_grpo", "a token's loss is divided by its explanation's length (grpo), all tokens of the "
                        "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))
@@ -156,8 +155,6 @@ def check(args: Args) -> None:
         raise ValueError("--dataset holds frozen labels; add --labels frozen, or leave it out")
     if args.objective == "imitation" and args.opening:
         raise ValueError("--objective imitation writes explanations from their first word; leave out --opening")
-    if args.objective != "disclosure" and args.kl:
-        raise ValueError(f"--objective {args.objective} has no KL term; leave out --kl")
     if args.prompts % 2:
         raise ValueError(f"--prompts must be even, half with influence and half without, not {args.prompts}")
     if args.train_only != "all" and not args.lora:

@@ -125,7 +125,6 @@ def test_no_opening_and_no_reference(folder, tmp_path):
     args = Args(model=str(folder), objective="imitation", kl=0.1)
     assert make_policy(models.load(folder), args, Ranks()).initial is None
     assert "leave out --opening" in refused(flags(folder, tmp_path / "x", opening="My"))
-    assert "has no KL term; leave out --kl" in refused(flags(folder, tmp_path / "x", kl=0.1))
 
 
 def test_the_form_is_learned_from_shuffled_labels(folder, tmp_path):
