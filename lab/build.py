@@ -65,9 +65,10 @@ def record(case: Case, row: dict) -> dict:
 
 def check_flags(manifest: reading.Record, flags: dict, where: str, advice: str) -> None:
     """ValueError where the data set was built with other flags."""
+    known = {"dtype": "auto"} | manifest  # an older one names no dtype
     for name, value in flags.items():
-        if manifest.get(name) != value:
-            raise ValueError(f"{where} was built with {name} {manifest.get(name)!r}, not {value!r}; {advice}")
+        if known.get(name) != value:
+            raise ValueError(f"{where} was built with {name} {known.get(name)!r}, not {value!r}; {advice}")
 
 
 def read_dataset(args, made_of: dict[str, str], trainable: list[Question]) -> Labelled:
