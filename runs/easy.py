@@ -21,19 +21,41 @@ from run.progress import command  # noqa: E402
 
 KINDS = {
     "an animal": "dog cat horse cow lion tiger rabbit elephant monkey sheep goat pig wolf bear fox deer mouse snake "
-    "frog duck whale shark camel donkey zebra giraffe kangaroo squirrel eagle owl",
-    "a fruit": "apple banana orange grape pear peach cherry lemon mango plum strawberry kiwi pineapple melon apricot "
-    "raspberry blueberry papaya coconut fig",
-    "a tool": "hammer screwdriver saw wrench drill pliers chisel shovel rake axe sickle crowbar",
-    "a color": "red blue green yellow purple black white pink gray brown violet turquoise",
+    "frog duck whale shark camel donkey zebra giraffe kangaroo squirrel eagle owl panda leopard cheetah hippopotamus "
+    "rhinoceros gorilla otter beaver hedgehog badger hamster lizard crocodile turtle dolphin octopus penguin parrot "
+    "pigeon sparrow swan goose chicken spider ant bee butterfly salmon tuna trout",
+    "a fruit": "apple banana grape pear cherry lemon mango strawberry pineapple melon apricot raspberry blueberry "
+    "papaya coconut fig watermelon grapefruit blackberry cranberry nectarine pomegranate",
+    "a vegetable": "carrot potato onion cabbage broccoli spinach lettuce cauliflower celery garlic leek radish turnip "
+    "asparagus zucchini parsnip",
+    "a drink": "tea coffee milk water juice wine beer lemonade whiskey vodka cocoa champagne",
+    "a tool": "hammer screwdriver saw wrench drill pliers chisel shovel rake axe sickle crowbar mallet spade pickaxe "
+    "sander",
+    "a color": "red blue green yellow purple black white pink gray brown beige magenta",
     "a country": "France Germany Japan Brazil Canada Egypt India Italy Spain Mexico Kenya Norway Poland Peru China "
-    "Sweden Greece Cuba Chile Vietnam",
-    "a vehicle": "car bus train bicycle truck airplane boat motorcycle tram helicopter ship taxi van",
-    "a musical instrument": "guitar piano violin drum flute trumpet cello harp saxophone clarinet banjo trombone",
-    "a piece of furniture": "chair table sofa bed desk wardrobe bookshelf stool bench cupboard",
-    "a piece of clothing": "shirt jacket trousers skirt sock hat coat glove scarf sweater",
-    "a metal": "iron copper gold silver zinc lead tin aluminum nickel steel",
-    "a sport": "football tennis basketball swimming hockey golf boxing baseball cricket volleyball",
+    "Sweden Greece Cuba Chile Vietnam Russia Austria Portugal Ireland Finland Denmark Hungary Belgium Australia "
+    "Argentina Colombia Thailand Indonesia Iran Iraq Nigeria Ethiopia Morocco Ukraine Romania Switzerland Iceland "
+    "Nepal Pakistan",
+    "a vehicle": "car bus train bicycle truck airplane boat motorcycle tram helicopter ship taxi van scooter ambulance "
+    "yacht canoe submarine tractor limousine",
+    "a musical instrument": "guitar piano violin drum flute trumpet cello harp saxophone clarinet banjo trombone "
+    "accordion harmonica xylophone tuba oboe bassoon ukulele mandolin",
+    "a piece of furniture": "chair table sofa bed desk wardrobe bookshelf stool bench cupboard armchair dresser couch",
+    "a piece of clothing": "shirt jacket trousers skirt sock hat coat glove scarf sweater dress jeans pajamas blouse "
+    "hoodie shorts vest",
+    "a metal": "iron copper zinc lead tin aluminum nickel steel titanium platinum bronze tungsten",
+    "a sport": "football tennis basketball swimming hockey golf boxing baseball volleyball rugby badminton wrestling "
+    "karate judo skiing fencing archery cycling gymnastics rowing",
+    "a part of the body": "arm leg head nose ear eye mouth finger knee elbow shoulder foot hand neck ankle wrist chin "
+    "thumb stomach heart liver lung",
+    "a job": "teacher doctor nurse lawyer farmer baker plumber carpenter pilot dentist engineer journalist butcher "
+    "tailor librarian architect electrician chef firefighter soldier waiter barber mechanic accountant",
+    "a language": "English French German Spanish Italian Russian Chinese Japanese Arabic Portuguese Korean Dutch "
+    "Swedish Polish Hindi Latin",
+    "a flower": "tulip daisy lily daffodil orchid sunflower carnation dandelion peony poppy jasmine marigold",
+    "a building": "house church school hospital castle museum library factory hotel temple theater cathedral "
+    "skyscraper barn cottage",
+    "a relative": "mother father sister brother aunt uncle cousin grandmother grandfather nephew niece daughter son",
 }
 CAPITALS = (
     "France Paris, Germany Berlin, Japan Tokyo, Italy Rome, Spain Madrid, Egypt Cairo, Canada Ottawa, China Beijing, "

@@ -5,7 +5,7 @@
 # a coin (shuffled labels) the persona. Then GRPO, three seeds; held-out personas, questions of other kinds, the table.
 # BASELINES=1 adds those of docs/guide.md, of one seed.
 #     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, strategyqa/
-# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (60), JOBS (1), THREADS (1). In
+# What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (150), JOBS (1), THREADS (1). In
 # bf16, which CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
@@ -20,9 +20,9 @@ task="--intervention bias --dtype ${DTYPE:-bf16}" kinds="--task jsonl --data $ou
 sizes="--eval-questions 300 --fit-questions 150 --calibrate"
 run="--dataset $out/labels --lora 16 --train-only explanation --why alone --prompts 8 --max-new-tokens 24 --warmup 5 \
     --no-eval-before --checkpoint-every 10"
-grpo="--samples 8 --steps ${STEPS:-60} --lr 1.5e-4 --kl 0.1 --clip-norm 0.2"
+grpo="--samples 8 --steps ${STEPS:-150} --lr 1.5e-4 --decay linear --kl 0.1 --clip-norm 0.2"
 build "$out/labels" --model "$model" $kinds $task $sizes --size 1000 --edits 2 | run_lines 1
-train "$out/form" --model "$model" $kinds $task $sizes $run --objective imitation --labels shuffled --steps 60 --lr 5e-4 \
+train "$out/form" --model "$model" $kinds $task $sizes $run --objective imitation --labels shuffled --steps 80 --lr 5e-4 \
     --decay linear | run_lines 1
 for seed in "${seeds[@]}"; do
     train "$out/seed-$seed" --model "$out/form/model" $kinds $task $sizes $run --labels frozen $grpo --seed "$seed"
@@ -30,7 +30,7 @@ done | run_lines "$jobs"
 runs=("$out/base" "$out/form" "${seeds[@]/#/$out/seed-}")
 if [ "${BASELINES:-}" ]; then
     train "$out/imitation" --model "$out/form/model" $kinds $task $sizes $run --objective imitation --labels frozen \
-        --steps "${STEPS:-60}" --lr 3e-4 --decay linear | run_lines 1
+        --steps "${STEPS:-150}" --lr 3e-4 --decay linear | run_lines 1
     train "$out/shuffled" --model "$out/form/model" $kinds $task $sizes $run --labels shuffled $grpo --seed 1 |
         run_lines 1  # seed 0 would be the permutation that the form has seen
     runs+=("$out/imitation" "$out/shuffled")
