@@ -145,7 +145,7 @@ def test_the_script_keeps_its_time_and_goes_on(tmp_path):
         assert (run / "after.json").exists() and (tmp_path / "run.tar.gz").stat().st_size > 0
         return (tmp_path / "commands").read_text().splitlines(), len((run / "metrics.jsonl").read_text().splitlines())
 
-    (unpack, easy, build, form, train, measure, pack), steps = call(BOX="9", RESERVE="2", STEPS="1000")
+    (unpack, easy, build, form, train, measure, pack), steps = call(BOX="11", RESERVE="2", STEPS="1000")
     assert unpack == f"runs/travel.py unpack {tmp_path}/pieces {tmp_path}/out/model" and 0 < steps < 13
     kinds = f"{tmp_path}/out/easy/kinds.jsonl"
     assert easy == f"runs/easy.py {tmp_path}/out/easy"
