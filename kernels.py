@@ -47,6 +47,8 @@ def may_fuse(kernels: str, device: torch.device, dtype: torch.dtype) -> bool:
 
     ValueError if fused is asked for and cannot run.
     """
+    if kernels not in ("auto", "fused", "plain"):
+        raise ValueError(f"--kernels must be auto, fused or plain, not {kernels!r}")
     cuda = device.type == "cuda"
     problems = {
         f"it needs a CUDA device, and the model is on the {device.type}": not (cuda or INTERPRETED),
