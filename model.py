@@ -38,7 +38,7 @@ from run import lora
 from run.config import switches
 from run.files import whole_folder
 from run.hub import base_of, locate, tokenizer_folder, weight_files
-from run.progress import command
+from run.progress import Parser, command
 from run.reading import copy_tensors, read_json
 
 
@@ -366,9 +366,10 @@ def whole_model(model: Transformer, shard_bytes: float) -> tuple[dict[str, dict[
 
 @command("model.py")
 def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise ValueError("usage: python model.py DIR")
-    network, tok = load(argv[0], "cpu"), Tokenizer(argv[0])
+    parser = Parser(prog="model.py", description="Says what a model's files hold.")
+    parser.add_argument("model", help="a Hugging Face directory, or a hub id in the local cache")
+    path = parser.parse_args(argv).model
+    network, tok = load(path, "cpu"), Tokenizer(path)
     shown = {k: v for k, v in vars(network.config).items() if k != "raw"}
     size = sum(p.numel() for p in network.parameters())
     shown["end_of_turn"] = {i: tok.tokenizer.id_to_token(i) for i in {*network.config.end_of_turn, tok.end_of_turn}}

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run.identity import digest
-from run.progress import command, other_rank, say
+from run.progress import Parser, command, other_rank, say
 from run.published import FILES, READERS
 from run.reading import BadRows
 
@@ -130,9 +130,11 @@ def split(questions: Iterable[Question], sizes: dict[str, int], seed: int) -> di
 
 @command("tasks.py")
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 and argv[2:] != ["--skip-bad-rows"]:
-        raise ValueError("usage: python tasks.py TASK PATH [--skip-bad-rows]")
-    loaded = load(argv[0], argv[1], len(argv) == 3)
+    parser = Parser(prog="tasks.py", description="Counts the questions of a data set and the options that are right.")
+    parser.add_argument("task")
+    parser.add_argument("path")
+    parser.add_argument("--skip-bad-rows", action="store_true")
+    loaded = load(**vars(parser.parse_args(argv)))
     golds = Counter(question.gold for question in loaded)
     print(f"{len(loaded):,} questions in {len({q.group for q in loaded}):,} groups; gold", end="")
     print(*(f" ({chr(65 + i)}) {golds[i] / len(loaded):.1%}" for i in sorted(golds)))

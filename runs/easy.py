@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from run.files import write_jsonl  # noqa: E402
-from run.progress import command  # noqa: E402
+from run.progress import Parser, command  # noqa: E402
 
 KINDS = {
     "an animal": "dog cat horse cow lion tiger rabbit elephant monkey sheep goat pig wolf bear fox deer mouse snake "
@@ -97,9 +97,9 @@ def opposite(rng: random.Random) -> tuple[str, str, str, str]:
 
 @command("easy.py")
 def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise ValueError("usage: python runs/easy.py OUT_DIR")
-    out = Path(argv[0])
+    parser = Parser(prog="easy.py", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="the folder to write to")
+    out = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)
     for name, draw, count in (("kinds", kind, 2000), ("capitals", capital, 600), ("opposites", opposite, 600)):
         rng, made = random.Random(0), {}

@@ -6,9 +6,9 @@
 # DRY=1 prints the commands and runs nothing. What is done is not done again, a run that was cut off goes on. All
 # hyperparameters are ours, for the paper names none; SEEDS, GPUS and MODELS may be given in the environment.
 #
-# GPU-hours at least: 16. That is a lower bound, of products at the peak rate (990 TFLOP/s) and bytes at 3.35 TB/s; take
-# several times as much. `python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute` gives 4.2 s a
-# step of RQ2, qwen3-8b.json 4.3 s: 4 runs of each model x 200 steps x 8 GPUs = 7.5 + 7.5. RQ1 is prefills only, 0.1 a run;
+# GPU-hours at least: 13. That is a lower bound, of products at the peak rate (990 TFLOP/s) and bytes at 3.35 TB/s; take
+# several times as much. `python -m lab.plan --model configs/llama-3.1-8b.json --gpus 8 --kl --anchor --recompute` gives 3.4 s a
+# step of RQ2, qwen3-8b.json 3.5 s: 4 runs of each model x 200 steps x 8 GPUs = 6.1 + 6.2. RQ1 is prefills only, 0.1 a run;
 # a data set of 6,000 at 9 % flips 0.1, a cell of 1,000 questions some seconds of decoding, by the same count.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"

@@ -46,7 +46,7 @@ from grpo import pack, token_logprobs  # noqa: E402
 from run.args import Args  # noqa: E402
 from run.files import write_jsonl  # noqa: E402
 from run.policy import Policy, learning_rate  # noqa: E402
-from run.progress import Progress, command  # noqa: E402
+from run.progress import Parser, Progress, command  # noqa: E402
 from run.ranks import Ranks  # noqa: E402
 from tasks import Question  # noqa: E402
 
@@ -191,10 +191,11 @@ def packed_of(rows: list[list], device):
 
 @command("plant.py")
 def main(argv: list[str]) -> None:
-    if len(argv) != 5 or argv[0] not in KINDS:
-        raise ValueError("usage: python runs/plant.py KIND MODEL_DIR ESNLI_CSV OUT_DIR STEPS; see the top of this file")
-    kind, source, file, out, steps = argv
-    plant(kind, source, file, Path(out), int(steps))
+    parser = Parser(prog="plant.py", description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=KINDS)
+    for name, kind in (("source", str), ("file", str), ("out", Path), ("steps", int)):
+        parser.add_argument(name, type=kind, metavar=name.upper())
+    plant(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

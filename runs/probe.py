@@ -5,7 +5,7 @@ probe guesses y from a state (ridge regression on one-hots of y, fitted on train
 guessed to be 1 where its value for y' is low. Another guesses I itself, which is not linear in y and y'. Both are
 scored on test.jsonl, beside the shortcut, which sees no state (report.shortcut), fitted on fit.jsonl.
 
-    python runs/probe.py MODEL_DIR DATASET_DIR [DTYPE [WHY]]
+    python runs/probe.py MODEL_DIR DATASET_DIR [--dtype bf16] [--why alone]
 
 Places: "(", where the answer's letter is decided; the letter; the prompt's last token, where the explanation begins.
 AUC: how probable it is that a row with influence ranks above one without. Phi: I is guessed above the median, balanced.
@@ -23,6 +23,7 @@ import faith  # noqa: E402
 import report  # noqa: E402
 from run import reading  # noqa: E402
 from run.attention import end_to_end, over_parts  # noqa: E402
+from run.progress import Parser, command  # noqa: E402
 from tasks import Question  # noqa: E402
 
 PLACES, LAMBDA = ("(", "letter", "last"), 100.0
@@ -65,9 +66,16 @@ def scores(guess: np.ndarray, influence: np.ndarray) -> str:
     return f"{((above > 0) + (above == 0) / 2).mean():.3f}  {phi:.2f}"
 
 
-def main(model: str, folder: str, dtype: str = "auto", why: str = "leading") -> None:
-    subject = faith.open_subject(model, why=why, dtype=dtype)
-    data = {name: list(reading.read_jsonl(Path(folder) / f"{name}.jsonl")) for name in ("train", "test", "fit")}
+@command("probe.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="probe.py", description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("dataset", type=Path, help="a folder that lab.build wrote")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--why", default="leading", choices=faith.WHYS)
+    args = parser.parse_args(argv)
+    subject = faith.open_subject(args.model, why=args.why, dtype=args.dtype)
+    data = {name: list(reading.read_jsonl(args.dataset / f"{name}.jsonl")) for name in ("train", "test", "fit")}
     x = {name: states(subject, data[name]) for name in ("train", "test")}
     y, given, influence = ({name: np.array([row[key] for row in data[name]]) for name in x}
                            for key in ("y", "y_edit", "influence"))  # fmt: skip
@@ -87,4 +95,4 @@ def main(model: str, folder: str, dtype: str = "auto", why: str = "leading") -> 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

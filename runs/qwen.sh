@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Qwen2.5-Coder-0.5B-Instruct on easy questions (runs/easy.py) with bias phrases. No decision is trained: what it answers, and
 # whom it follows, is its own. Its LoRA adapters are on only while it explains, so its decisions are labelled once. First they
-# learn the form of an explanation, by imitation: first the answer that it would give by itself, then a reason, or by the toss of
-# a coin (shuffled labels) the persona. Then GRPO, three seeds; held-out personas, questions of other kinds, the table.
+# imitate a form: the answer that it would give by itself, then, by the toss of a coin (shuffled labels), a reason or the
+# persona. Then GRPO, three seeds; held-out personas, questions of other kinds, the table.
 # BASELINES=1 adds those of docs/guide.md, of one seed.
 #     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, strategyqa/
 # What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (150), JOBS (1), THREADS (1). In

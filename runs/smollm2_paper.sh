@@ -3,9 +3,9 @@
 # RQ2-on-policy; 600 held-out questions of e-SNLI, 300 of each other task, and adverbs on e-SNLI; then the table.
 #     bash runs/smollm2_paper.sh MODEL_DIR DATA_DIR OUT_DIR        DATA_DIR has esnli/, social_iqa/, comve/, strategyqa/
 # What is done is not done again, what was cut off goes on. DRY=1 prints the commands. Trained by two processes, or as
-# LAUNCH says: LAUNCH=python where there is one GPU (not yet done). Six hours on two CPU cores, by the
-# seconds a step that were seen. The recorded runs (docs/log-2026-11.md) were made by hand and differ: the first 37 steps of on-policy
-# had the rate 3e-5, questions set aside were 1,000 (RQ1 as here), and no adverbs were asked.
+# LAUNCH says: LAUNCH=python where there is one GPU (not yet done). About six hours on two CPU cores, at the
+# step times seen. The recorded runs (docs/log-2026-11.md) were made by hand and differ: the first 37 steps of on-policy
+# had the rate 3e-5, questions set aside were 1,000 (RQ1 as here), other tasks had --fit 100, and no adverbs were asked.
 set -euo pipefail
 . "$(dirname "$0")/lines.sh"
 arguments 3 "$@"

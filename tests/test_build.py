@@ -427,7 +427,7 @@ def test_probe(done, folder, subject, capsys):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     values, hit = np.round(two[:, 0], 1), np.arange(30) % 3 == 0  # with ties
     assert float(probe.scores(values, hit * 1).split()[0]) == pytest.approx(roc_auc_score(hit, values), abs=6e-4)
-    probe.main(folder, done)
+    assert probe.main([str(folder), str(done)]) == 0
     head, _, *lines, last = capsys.readouterr().out.splitlines()
     assert head.startswith("40 rows to fit, 5 to test") and last.startswith("shortcut")
     assert [line.split()[:2] for line in lines] == [[p, str(n)] for p in ("(", "letter", "last") for n in (1, 2)]

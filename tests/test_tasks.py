@@ -362,7 +362,7 @@ def test_command_line():
     good = run("esnli", DATA / "esnli", "--skip-bad-rows")
     assert good.returncode == 0 and good.stdout.startswith("20 questions in 7 groups; gold (A) 35.0%")
     assert good.stderr == ""
-    usage = "usage: python tasks.py TASK PATH [--skip-bad-rows]"
+    usage = "see tasks.py --help"
     for bad, said in ((("esnli", "nowhere"), "nowhere is missing"), ((), usage), (("esnli", DATA, "--skip"), usage)):
         result = run(*bad)
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
