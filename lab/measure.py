@@ -183,7 +183,7 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.calibration == "fit":
         raise ValueError("--calibration fit needs a data set; give a calibration.json, or none")
     subject = open_subject(args, len(question.options))
-    row = faith.measure(subject, cases, args.temperature[:1], args.max_new_tokens, args.seed)[args.temperature[0]][0]
+    row = faith.measure(subject, cases, args.temperature, args.max_new_tokens, args.seed)[args.temperature[0]][0]
     for x, y, p, asked in (("X ", "y", "p", question), ("X'", "y_edit", "p_edit", cases[0].edited)):
         odds = ", ".join(f"{faith.LETTERS[i]} {value:.2f}" for i, value in enumerate(row[p]))
         print(f"{x}  {faith.ask(asked)}\n\n{x.replace('X', 'y')}  {faith.LETTERS[row[y]]}   ({odds})\n")
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(prog="faith.py ask" if asking else "faith.py", description=faith.__doc__.split("\n")[0] + more)
     parser.add_argument("--model", required=True, help="Hugging Face directory, or hub id in the local cache")
     parser.add_argument("--intervention", default="bias", help="what is inserted, as in train.py")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0],
+    parser.add_argument("--temperature", type=float, nargs=1 if asking else "+", default=[0.0],
                         help="sampling temperature of the explanations; 0: greedy")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")

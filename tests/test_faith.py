@@ -333,6 +333,7 @@ def test_bad_input_is_one_line_and_status_2(folder, change, says):
         ("--options a a", "must be different texts"),
         ("--options a", "--options takes 2 to 10 answers, not 1"),
         ("--options a b --calibration fit", "--calibration fit needs a data set"),
+        ("--options a b --temperature 0 1", "unrecognized arguments: 1"),
     ],
 )
 def test_bad_input_of_ask(folder, change, says):

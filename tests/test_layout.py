@@ -94,7 +94,7 @@ FLAG = r"--[a-z][a-z0-9-]*"
 def flags():
     """{program: all that its --help names}."""
     found = {}
-    for name in ("train", "faith", *(f"lab.{name}" for room, name in NAMES if room == "lab")):
+    for name in ("train", "faith", "model", "tasks", *(f"lab.{name}" for room, name in NAMES if room == "lab")):
         if main := getattr(importlib.import_module(name), "main", None):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert main(["--help"]) == 0 and (name != "faith" or main(["ask", "--help"]) == 0)
