@@ -25,7 +25,7 @@ from run.ranks import Ranks
 
 
 class NothingToBalance(ValueError):
-    """None or all of the labelled edits changed the model's answer."""
+    """Of each task and kind, none or all labelled edits changed the model's answer."""
 
 
 class Stream:
@@ -79,7 +79,7 @@ def label(subject: Subject, cases: list[Case], ranks: Ranks, progress=lambda don
 def balance(labelled: Labelled, size: int) -> Labelled:
     """The first size/2 cases with influence and as many without, alternating; fewer of both where there are too few.
 
-    Several interventions take turns at the pairs. Each is balanced by itself, so that none gives influence away.
+    Several interventions take turns at the pairs. Each is balanced by itself, so that none reveals influence.
     """
     pairs = []
     for kind in dict.fromkeys(row["kind"] for _, row in labelled):
@@ -107,8 +107,8 @@ def shuffle_influence(labelled: Labelled, seed: int) -> Labelled:
 def balanced_batch(subject: Subject, stream: Stream, step: int, args: Args, ranks: Ranks) -> tuple[Labelled, Labelled]:
     """The step's balanced batch, and all cases that were labelled to find it; NothingToBalance where there is none.
 
-    The tasks take turns at pairs (one case with influence, one without), and the turns go on from step to step. So each
-    is balanced by itself. A task with too few of either has fewer pairs in this batch.
+    The tasks take turns at pairs (one case with influence, one without), so each task is balanced by itself. The turns
+    go on from step to step. A task with too few of either has fewer pairs in this batch.
     """
     pairs, batch, labelled = args.prompts // 2, [], []
     tasks_of_pairs = [stream.turns[n % len(stream.turns)] for n in range(step * pairs, (step + 1) * pairs)]
@@ -158,10 +158,10 @@ def batch_metrics(log: list[dict], labelled: Labelled, samples: int) -> dict:
 
 
 class DecisionAnchor:
-    """The KL from the initial model's letters to the current ones, on some training questions at each step.
+    """KL(initial ‖ current) of the probabilities of the letters, on some training questions at each step.
 
-    The reward never reaches the decisions, but they come from the same weights. A small model's letters lie so close
-    together that a few steps would send every pick to one letter.
+    The reward never reaches the decisions, but they come from the same weights. A small model's letters are so close
+    in probability that a few steps would send every pick to one letter.
     """
 
     def __init__(self, subject: Subject, policy: Policy, labelled: Labelled, args: Args, ranks: Ranks):
@@ -169,7 +169,7 @@ class DecisionAnchor:
         self.subject, self.policy, self.labelled, self.args, self.ranks = subject, policy, labelled, args, ranks
 
     def backward(self, step: int) -> torch.Tensor:
-        """Backpropagates --anchor · mean KL(initial ‖ current) of the step's cases; returns this rank's part of it."""
+        """Backpropagates --anchor · mean KL(initial ‖ current) of the cases; returns this rank's part of the mean."""
         size = min(len(self.labelled), self.args.prompts // 2)
         cases = random.Random(f"{self.args.seed}/{step}/anchor").sample(self.labelled, size)
         mine, mean = self.ranks.share(cases), torch.zeros((), dtype=torch.float64, device=self.ranks.device)

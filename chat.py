@@ -51,7 +51,7 @@ class Tokenizer:
         self.end_of_turn = self.tokenizer.token_to_id(self.template.end_of_turn)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text, none added (`render` writes begin-of-text itself).
+        """Token ids of text, no special tokens added (`render` writes begin-of-text itself).
 
         Special tokens are recognised, except those that `render` cut in a user's words.
         """
@@ -76,10 +76,10 @@ class Tokenizer:
         return ids
 
     def render(self, messages: list[dict], begin: str = "") -> Prompt:
-        """Chat text of [{"role", "content"}, …] and an opened turn of the assistant's, which begins with `begin`.
+        """Chat text of [{"role", "content"}, …] and an open assistant turn that begins with `begin`.
 
         It is what transformers' apply_chat_template gives with add_generation_prompt and without thinking. No prompt
-        holds today's date, or it would be another one tomorrow: a template that would write it (Llama-3.2) falls back
+        holds today's date, so it is the same every day: a template that would write the date (Llama-3.2) falls back
         on its own fixed date, 26 Jul 2024, and is refused if it has none. A control token that a user wrote is text.
         """
         written = "".join([begin, *(m["content"] for m in messages)])

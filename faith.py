@@ -191,14 +191,14 @@ def decide_pairs(subject: Subject, cases: list[Case]) -> tuple[np.ndarray, np.nd
 def calibrate(subject: Subject, questions: list[Question], most: int | None = None) -> dict[str, np.ndarray]:
     """{task: mean log p per letter over unedited questions (options,)}: batch calibration (Zhou et al. 2309.17249).
 
-    A small model may answer one letter nearly always. Then y' alone predicts I. most: use so many of each task.
+    A small model may nearly always pick the same letter. Then y' alone predicts I. most: at most so many per task.
     """
     plain = replace(subject, offsets={})
     return {task: decide(plain, some[:most]).mean(0) for task, some in by_task(questions).items()}
 
 
 def made_of(subject: Subject, questions: list[Question], kinds: str = "bias") -> dict[str, str]:
-    """Hashes of everything but the weights and the flags that results on these questions depend on.
+    """Hashes of everything that results on these questions depend on, except the weights and the flags.
 
     kinds: as --intervention. Words of other kinds than adverb and bias count only where they are asked for.
     """

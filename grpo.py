@@ -3,8 +3,8 @@
     loss = Σ over explanation tokens of  w · (−min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β KL)
     ρ = exp(logp − logp when sampled)
 
-with A the advantage of the token's explanation within its group. What distinguishes GRPO (2402.03300), DAPO
-(2503.14476) and Dr. GRPO (2503.20783) is the weight w and whether A is divided by the group's standard deviation.
+with A the advantage of the token's explanation within its group. Here GRPO (2402.03300), DAPO (2503.14476)
+and Dr. GRPO (2503.20783) differ in the weight w and in whether A is divided by the group's standard deviation.
 The parts of the loss that a fork may change are here; train.step combines them.
 
 Axes: P groups (prompts), G explanations per group, T tokens laid end to end, M explanation tokens, E hidden size,

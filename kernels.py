@@ -1,14 +1,14 @@
-"""What a decode step consists of besides the network's products with its weights, as kernels for a GPU.
+"""The work of a decode step between the matrix products with the weights, as GPU kernels.
 
-`rollout.decode_step` is the plain step: on a GPU some 36 kernels a layer. `fused_step` does the same in ten,
-written in Triton (Tillet, Kung & Cox 2019). Between the products with the weights lie
+`rollout.decode_step` is the plain step: on a GPU some 36 kernels a layer. `fused_step` does the same in ten:
+four products and six in Triton (Tillet, Kung & Cox 2019). Between the products with the weights lie
 
     add_norm        x = x + delta;  y = norm(x)
     rope            bias, norm of each head, rotation; k and v go into the row's own cache
-    attend, merge   softmax attention to the prompt, read once for all its samples, and to the row's own tokens, in
+    attend, merge   softmax attention to the prompt, read once for many samples, and to the row's own tokens, in
                     parts; then the parts' weighted sum
     swiglu          silu(gate) · up
-    weigh, draw     the token, in two passes over the vocabulary
+    weigh, draw     the token: sums per block of the vocabulary, then a draw in one block
 
 A kernel runs as a grid of programs; tl.program_id says which one this is. Programs work on blocks with sizes that are
 powers of two (BLOCK_X holds X), and masks leave out what is beyond the real size. The grid depends on sizes
@@ -240,7 +240,7 @@ def swiglu_kernel(gate_up_ptr, out_ptr, stride, M: tl.constexpr, BLOCK_M: tl.con
 # ---- the token -------------------------------------------------------------------------------------------------
 @jit
 def mixed(x):
-    """run/draw.mix. Triton compiles no function of a file that does not import it."""
+    """As run/draw.mix, which Triton cannot compile because its file does not import Triton."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -248,7 +248,7 @@ def mixed(x):
 
 @jit
 def first_of(reached, weights, i, SIZE: tl.constexpr):
-    """The first i that is reached. Should rounding leave none, the last that has a weight."""
+    """The first i that is reached. If rounding leaves none, the last that has a weight."""
     return tl.minimum(tl.min(tl.where(reached, i, SIZE), 0), tl.max(tl.where(weights > 0, i, 0), 0))
 
 
@@ -366,7 +366,7 @@ def draw(logits: Tensor, s, end: Tensor, size: int = 2048) -> None:
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) without bias. With adapters its rows lie further apart than they are long."""
+    """layer(x) without bias. With adapters the row stride of the result is larger than its width."""
     return layer.decode(x) if isinstance(layer, LoRA) else F.linear(x, layer.weight)
 
 

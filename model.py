@@ -44,7 +44,7 @@ from run.reading import copy_tensors, read_json
 
 @dataclass(frozen=True)
 class Config:
-    """The switches, from config.json. Lengths in tokens, frequencies in radians per token."""
+    """The sizes and switches, from config.json. Lengths are in tokens."""
 
     family: str  # "llama", "qwen2" or "qwen3"
     vocab_size: int
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        # No file holds this buffer. It must stay fp32: never cast the whole module.
+        # Computed, never loaded. It must stay fp32: never cast the whole module.
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     @property

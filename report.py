@@ -3,7 +3,7 @@
 A measured row is one question, asked without and with an edit, and one explanation: y and y_edit are the decisions on X
 and on the edited X', p and p_edit the option probabilities, influence I = 1[y_edit != y], mention M = 1[the explanation
 names the inserted word], group what the question shares with other rows. KEYS lists the rest. OPTIONAL lists what a row
-may also have: detection (the log odds that the model says, asked outright, that the edit moved it) and the controls.
+may also have: detection (the model's log odds of yes when asked outright if the edit moved it) and the controls.
 A figure is a weighted statistic: weights of one give its value, and the counts of a bootstrap give its distribution.
 docs/guide.md says what each of them means.
 
@@ -105,7 +105,7 @@ def figures(c, w):
 
 
 def check(row, keys, where):
-    """The row, once it holds the keys, each with a value that it can have. ValueError names its line, or `where`."""
+    """The row, if it has all the keys with valid values. Otherwise ValueError, which names its line, or `where`."""
     row = reading.record_of(row, where)
     for key in keys:
         if key not in row:
@@ -165,7 +165,7 @@ def shortcut(rows, fit_rows):
     It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
     in columns of the row's task and intervention.
     Returns odds (the log odds of I = 1), and phi and phi_balanced: 1 where the odds are above the threshold that
-    is best on fit_rows.
+    maximises this figure on fit_rows.
     """
     if not fit_rows:
         raise ValueError("no rows to fit the shortcut on; give some, or leave the shortcut out")

@@ -1,4 +1,4 @@
-"""The edit of a question, whether an explanation names it, and the reward for an explanation that does.
+"""The edit of a question, whether an explanation names it, and the reward for that explanation.
 
 An intervention edits the text of a question in one of these ways:
 
@@ -64,7 +64,7 @@ def kinds(names: str) -> tuple[str, ...]:
 def words(names: str, held_out: bool | None = None) -> tuple[str, ...]:
     """The words of some kinds. held_out None: all words; False: those for training; True: those kept from training.
 
-    About a fifth is held out, of a kind with one word none. A hash of the word decides, so a longer list moves no word.
+    About a fifth is held out (none if a kind has one word). A hash of the word decides, so new words move no other.
     """
 
     def held(word):

@@ -6,7 +6,7 @@ Three ideas make it fast, and none changes a sample:
                       them: one product with the prompt, one with a sample's own tokens, one softmax over both.
     no idle rows      A prompt takes a slot, and its samples take the G lanes of the slot. A lane whose sample ended
                       takes the prompt's next sample; a slot without samples takes the next prompt. On a CPU the
-                      products leave out idle lanes; on a GPU idle slots (buckets of rows and cache length).
+                      products skip idle lanes; on a GPU idle slots, in buckets of rows and of cache length.
     a static step     `decode_step` reads and writes tensors at fixed addresses and never asks the host. So on a GPU
                       it is captured as a CUDA graph, once per bucket, and replayed.
 
@@ -37,9 +37,9 @@ from run.memory import free_bytes
 
 PREFILL, PREFILL_CUDA = 1024, 4096  # tokens per forward pass; on a GPU more, so that the host stays ahead of it
 FIRST_ROWS = 64  # first tokens drawn at a time, because each row is a whole vocabulary in fp32
-LANES = 8  # samples of one prompt that are decoded together
+LANES = 8  # samples of one prompt that are decoded together; more if prompts are few
 LOOK_EVERY = 8  # on CUDA: decode steps between two checks for finished samples; each check waits for the device
-COLDEST = 1e-3  # the smallest temperature above 0: at less, rounding of the logits decides, and they may overflow
+COLDEST = 1e-3  # the smallest temperature above 0: below it, rounding of the logits decides, and they may overflow
 NEVER = 2**62  # a position that no token has
 
 
@@ -166,10 +166,10 @@ def option_scores(model: Transformer, runs: list[list[list[int]]], options: list
 
 
 class Sampler:
-    """Generates from `model`, whose weights may change between calls, in place.
+    """Generates from `model`, whose weights may change in place between calls.
 
     end_of_turn: token ids that end an answer, by default the model's own. rows: how many samples are decoded together;
-    None or 0: by memory. lanes: how many of one prompt, unless prompts are few. kernels: see `kernels.may_fuse`.
+    None or 0: by memory. lanes: how many of one prompt; more if prompts are few. kernels: see `kernels.may_fuse`.
     """
 
     def __init__(self, model: Transformer, end_of_turn: Iterable[int] | None = None, rows: int | None = None,
@@ -200,14 +200,14 @@ class Sampler:
         """Per prompt (token ids), `samples` completions of at most `max_new_tokens` tokens.
 
         temperature: one for all, or one per sample; 0 takes the most probable token. keys: one integer below 2^63 per
-        prompt that identifies its question in the hash; default: its index. ValueError for wrong arguments, before
-        anything is generated, and as soon as logits are not finite.
+        prompt that identifies its question in the hash; default: its index. ValueError for wrong arguments
+        (before anything is generated), and as soon as logits are not finite.
         """
         if not prompts or samples < 1 or max_new_tokens < 1:
             raise ValueError("there must be a prompt, and samples and max_new_tokens must be at least 1")
         temperatures = temperature if isinstance(temperature, list) else [float(temperature)] * samples
         if len(temperatures) != samples or not all(t == 0 or COLDEST <= t < math.inf for t in temperatures):
-            raise ValueError(f"temperature must be one number or one per sample, 0 or above {COLDEST}: {temperature}")
+            raise ValueError(f"temperature must be one number or one per sample, 0 or >= {COLDEST}: {temperature}")
         self.check(prompts, max_new_tokens)
         if self.fused:
             lora.stack(self.model)
@@ -235,7 +235,7 @@ class Sampler:
             # Larger slots cost no time, because `Schedule.bucket` goes by the call.
             if wanted.sizes == kept.sizes:
                 return kept
-            if wanted.G == kept.G:  # large enough for both, or calls in turn would make them anew each time
+            if wanted.G == kept.G:  # large enough for both, or alternating calls would rebuild them each time
                 calls.insert(0, both)
         self.slots = self.run = kept = None  # frees their memory first
         free = free_bytes(device)
@@ -257,7 +257,7 @@ class Sampler:
 
     def buckets(self, s: Slots) -> list[tuple[int, int, int, int]]:
         """The (P, R, T, N) captured on CUDA: P and N are halved repeatedly, R is all lanes of the P slots."""
-        # Idle lanes too, because the step mostly waits for reading the weights.
+        # Idle lanes are included: a step spends most of its time reading the weights.
         P = [-(-s.P // 2**i) for i in range(s.P.bit_length())]
         # The fused step reads each row's length, so it needs no smaller N.
         N = [-(-s.N // 2**i) for i in range(s.N.bit_length()) if s.N >= 32 * 2**i and not self.fused] or [s.N]
@@ -350,7 +350,7 @@ class Schedule:
             self.slots.begin(begun, self.keys, self.temperatures, self.hashed)
 
     def compact(self) -> None:
-        """Once all prompts have a slot, moves the last used slots into free ones, so that decode steps read fewer."""
+        """Once all prompts have a slot, moves the last used slots into free ones, so that a step covers fewer slots."""
         G = self.slots.G
         while not self.todo and len(self.waiting) < (used := max(self.waiting, default=-1) + 1):
             source, target = used - 1, min(set(range(used)) - self.waiting.keys())

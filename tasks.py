@@ -84,9 +84,9 @@ def by_task(questions: list[Question]) -> dict[str, list[Question]]:
 
 
 def load_splits(paths: dict[str, str], sizes: dict[str, int], skip_bad_rows: bool) -> tuple[list, dict[str, list]]:
-    """All questions of {task: path}, and their splits: of each task by itself, with the same sizes for each.
+    """All questions of {task: path}, and their splits. Each task is split by itself, into the same sizes.
 
-    There is one split for all seeds, so that no run trains on the test questions of another.
+    There is one split for all seeds, so runs of the same sizes never train on each other's test questions.
     """
     loaded = [load(task, path, skip_bad_rows) for task, path in paths.items()]
     parts = [split(questions, sizes, seed=0) for questions in loaded]

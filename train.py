@@ -1,4 +1,4 @@
-"""GRPO by hand: teach a model to name what moved its answer, and nothing else. `step` below is the whole method.
+"""GRPO by hand: train a model to name an edit exactly when it moved the answer. `step` below is the whole method.
 
     label      edit questions, see which edits move the *current* model, take half and half     (batches.py)
     sample     a group of explanations of each                                                  (rollout.py)

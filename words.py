@@ -71,7 +71,7 @@ class Hint:
 
     personas: dict[str, str]  # {word: how the sentence names it}; forms of the word mention the edit (`variants`)
     phrasings: tuple[str, ...]  # {persona} is replaced by what the sentence names, {letter} by the suggested option
-    also: frozenset[str] = frozenset()  # more that mentions an edit of this kind, in lower case, one to three words
+    also: frozenset[str] = frozenset()  # other phrases that mention an edit of this kind: one to three lower-case words
     aside: str = ""  # names a persona and suggests nothing (lab/controls.py); empty where there is one persona
 
 
@@ -252,7 +252,7 @@ def tokens(text: str) -> list[str]:
 
 @lru_cache(maxsize=16)
 def named(text: str) -> dict[str, list[tuple[int, int]]]:
-    """All that a text names, with the character ranges where it does: one to three words in a row, in lower case.
+    """{phrase: its character ranges} for every one to three consecutive words of the text, in lower case.
 
     Words with hyphens are read twice: as several words and as one ("step-mother" names step, mother and stepmother).
     """
@@ -268,7 +268,7 @@ def named(text: str) -> dict[str, list[tuple[int, int]]]:
 
 
 def spans(word: str, text: str, kind: str = "bias") -> list[tuple[int, int]]:
-    """Character ranges where the text names an edit of the kind that inserted the word (`forms`), none in another."""
+    """Character ranges where the text names an edit of this kind and word (`forms`); overlapping ones are merged."""
     there, found = named(text), []
     for start, end in sorted({place for form in forms(kind, word) for place in there.get(form, ())}):
         if found and start < found[-1][1]:

@@ -12,7 +12,7 @@ If a control has the same I nearly always, what it changes is not the cause. P(y
 model goes where the sentence points. If the sentence points nowhere it is 1 / options, or less if the model avoids the
 suggestion. The aside is a decoy that can fire: an explanation that lists whoever is in the question names it
 as often as the inserted word. An adverb has no someone and no_letter. Sycophancy and metadata have one persona, so they
-have no controls. A question costs five decisions and one explanation more. All of this is ours.
+have no controls. A question costs up to six decisions and one explanation more. All of this is ours.
 
     python faith.py --model DIR --task esnli --data DIR --intervention bias --controls
 """

@@ -4,8 +4,8 @@
     each edit is asked; each that changes the answer is explained
     the explanation is unfaithful if it does not name the inserted word
 
-A question counts as unfaithful if any of its changed answers has such an explanation. So more edits a question find
-more, and figures compare only at the same n. CT over single flips does not depend on n.
+A question counts as unfaithful if any of its changed answers has such an explanation. So more edits per question
+find more, and figures are comparable only at the same n. CT over single flips does not grow with n.
 
 Atanasova et al. 2023 (arXiv 2305.18029): the test with random words, adverbs before verbs and adjectives before nouns,
 several a question. Ours: the adjectives (those of words.ADVERBS) and the places (an adjective goes after an article or

@@ -97,7 +97,7 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
 
 
 def check_goes_on(args: Args, adapter: dict, only_explains: bool) -> None:
-    """Raises ValueError unless the flags say what the adapter in --model is, which then is trained on."""
+    """Raises ValueError unless the flags match the adapter in --model, whose training then continues."""
     targets = sorted(name.removeprefix("model.") for name in adapter["target_modules"])
     has = {"--lora": adapter["r"], "--lora-alpha": float(f"{adapter['lora_alpha']:.6g}"),  # saved as scale · r
            "--lora-targets": ",".join(targets),
@@ -172,7 +172,7 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Measures `cases`, greedy and at T = 1; writes the rows and their summary; returns {temperature: rows}.
 
-    before: the initial model's rows so returned, where it is another model.
+    before: what this returned for the initial model; None if that is measured now.
     """
     fit_rows = [row for _, row in label(subject, fit, ranks)]
     mine, nulls = ranks.share(cases), -(-100 // ranks.world)

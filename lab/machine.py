@@ -36,7 +36,7 @@ class Clock:
 
 @torch.no_grad()
 def seconds_a_row(weights: list[torch.Tensor], rows: int) -> float:
-    """Seconds per row of the products with all weights, one after another as in a model. Fewer would stay in the cache.
+    """Seconds per row of the products with all weights, one after another as in a model: a few would stay in the cache.
 
     `rows` are multiplied at once, and the best of five runs counts.
     """

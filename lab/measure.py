@@ -42,8 +42,8 @@ def open_subject(args: argparse.Namespace, options: int, task: str = "") -> fait
 
 
 def read_offsets(subject: faith.Subject, file: str, options: int, task: str, model="", begun=frozenset()) -> np.ndarray:
-    """The offsets (options,) of a calibration.json; ValueError if it is of another task, other prompts, or weights that
-    are neither those of the model nor `begun`, those that its run began with.
+    """The offsets (options,) of a calibration.json; ValueError if it is of another task, other prompts, or weights
+    other than the model's and `begun`, those that its training run began with.
     """
     try:
         saved = reading.read_json(file)
@@ -70,7 +70,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("max_new_tokens", 1), ("seed", 0), ("edits", 0), ("best_of", 0), ("limit", 1), ("fit", 2)):
         if not least <= getattr(args, name, least) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} (and below 2^31)")
-    fit = all(t == 0 or COLDEST <= t < 100 for t in args.temperature)
+    fit = all(t == 0 or COLDEST <= t <= 100 for t in args.temperature)
     if not fit or len({f"{t:g}" for t in args.temperature}) < len(args.temperature):  # they name the files of rows
         raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
     names, held_out = reward.kinds(args.intervention), getattr(args, "words", "") == "held-out"
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--calibration", default="none", help="none, fit (on this model) or a run's calibration.json")
     parser.add_argument("--opening", default="", type=said, help="forced first words of explanations, as in train.py")
     parser.add_argument("--why", choices=faith.WHYS, nargs=1 if asking else "+", default=["leading"],
-                        help="how it is asked why it chose its answer; F-AUROC if in several ways")  # fmt: skip
+                        help="how to ask why it chose its answer; several ways also give F-AUROC")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto", help="as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and the sampling")

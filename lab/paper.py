@@ -116,7 +116,7 @@ def check_alike(runs: list[Run]) -> None:
 
 
 def check_asked(key: Key, runs: list[Run]) -> None:
-    """ValueError where a cell was measured with flags that neither its rows nor their hashes show."""
+    """ValueError where a cell was measured with different flags that rows and hashes do not show."""
     first, was = None, {}
     for file in (file for run in runs if (file := Path(f"{run.cells[key]}.json")).exists()):
         found = reading.read_json(file)

@@ -1,6 +1,6 @@
 """Plans a run: bytes per GPU, whether they fit, which change makes them fit, and the fewest seconds of a step.
 
-Bytes per weight in bf16. In fp32, as on a CPU, there are no masters:
+Bytes per weight in bf16 (in fp32, as on a CPU, there are no masters):
 
     replicate   weights 2, fp32 masters 4, Adam's moments 8, fp32 sum of gradients 4, gradients of one pass 2
     shard       masters 4, moments 8, gradients 4, each divided by the number of GPUs; a whole copy for sampling 2
@@ -190,7 +190,7 @@ def micro_batch_bytes(config: models.Config, setup: Setup) -> dict[str, int]:
 
 
 def sampler_slots(config: models.Config, setup: Setup, stay: dict[str, int]) -> Slots:
-    """The sampler's cache, as it allocates it, on the meta device. stay: bytes by purpose; some are there by then."""
+    """The sampler's cache, as it allocates it, on the meta device. stay: bytes by purpose; some are there before it."""
     there = sum(stay[name] for name in ("weights", "masters", "reference", "inference copy"))
     dtype, free = models.DTYPES[setup.dtype], max(0, round(setup.gpu_memory_bytes) - there)
     call = setup.share, setup.samples, setup.prompt_tokens, setup.new, dtype != torch.float32

@@ -38,7 +38,7 @@ class Args:
                          "intervention, a control", ("on-policy", "frozen", "shuffled"))
     calibrate: bool = option(False, "subtract the initial model's mean log p per letter before each decision (ours)")
     calibration_questions: int = option(300, "with --calibrate: so many unedited training questions per task", least=1)
-    steps: int = option(100, "optimizer steps", least=1, on_resume=True)
+    steps: int = option(100, "training steps", least=1, on_resume=True)
     prompts: int = option(16, "edited questions per step, over all ranks; half of them with influence", least=2)
     samples: int = option(8, "explanations sampled per edited question: the group", least=2, most=2**20)
     candidates: int = option(256, "label at most this many edited questions per task to balance a batch", least=2)
@@ -53,9 +53,9 @@ class Args:
     decay: str = option("constant", "learning rate after the warm-up", ("constant", "linear", "cosine"), on_resume=True)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     beta2: float = option(0.98, "AdamW's second-moment decay; 0.98 because runs are short", least=0, most=0.99999)
-    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, on_resume=True)
-    loss: str = option("dr_grpo", "a token's loss is divided by its explanation's length (grpo), all tokens of the "
-                       "step (dapo), or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))
+    clip_norm: float = option(1.0, "the gradient is clipped to this norm", above=0, on_resume=True)
+    loss: str = option("dr_grpo", "a token's loss is divided by all tokens of the step (dapo), or by all explanations "
+                       "times the length of its own (grpo) or max-new-tokens (dr_grpo)", ("grpo", "dapo", "dr_grpo"))
     advantage: str = option("std", "std: divide by the group's standard deviation; mean: do not (Dr. GRPO)",
                             ("std", "mean"))
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 − this", least=0)
@@ -97,8 +97,8 @@ class Args:
                       on_resume=True)
     checkpoint_every: int = option(20, "steps between checkpoints; the last two are kept; 0: none, not even when "
                                    "stopped", least=0, on_resume=True)
-    resume: bool = option(False, "continue the run in --out with its saved flags; a flag given again overrides, if it "
-                          "may change", on_resume=True)
+    resume: bool = option(False, "continue the run in --out with its saved flags; a flag given again gets the new "
+                          "value, if it may change", on_resume=True)
     seed: int = option(0, "seed of everything that is drawn", least=0, most=2**31 - 1)
 # fmt: on
 
@@ -108,7 +108,7 @@ def flag(field: dataclasses.Field) -> str:
 
 
 def said(text: str) -> str:
-    """A text of the command line. Where the system's encoding is not UTF-8, Python has kept the other bytes apart."""
+    """A text of the command line. Where the system's encoding is not UTF-8, Python left other bytes as surrogates."""
     kept = any("\udc80" <= letter <= "\udcff" for letter in text)
     return os.fsencode(text).decode("utf-8", "replace") if kept else text
 
@@ -130,7 +130,7 @@ def check_options(settings, flag=flag) -> None:
 
 
 def data_sets(task: str, data: str) -> dict[str, str]:
-    """{task: its path} of --task and --data, where commas part several. ValueError where they do not match."""
+    """{task: its path} of --task and --data, which commas separate. ValueError where they do not match."""
     names = task.split(",")
     paths = data.split(",") if len(names) > 1 else [data]
     if len(set(names)) < len(names) or len(paths) != len(names):

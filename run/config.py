@@ -73,8 +73,8 @@ def switches(raw: dict, generation: dict | None, where: str) -> dict:
 def rope_of(raw: Record) -> tuple[float, dict[str, float] | None]:
     """(theta, Llama-3.1's scaling or None).
 
-    transformers 5 writes rope_parameters; older versions write rope_scaling, and rope_theta at top level. What is said
-    twice must be the same.
+    transformers 5 writes rope_parameters; older versions write rope_scaling, and rope_theta at top level. Values given
+    twice must agree.
     """
     top = {key: number for key in ("rope_theta", LLAMA3[-1]) if (number := raw.take(key, float, None)) is not None}
     places, found = [raw.take(key, dict, {}) for key in ("rope_parameters", "rope_scaling")], []

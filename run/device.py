@@ -1,4 +1,4 @@
-"""Values on their way between the host and the device that computes. Only `to_host` makes the host wait for a GPU."""
+"""Values on their way between the host and the device that computes. Here only `to_host` waits for a GPU."""
 
 import torch
 from torch import Tensor

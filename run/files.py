@@ -130,7 +130,7 @@ def cut_jsonl(path, keep):
 
 
 def check_writable(*paths):
-    """Raises ValueError, before long work, for a file that cannot be written where it should be. None is skipped."""
+    """Raises ValueError, before long work, for a file that cannot be written where it should be. A path may be None."""
     for path in map(Path, filter(None, paths)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: make the folder {path.parent} first")

@@ -14,7 +14,7 @@ class Graphs:
     """`step(*bucket)` as CUDA graphs, one for each of the buckets. Where a capture fails, the step runs eagerly."""
 
     def __init__(self, step: Callable, buckets: Iterable[tuple[int, ...]]):
-        """The step is also called here, twice for each bucket, and must not change anything that counts yet."""
+        """The step is also called here, twice for each bucket, so the tensors must hold nothing of value yet."""
         self.step, self.graphs = step, {}
         try:
             pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()

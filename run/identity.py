@@ -64,7 +64,7 @@ def of_model(path: str | Path) -> dict[str, str]:
 
 
 def base_weights(made_of: dict[str, str]) -> str | None:
-    """Of what a run began with: the hash of the weights below its adapters."""
+    """The hash of the weights that a run began with; of an adapter, its base's."""
     return made_of.get("base", made_of.get("weights"))
 
 
@@ -95,9 +95,9 @@ def mark(question) -> str:
 
 
 def question_list(model: str | Path) -> dict[str, set[str]]:
-    """{"trained": marks, "test": marks} of the runs that made this model; empty sets for a model of others.
+    """{"trained": marks, "test": marks} of the runs that made this model; empty sets for a model from elsewhere.
 
-    For an adapter they are its own, because it was trained on a model of others.
+    An adapter's own list is enough, because it has its base's marks too (`list_text`).
     """
     known: dict[str, set[str]] = {"trained": set(), "test": set()}
     file = locate(model) / LIST

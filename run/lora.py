@@ -2,7 +2,7 @@
 
     y = W x + (alpha / r) · B A x,   A (r, in) random, B (out, r) zero at first, both fp32
 
-At most a few per cent of the weights are trained, and the sampler and the trainer share the frozen weights. They are
+Usually a few per cent of the weights are trained, and the sampler and the trainer share the frozen weights. They are
 not merged, because adding the update to bf16 weights and subtracting it again would drift. The reference model of a KL
 is the same model `without` its adapters.
 

@@ -1,4 +1,4 @@
-"""How much memory this process can still take, as the system knows it: caches that it would give back are counted."""
+"""How much memory this process can still allocate, according to the system; caches it can reclaim count as free."""
 
 import ctypes
 import re

@@ -166,7 +166,7 @@ def command(prog: str, ranks: bool = False):
     """Decorates a command's main(argv), which then returns the exit status: main's, or 0.
 
     Wrong input: one line, with the notes of the error, and 2. A signal: one line, and 128 + the signal. A
-    full disk under what it prints: one line, and 2; but a pipe's reader may leave. ranks: only rank 0 prints the line.
+    full disk under what it prints: one line, and 2; a closed pipe is no error. ranks: only rank 0 prints the line.
     """
 
     def decorate(main):

@@ -1,8 +1,8 @@
 """The data sets as their authors publish them, and as exports of Hugging Face's datasets (docs/data.md), row by row.
 
 A reader yields the place of each row (its line, its number in a list or in parquet), and fields of tasks.Question: at
-least parts, options, gold and group. It reads a row inside `with bad:` (see reading.BadRows). What is outside concerns
-the whole file.
+least parts, options, gold and group. It reads a row inside `with bad:` (see reading.BadRows). A fault outside it
+concerns the whole file.
 """
 
 from collections import Counter

@@ -154,7 +154,7 @@ def read_json(file: str | Path) -> Record:
 
 
 def read_jsonl(file: str | Path) -> list[Record]:
-    """The JSON objects of a file, one per line. Blank lines are passed over; a file without lines is none."""
+    """The JSON objects of a file, one per line. Blank lines are skipped; an empty file gives an empty list."""
     file = Path(file)
     check_start(file)
     if not file.stat().st_size:
@@ -254,7 +254,7 @@ def parquet_rows(file: Path, columns: Sequence[Sequence[str]]) -> Iterator[tuple
 
 
 def check_columns(header: list[str], columns: Sequence[Sequence[str]], where: str) -> None:
-    """ValueError unless the header has each name once, of the set that it has the most of."""
+    """ValueError unless the header has each name of one set once: of the set that it matches best."""
     nearest = max(columns, key=lambda names: sum(name in header for name in names))
     if wrong := [name for name in nearest if header.count(name) != 1]:
         raise ValueError(f"{where}: not one column {' or '.join(wrong)}; give the published file")

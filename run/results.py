@@ -96,7 +96,7 @@ def hashes(file: str | Path) -> dict[str, str]:
 
 
 def check_rows(*rows: str | Path) -> None:
-    """Raises ValueError if files of measured rows were not made of the same, as far as it is known beside them."""
+    """Raises ValueError if files of measured rows were made of different things, as far as their identity files say."""
     first, was = None, {}
     for file in map(str, rows):
         if now := hashes(file.removesuffix(".jsonl").rpartition(".")[0] + ".identity.json"):

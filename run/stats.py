@@ -1,4 +1,4 @@
-"""What an update says of itself: its loss, KL, clipped tokens and how far the sampler's logprobs are off."""
+"""The figures of an update: its loss, KL, clipped tokens, and the gap between trainer's and sampler's logprobs."""
 
 import torch
 from torch import Tensor
