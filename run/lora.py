@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from run import reading
 
-PREFIX = "base_model.model.model."  # of the names in PEFT's files
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -121,7 +120,7 @@ def peft_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under the names of PEFT's files."""
     pattern = re.compile(r"(.+)\.\w+\.([AB])\.(\w+)")  # layers.0.mlp.gate_up_proj.A.up_proj
     found = ((pattern.fullmatch(name), weight.data) for name, weight in network.named_parameters())
-    return {f"{PREFIX}{m[1]}.{m[3]}.lora_{m[2]}.weight": weight for m, weight in found if m}
+    return {f"base_model.model.model.{m[1]}.{m[3]}.lora_{m[2]}.weight": weight for m, weight in found if m}
 
 
 def peft_config(network: nn.Module) -> dict:
@@ -142,12 +141,11 @@ def peft_config(network: nn.Module) -> dict:
     }  # fmt: skip
 
 
-# Of adapter_config.json: keys with the values that are implemented, and keys that `read` handles or that do not matter:
-# which layers have adapters, the names of the tensors say. Every other key must be null, false or empty.
+# Of adapter_config.json: keys with the values that are implemented, and keys that `read` handles or that do not matter.
+# Every other key must be null, false or empty.
 IMPLEMENTED = {"task_type": ("CAUSAL_LM",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
-FREE = ("peft_type base_model_name_or_path revision r lora_alpha target_modules exclude_modules layers_to_transform "
-        "layers_pattern use_rslora peft_version auto_mapping inference_mode lora_dropout megatron_core "
-        "qalora_group_size").split()  # fmt: skip
+FREE = ("peft_type base_model_name_or_path revision r lora_alpha target_modules exclude_modules use_rslora "
+        "peft_version auto_mapping inference_mode lora_dropout megatron_core qalora_group_size").split()  # fmt: skip
 
 
 def read(network: nn.Module, folder: Path) -> nn.Module:
@@ -162,17 +160,44 @@ def read(network: nn.Module, folder: Path) -> nn.Module:
     rank, alpha = settings.take("r", int, above=0, most=2**16), settings.take("lora_alpha", float, above=0)
     if settings.take("use_rslora", bool, False):
         alpha *= rank**0.5
+    attach(network, rank, alpha, targets_of(settings, network))
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(f"{folder}: adapter_model.bin is a pickle, which is not read; convert it with PEFT")
-    names: set[str] = set()
-    reading.copy_tensors(file, lambda name, _: names.add(name))  # copies nothing
-    layers = {name.rpartition(".")[0] for name in network.named_tensors()}
-    layers = {layer for layer in layers if f"{PREFIX}{layer}.lora_A.weight" in names}
-    places = peft_tensors(attach(network, rank, alpha, layers))
-    if odd := sorted(names ^ places.keys()):
-        what = "lacks" if odd[0] in places else "holds an adapter that is not implemented,"
-        raise ValueError(f"{file} {what} {odd[0]}; fetch it again, or merge it with PEFT")
-    if not names:
-        raise ValueError(f"{file} holds no adapter; fetch it again")
-    reading.copy_tensors(file, lambda name, _: places[name])
+    places, seen = peft_tensors(network), set()
+    unlike = "unlike target_modules and exclude_modules in adapter_config.json; fetch both again"
+
+    def place_of(name: str, _) -> Tensor:
+        if name not in places:
+            raise ValueError(f"{file} holds {name}, {unlike}")
+        seen.add(name)
+        return places[name]
+
+    reading.copy_tensors(file, place_of)
+    if missing := sorted(places.keys() - seen):
+        raise ValueError(f"{file} lacks {missing[0]}, {unlike}")
     return network
+
+
+def targets_of(settings: reading.Record, network: nn.Module) -> set[str]:
+    """The layers that target_modules names and exclude_modules does not, matched as PEFT matches them."""
+    names = {"model." + name.rpartition(".")[0] for name in network.named_tensors()} - {"model.lm_head"} | {"lm_head"}
+    known = {name for name in names if name.rpartition(".")[2] in TARGETS}
+    names |= {name[:dot] for name in names for dot, letter in enumerate(name) if letter == "."}
+
+    def matching(key: str, default) -> set[str]:
+        wanted = settings.take(key, str | list[str], default)
+        if isinstance(wanted, list):
+            return {name for name in names if f".{name}".endswith(tuple(f".{end}" for end in wanted))}
+        if key == "target_modules" and wanted.lower() == "all-linear":
+            return known
+        try:
+            return {name for name in names if re.fullmatch(wanted, name)}
+        except re.error as error:
+            settings.refuse(key, f"a list or a regular expression ({error}), {reading.short(wanted)}")
+
+    chosen = matching("target_modules", reading.MUST) - matching("exclude_modules", [])
+    if odd := sorted(chosen - known):
+        raise ValueError(f"{settings.where}: adapters of {odd[0]} are not implemented; merge it with PEFT")
+    if not chosen:
+        settings.refuse("target_modules", f"names of the base's layers, such as {', '.join(TARGETS)}")
+    return {name.removeprefix("model.") for name in chosen}
