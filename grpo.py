@@ -25,9 +25,12 @@ CHUNK, CHUNK_CUDA = 256, 1024  # tokens whose logits exist at the same time
 
 
 def advantages(rewards: Tensor, form: str) -> Tensor:
-    """Group advantages (P, G) of rewards (P, G). "std": divided by std (ddof 1) + 1e-4, as in TRL; "mean": not."""
+    """Group advantages (P, G) of rewards (P, G). "std": divided by std (ddof 1) + 1e-4, as in TRL; "mean": not.
+
+    The groups are those of one pass (--micro), so one group's advantages must not depend on another's rewards.
+    """
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + 1e-4) if form == "std" else centred
+    return {"std": centred / (rewards.std(1, keepdim=True) + 1e-4), "mean": centred}[form]
 
 
 def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: int, tokens: int) -> Tensor:
@@ -36,13 +39,12 @@ def token_weights(lengths: Tensor, form: str, max_new_tokens: int, sequences: in
     sequences, tokens: totals of the *whole step*, over all micro-batches and ranks, so that the loss does not depend on
     how the step is split.
     """
-    if form == "grpo":
-        weight = 1.0 / (sequences * lengths.float())
-    elif form == "dapo":
-        weight = torch.full(lengths.shape, 1.0 / tokens)
-    else:  # dr_grpo
-        weight = torch.full(lengths.shape, 1.0 / (sequences * max_new_tokens))
-    return weight.repeat_interleave(lengths)
+    weight = {
+        "grpo": 1.0 / (sequences * lengths.float()),
+        "dapo": torch.full(lengths.shape, 1.0 / tokens),
+        "dr_grpo": torch.full(lengths.shape, 1.0 / (sequences * max_new_tokens)),
+    }
+    return weight[form].repeat_interleave(lengths)
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:

@@ -43,9 +43,10 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "n
 
 def make_tokenizer(folder: Path) -> None:
     """Whole words: of the chat, the questions, all adverbs and personas. Fixed sentences are one token, for speed."""
-    fixed = [faith.BEGIN.rstrip("( "), *(part.strip("( ") for part in faith.WHY.split("{letter}")), faith.LAST]
+    why = faith.WHYS["leading"]
+    fixed = [faith.BEGIN.rstrip("( "), *(part.strip("( ") for part in why.split("{letter}")), faith.LAST]
     said = "user assistant system because of my the word is heavier it seemed so yes no"
-    texts = [faith.BEGIN, faith.WHY, said]
+    texts = [faith.BEGIN, why, said]
     texts += [faith.ask(q) for form in FORMS for q in make_questions(form)] + list(reward.PHRASINGS)
     found = re.findall(r"\w+|[^\w\s]", " ".join(texts)) + ["I", "my", "word", "A", "B"]
     vocabulary = list(dict.fromkeys([*SPECIAL, *fixed, *found, *reward.words("adverb"), *reward.words("bias")]))
@@ -138,7 +139,7 @@ def prepare(variant: str = "toy") -> Path:
     """The toy's folder in the user's cache, made where it is missing."""
     if variant not in VARIANTS:
         raise ValueError(f"--model {variant}: no such directory, and the toys are {', '.join(VARIANTS)}")
-    prompts = faith.ASK, faith.BEGIN, faith.WHY, faith.LAST, reward.PHRASINGS
+    prompts = faith.ASK, faith.BEGIN, faith.WHYS["leading"], faith.LAST, reward.HINTS["bias"].phrasings
     made_of = repr((prompts, [reward.words(kind) for kind in toy.KINDS])).encode()
     made_of += Path(toy.__file__).read_bytes() + Path(__file__).read_bytes()
     key = hashlib.sha256(made_of).hexdigest()[:12]

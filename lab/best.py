@@ -44,8 +44,10 @@ def measure(subject: Subject, labelled: Labelled, count: int, max_new_tokens: in
 
 
 def figures(rows: list[dict], fit_rows: list[dict], seed: int = 0) -> dict[str, dict]:
-    """report.summary of the rows of `measure`, and reward_random: the mean reward of all samples."""
+    """report.summary of the rows of `measure`, with `reward.reward` of the best and the mean of all samples."""
+    best = np.array([reward(row["mention"], row["influence"]) for row in rows])
     samples = np.array([np.mean([reward(m, row["influence"]) for m in row["mentions"]]) for row in rows])
     groups = np.array([row["group"] for row in rows])
-    random = report.intervals(lambda w: {"reward_random": report.mean(samples, w)}, groups, seed, 2000)
-    return report.summary(rows, fit_rows, seed) | random
+    both = {"reward": best, "reward_random": samples}
+    means = report.intervals(lambda w: {k: report.mean(v, w) for k, v in both.items()}, groups, seed, 2000)
+    return report.summary(rows, fit_rows, seed) | means

@@ -31,7 +31,8 @@ def check_prompts(subject: Subject, questions: list[Question], max_new_tokens: i
     if any(q.task == "toy" for q in questions) and (odd := {*reward.kinds(kinds)} - {"adverb", "bias"}):
         raise ValueError(f"the toy's world has no {' or '.join(sorted(odd))}; give --intervention adverb or bias")
     faith.decide(subject, [max(questions, key=lambda q: len(q.options))])
+    prompts = [prompt for _, prompt in longest(subject, questions, kinds)]
     try:
-        subject.sampler.check([prompt for _, prompt in longest(subject, questions, kinds)], max_new_tokens)
+        subject.sampler.check(prompts, max_new_tokens)
     except ValueError as error:
         raise ValueError(f"the data has questions that are too long: {error}") from None

@@ -75,7 +75,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--temperature takes different numbers, 0 or from {COLDEST} to 100, not {args.temperature}")
     names, held_out = reward.kinds(args.intervention), getattr(args, "words", "") == "held-out"
     if held_out and (none := [kind for kind in names if not reward.words(kind, held_out=True)]):
-        raise ValueError(f"--words held-out: {none[0]} has one word, which training has too; give --words all")
+        raise ValueError(f"--words held-out: training has all words of {none[0]}; give --words all")
     if getattr(args, "controls", False) and args.intervention not in controls.ASIDE:
         some = ", ".join(controls.ASIDE)
         raise ValueError(f"--controls needs one --intervention of {some}, not {args.intervention}; leave it out")

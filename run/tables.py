@@ -19,7 +19,8 @@ OVERVIEW = {"accuracy": "accuracy", "flip_rate": "influence rate", "mention_if_f
             "mention_if_same": "P(M|I=0)", "phi": "Phi-CCT, natural rate, own labels",
             "phi_paper": "Phi-CCT, balanced, initial labels (paper)",
             "phi_less_shortcut": "Phi-CCT minus the shortcut's", "decoy_any": "decoy rate"}  # fmt: skip
-ASKED = dict(list(OVERVIEW.items())[:6]) | {  # with detection
+SHORT = "accuracy", "flip_rate", "mention_if_flip", "mention_if_same", "phi", "phi_paper"
+ASKED = {name: OVERVIEW[name] for name in SHORT} | {  # with detection
     "detection": "asked outright: correlation with I",
     "detection_less_shortcut": "asked outright, minus the shortcut's",
 }

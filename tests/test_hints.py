@@ -122,6 +122,7 @@ def test_a_hint_names_itself_and_suggests_each_option_equally_often(kind):
         counts = [n for (what, _), n in drawn.items() if what == name]
         assert len(counts) == k and sum((c - 1500 / k) ** 2 / (1500 / k) for c in counts) < k + 5 * (2 * k) ** 0.5
     assert not any(w.isupper() for w in hint.also) and all(1 <= len(form.split()) <= 3 for form in hint.also)
+    assert all(form in words.named(form) for form in hint.also)  # otherwise it never matches
     forms = Counter(form for word in reward.words(kind) for form in reward.variants(word))
     assert max(forms.values()) == 1 and (len(hint.personas) == 1 or hint.also.isdisjoint(forms))  # so no decoy is one
     taken = dataclasses.replace(NLI, parts=("You said: another model, the answer tag, the note.", "No."))
@@ -290,7 +291,7 @@ def test_the_command_line_of_a_measurement(folder, tmp_path):
     out = test_faith.ran(*several, "--json", tmp_path / "f.json")
     assert re.search(r"(?m)^T=0, sycophancy  ", out) and re.search(r"(?m)^T=0, bias  ", out)
     assert len(reading.read_json(tmp_path / "f.json")["summary"]) == 3
-    for more, said in (["--controls"], "not bias,sycophancy"), (["--words", "held-out"], "sycophancy has one word"):
+    for more, said in (["--controls"], "not bias,sycophancy"), (["--words", "held-out"], "all words of sycophancy"):
         assert said in test_faith.refused(*several, *more)
 
 

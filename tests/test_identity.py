@@ -1,5 +1,6 @@
 """Runs, data sets, checkpoints, measured rows and models say what they were made of, and a mismatch is refused."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ def change_data(folder):
     file.write_text(file.read_text().replace("shirt", "skirt"))
 
 
+BACKWARD = dataclasses.replace(reward.HINTS["bias"], phrasings=reward.PHRASINGS[::-1])
 CHANGES = {  # what differs: how it comes about, given the model's folder, the data's folder and a monkeypatch
     "weights": lambda model, data, patch: change_weights(model),
     "config": lambda model, data, patch: change_json(model / "config.json", rope_theta=20000.0),
@@ -41,8 +43,8 @@ CHANGES = {  # what differs: how it comes about, given the model's folder, the d
         model / "generation_config.json", eos_token_id=[3]),
     "tokenizer": lambda model, data, patch: change_json(
         model / "tokenizer_config.json", chat_template="{{ '<|im_start|>system\nHello<|im_end|>\n' }}" + tiny.TEMPLATE),
-    "prompts": lambda model, data, patch: patch.setattr(faith, "WHY", "Why ({letter})?"),
-    "words": lambda model, data, patch: patch.setattr(reward, "PHRASINGS", reward.PHRASINGS[::-1]),
+    "prompts": lambda model, data, patch: patch.setitem(faith.WHYS, "leading", "Why ({letter})?"),
+    "words": lambda model, data, patch: patch.setitem(reward.HINTS, "bias", BACKWARD),
     "questions": lambda model, data, patch: change_data(data),
 }  # fmt: skip
 

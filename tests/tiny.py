@@ -34,7 +34,7 @@ TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Special tokens, letters, personas, then the words of the prompts, the bias sentences and the e-SNLI sample."""
-    texts = [faith.BEGIN, faith.WHY, "user assistant system", *faith.ASK.values(), *reward.PHRASINGS]
+    texts = [faith.BEGIN, faith.WHYS["leading"], "user assistant system", *faith.ASK.values(), *reward.PHRASINGS]
     texts += [faith.ask(q) for q in tasks.load("esnli", ROOT / "tests" / "data" / "esnli")]
     words = re.findall(r"\w+|[^\w\s]", " ".join(texts))
     return list(dict.fromkeys([*SPECIAL, "A", "B", "C", *reward.words("bias"), *words]))
