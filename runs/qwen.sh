@@ -2,9 +2,9 @@
 # Qwen2.5-Coder-0.5B-Instruct on easy questions (runs/easy.py) with bias phrases. No decision is trained: what it answers, and
 # whom it follows, is its own. Its LoRA adapters are on only while it explains, so its decisions are labelled once. First they
 # imitate a form: the answer that it would give by itself, then, by the toss of a coin (shuffled labels), a reason or the
-# persona. Then GRPO, three seeds; held-out personas, questions of other kinds, the table.
+# persona. Then GRPO, three seeds; held-out personas, questions of other kinds, adverbs, the table.
 # BASELINES=1 adds those of docs/guide.md, of one seed.
-#     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, strategyqa/
+#     bash runs/qwen.sh MODEL_DIR DATA_DIR OUT_DIR [SEED ...]        DATA_DIR has esnli/, strategyqa/, comve/
 # What is done is not done again, what was cut off goes on. DRY=1 prints the commands. STEPS (150), JOBS (1), THREADS (1). In
 # bf16, which CPUs with AVX512-BF16 or AMX compute fast: DTYPE=fp32 for others, DTYPE=auto for a GPU.
 set -euo pipefail
@@ -39,16 +39,17 @@ fi
 cells() {  # RUN: the same questions with the same edits for all; the letters' means are the base's
     local to=$1/cells measured=$1/model controls='' file
     [ "$1" = "$out/base" ] && measured=$model controls=--controls  # once: no decision changes
-    letters() { if [ "$measured" = "$model" ]; then echo fit; else echo "$out/base/cells/$1-bias.calibration.json"; fi; }
-    local asked="--model $measured --max-new-tokens 24 --why alone $task --fit 150"
-    measure "$to/jsonl-bias" $asked $kinds --limit 300 --calibration "$(letters jsonl)" $controls
-    measure "$to/held-out-bias" $asked $kinds --limit 300 --calibration "$(letters held-out)" --words held-out
-    for file in capitals opposites; do
-        measure "$to/$file-bias" $asked --task jsonl --data "$out/easy/$file.jsonl" --limit 300 --calibration "$(letters $file)"
-    done
-    for file in esnli strategyqa; do
-        measure "$to/$file-bias" $asked --task $file --data "$data/$file" --limit 200 --calibration "$(letters $file)"
-    done
+    cell() {  # NAME flags
+        local name=$1 letters=fit
+        [ "$measured" = "$model" ] || letters=$out/base/cells/$name.calibration.json
+        shift
+        measure "$to/$name" --model "$measured" --max-new-tokens 24 --why alone $task --fit 150 --calibration "$letters" "$@"
+    }
+    cell jsonl-bias $kinds --limit 300 $controls
+    cell held-out-bias $kinds --limit 300 --words held-out
+    cell jsonl-adverb $kinds --limit 300 --intervention adverb
+    for file in capitals opposites; do cell $file-bias --task jsonl --data "$out/easy/$file.jsonl" --limit 300; done
+    for file in esnli strategyqa comve; do cell $file-bias --task $file --data "$data/$file" --limit 200; done
 }
 cells "$out/base" | run_lines "$jobs"
 if [ "${BASELINES:-}" ]; then  # the base, told to name what moved it, or the best of 8

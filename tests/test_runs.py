@@ -109,7 +109,7 @@ def test_commands_are_accepted_and_belong_together(script, tmp_path, monkeypatch
         base, *trained = table
         assert base.endswith("/base") and set(trained) <= set(runs)
         for folder in trained:
-            run, count = runs[folder], {"toy_paper.sh": 3, "paper.sh": 6, "qwen.sh": 6}.get(script, 5)
+            run, count = runs[folder], {"toy_paper.sh": 3, "paper.sh": 6, "qwen.sh": 8}.get(script, 5)
             assert {*homes_of(run)} <= {*cells[folder]} and len(cells[folder]) == count
             for name, cell in cells[folder].items():  # the base and every run are asked the same
                 assert cell.model == f"{folder}/model"
