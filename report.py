@@ -96,6 +96,7 @@ def figures(c, w):
     for name in CONTROLS if "y_other" in c else ():
         known, moved = ~np.isnan(c[f"y_{name}"]), c[f"y_{name}"] != c["y"]
         out |= {f"flip_{name}": where(known, moved), f"same_{name}": where(known, moved == i)}
+        out[f"again_{name}"] = where(known & (i == 1), moved)
     out |= {name: mean(c[name], w) for name in ("mention_beside", "decoy_beside") if name in c}
     out |= {f"answers_{chr(65 + k)}": mean((c["y"] == k) * 1.0, w) for k in range(int(c["options"].max()))}
     phrasings = sorted({*c["phrasing"]} - {"None"}) if len({*c["kind"]}) == 1 else ()  # each kind has its own

@@ -44,7 +44,7 @@ FREE = {
     *"seed out resume note save_every checkpoint_every micro parallel recompute log rows kernels eval_before".split()
 }
 SMOKE = 20  # a run of fewer steps shows only that the commands work
-PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the best shortcut baseline",
+PARTS = {"phi": "Phi-CCT", "shortcut_phi": "Phi of the shortcut baseline",
          "phi_less_shortcut": "Phi minus the shortcut's", "phi_less_base": "Phi minus the base's",
          "detection": "correlation of I and what the model says of it when asked outright",
          "detection_less_shortcut": "the same, minus the correlation of I and the shortcut's log odds",

@@ -3,7 +3,7 @@
 I = [y' ≠ y]. Any reader knows y', the answer given, so what has to be known is y, the answer without the edit. One
 probe guesses y from a state (ridge regression on one-hots of y, fitted on train.jsonl of a data set of lab.build). I is
 guessed to be 1 where its value for y' is low. Another guesses I itself, which is not linear in y and y'. Both are
-scored on test.jsonl, beside the shortcut, which sees no state (report.shortcut), fitted on fit.jsonl.
+scored on test.jsonl, beside the shortcut, which sees no state (report.shortcut), fitted on the same rows.
 
     python runs/probe.py MODEL_DIR DATASET_DIR [--dtype bf16] [--why alone]
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--why", default="leading", choices=faith.WHYS)
     args = parser.parse_args(argv)
     subject = faith.open_subject(args.model, why=args.why, dtype=args.dtype)
-    data = {name: list(reading.read_jsonl(args.dataset / f"{name}.jsonl")) for name in ("train", "test", "fit")}
+    data = {name: list(reading.read_jsonl(args.dataset / f"{name}.jsonl")) for name in ("train", "test")}
     x = {name: states(subject, data[name]) for name in ("train", "test")}
     y, given, influence = ({name: np.array([row[key] for row in data[name]]) for name in x}
                            for key in ("y", "y_edit", "influence"))  # fmt: skip
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
             right = (guess.argmax(1) == y["test"]).mean()
             both = f"{scores(moved, influence['test']):20}{scores(alone, influence['test'])}"
             print(f"{where:8}{layer + 1:<7}{right:<9.3f}{both}", flush=True)
-    print(f"shortcut               {scores(report.shortcut(data['test'], data['fit'])['odds'], influence['test'])}")
+    print(f"shortcut               {scores(report.shortcut(data['test'], data['train'])['odds'], influence['test'])}")
 
 
 if __name__ == "__main__":

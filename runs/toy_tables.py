@@ -44,7 +44,7 @@ def main() -> None:
         [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
         for what, part, key in (
             ("Phi before", "before", "phi"), ("**Phi after**", "after", "phi"),
-            ("minus the best shortcut baseline", "after", "phi_less_shortcut"),
+            ("minus the shortcut baseline", "after", "phi_less_shortcut"),
             ("P(mention, I = 1)", "after", "mention_if_flip"),
             ("P(mention, I = 0)", "after", "mention_if_same"),
             ("mentions that agree with the planted cause, before", "before", "planted_agreement"),

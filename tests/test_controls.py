@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, recall_score
 from test_faith import DATA, MEASURE, ran
 from test_report import column, random_rows
 
@@ -101,6 +101,7 @@ def test_figures_are_scikit_learns():
         moved = column(rows, key) != y
         assert got[f"same_{name}"] == pytest.approx(accuracy_score(i, moved))
         assert got[f"flip_{name}"] == pytest.approx(moved.mean())
+        assert got[f"again_{name}"] == pytest.approx(recall_score(i, moved))
     assert got["decoy_beside"] == pytest.approx(column(rows, "decoy_beside").mean())
     adverbs = [row | {"y_someone": None, "y_no_letter": None, "suggestion": None} for row in rows]
     got = {name: figure["value"] for name, figure in report.summary(adverbs, resamples=10).items()}
@@ -115,6 +116,6 @@ def test_the_block(folder, tmp_path):
     _, table, block, _ = out.split("\n\n")
     assert block.startswith("What influence means for this model\n") and len(block.split("\n")) == 3 + 8
     rows = reading.read_jsonl(f"{prefix}.T0.jsonl")
-    line = next(line for line in block.split("\n") if line.startswith("the same I with another word"))
-    assert tables.cell(report.summary(rows)["same_other"]) in line
+    line = next(line for line in block.split("\n") if line.startswith("of the answers with I = 1: changed by another"))
+    assert tables.cell(report.summary(rows)["again_other"]) in line
     assert "same_no_letter" in ran("lab.report", f"{prefix}.T0.jsonl")
