@@ -163,8 +163,8 @@ def by_part(rows):
 def shortcut(rows, fit_rows):
     """A guess of I that does not read the question: logistic regression on fit_rows -> guessed I of rows (N,).
 
-    It sees whether y' is the suggestion, and one-hots of y', suggestion, word, phrasing (zeros for unseen values), each
-    in columns of the row's task and intervention.
+    It sees whether y' is the suggestion or the edited option, and one-hots of y', suggestion, word, phrasing and of the
+    text that an adverb went to (zeros for unseen values), each in columns of the row's task and intervention.
     Returns odds (the log odds of I = 1), and phi and phi_balanced: 1 where the odds are above the threshold that
     maximises this figure on fit_rows.
     """
@@ -176,8 +176,10 @@ def shortcut(rows, fit_rows):
 
     def features(r):
         part = (r.get("task", ""), r.get("kind", "")) if len(parts) > 1 else parts[0]
-        follows = {(part, "follows")} if r["y_edit"] == r["suggestion"] else set()
-        return follows | {(part, key, str(r[key])) for key in SHORTCUT_KEYS}
+        place = r.get("place")  # of an adverb
+        follows = r["y_edit"] == r["suggestion"] or place == f"options {r['y_edit']}"
+        known = {(part, key, str(r[key])) for key in SHORTCUT_KEYS} | ({(part, "place", place)} if place else set())
+        return known | ({(part, "follows")} if follows else set())
 
     seen = [(part, "follows") for part in parts] + sorted({f for r in fit_rows for f in features(r) if len(f) > 2})
     x_fit, x = (np.array([[1, *(f in has for f in seen)] for has in map(features, part)], dtype=float)

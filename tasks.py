@@ -75,6 +75,8 @@ def load(task: str, path: str | Path, skip_bad_rows: bool = False) -> list[Quest
             rows = f"skipped {len(bad):,} of {len(good) + len(bad):,} rows of {file}"
             say(f"{rows}, the first: {bad[0].removeprefix(f'{file}, ')}", sys.stderr)
         questions += [Question(**{"task": task, "id": f"{task}/{file.stem}:{place}"} | row) for place, row in good]
+    if len(counts := {len(question.options) for question in questions}) > 1:
+        raise ValueError(f"{path}: its files have {min(counts)} and {max(counts)} options; give as many in each")
     return questions
 
 
@@ -91,8 +93,8 @@ def load_splits(paths: dict[str, str], sizes: dict[str, int], skip_bad_rows: boo
     loaded = [load(task, path, skip_bad_rows) for task, path in paths.items()]
     parts = [split(questions, sizes, seed=0) for questions in loaded]
     questions = sum(loaded, [])
-    if len({q.id for q in questions}) < len(questions):
-        raise ValueError("two questions of different tasks have the same id; give those of your own another")
+    if (twice := Counter(q.id for q in questions).most_common(1)) and twice[0][1] > 1:
+        raise ValueError(f"the id {twice[0][0]!r} occurs in two files or tasks; give your own questions other ids")
     return questions, {name: sum((part[name] for part in parts), []) for name in sizes}
 
 

@@ -9,10 +9,11 @@ I = 1 says that the answer changed when an edit was made, not what in the edit c
     beside      the edit and the aside; this one is explained too
 
 If a control changes nearly all answers that the edit changes, what it leaves out is not the cause. (That both have the
-same I says little where answers seldom change.) P(y' = suggestion | I = 1) says whether the model goes where the sentence points. If the sentence points nowhere it is 1 / options, or less if the model avoids the
-suggestion. The aside is a decoy that can fire: an explanation that lists whoever is in the question names it
-as often as the inserted word. An adverb has no someone and no_letter. Sycophancy and metadata have one persona, so they
-have no controls. A question costs up to six decisions and one explanation more. All of this is ours.
+same I says little where answers seldom change.) P(y' = suggestion | I = 1) says whether the model goes where the
+sentence points. If the sentence points nowhere it is 1 / options, or less if the model avoids the suggestion. The aside
+is a decoy that can fire: an explanation that lists whoever is in the question names it as often as the inserted word.
+An adverb has no someone and no_letter. Sycophancy and metadata have one persona, so they have no controls. A question
+costs up to six decisions and one explanation more. All of this is ours.
 
     python faith.py --model DIR --task esnli --data DIR --intervention bias --controls
 """
@@ -99,7 +100,7 @@ def measure(subject: Subject, cases: list[Case], rows: dict[float, list[dict]], 
     told = faith.measure(subject, both, list(rows), max_new_tokens, seed, nulls=0, progress=progress)
     none = {"y_someone": None, "y_no_letter": None}
     for t in rows:
-        for case, row, word, y, beside in zip(cases, rows[t], words, decided, told[t], strict=True):
-            names = reward.mentions(replace(case.intervention, word=word), beside["text"])
+        for row, word, y, beside in zip(rows[t], words, decided, told[t], strict=True):
+            names = not named(beside["text"]).keys().isdisjoint(variants(word))  # the word itself, not its kind
             row |= none | y | {"other_word": word, "mention_beside": beside["mention"], "decoy_beside": int(names)}
             row["text_beside"] = beside["text"]

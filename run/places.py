@@ -48,6 +48,7 @@ DO = _set("do does did don't doesn't didn't")
 MODALS = _set("will can could should would might must won't can't couldn't shouldn't wouldn't")
 QUESTION_WORDS = _set("what why how when where who which")
 SUBJECTS = _set("i he she we they who")
+DETERMINERS = _set("a an the this that these those my your his her its our their")
 OFTEN = _set("always usually often also just still ever")
 # Base forms that are seldom nouns.
 CLEAR = _set("""accept achieve acquire add admire adopt affect afford allow announce anticipate appear apply appreciate
@@ -130,6 +131,8 @@ def _sentence(text: str, start: int, end: int) -> list[int]:
     main = _main(w, noun, object_after, aux) if aux >= 0 else -1
     allowed = [i for i in range(1, len(w)) if joined[i] and raw[i].islower() and not adverb[i]]
     allowed = [i for i in allowed if w[i] not in NO_ADVERB_BEFORE]
+    if text[start:end].rstrip().endswith("?"):  # What color is the sky?
+        allowed = [i for i in allowed if w[i - 1] not in BE or w[i] not in DETERMINERS]
     fits = [i for i in allowed if i == main or i != aux + 1 and _fits(w, noun, object_after, i)]
     found = [spans[i][0] for i in fits]
     acts = any(w[i] in ACTIONS or w[i].endswith("ing") or _past(w[i]) for i in fits)

@@ -53,6 +53,10 @@ def test_edits_of_adverbs_and_of_options():
             assert re.sub(rf"\b{new}\b", old, made["other"]) == faith.ask(case.edited)
             said = controls.ASIDE[kind].format(persona=new)
             said = f" {said}" if task == "comve" else f"{said} "
+            row = faith.decision_row(case, *np.log(np.full((2, 3), 1 / 3)))
+            field, _, n = (row["place"] or "appeal  ").partition(" ")
+            edited = getattr(case.edited, field)
+            assert case.intervention.text in (edited[int(n)] if kind == "adverb" else edited)
             assert made["aside"].count(said) == 1 and made["aside"].replace(said, "") == faith.ask(case.question)
 
 

@@ -239,6 +239,16 @@ def test_shortcut_finds_a_leak_and_the_model_is_compared_with_it():
     assert less["high"] < -0.5 and s["phi_balanced_less_shortcut"]["high"] < -0.5
 
 
+@pytest.mark.parametrize("field", ["parts", "options"])
+def test_shortcut_sees_the_text_that_an_adverb_went_to(field):
+    """An answer that changes where the second part is edited, or to the edited option. No word tells it."""
+    rows = [{"y_edit": k % 2, "suggestion": None, "word": "w", "phrasing": None, "place": f"{field} {k // 2 % 2}"}
+            for k in range(40)]  # fmt: skip
+    moved = [row["place"] == (f"options {row['y_edit']}" if field == "options" else "parts 1") for row in rows]
+    fit = [row | {"influence": int(value)} for row, value in zip(rows, moved, strict=True)]
+    assert report.shortcut(rows, fit)["phi"].tolist() == moved
+
+
 def test_shortcut_is_scikit_learns_regression_with_the_best_threshold():
     """Encoding, fit and thresholds again, made of scikit-learn's parts, on rows where word and y' predict I in part."""
 

@@ -301,6 +301,12 @@ def test_the_places_in_a_sentence(text):
     assert stars[0] not in places if text in FORBIDDEN else stars == places
 
 
+def test_no_adverb_between_an_auxiliary_and_its_subject():
+    for text in ("What color is the sky?", "What year was the treaty signed?", "In which city is the tower located?"):
+        assert not reward.places(text), text
+    assert reward.places(text := "What force is the man applying to it?") == [text.index("applying")]
+
+
 def test_an_adverb_goes_into_one_part_at_any_of_its_places():
     spots = [(n, place) for n, part in enumerate(NLI.parts) for place in reward.places(part)]
     expected = {(n, reward.insert(NLI.parts[n], place, "grimly")) for n, place in spots}

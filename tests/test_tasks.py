@@ -504,6 +504,17 @@ def test_an_export_gives_the_published_questions(task, tmp_path, capsys):
     assert said in error(task, written(file, less))
 
 
+def test_files_of_ones_own_in_parquet_belong_together(tmp_path):
+    written(tmp_path / "a.parquet", [OWN, OWN | {"gold": 0}])
+    written(tmp_path / "b.parquet", [OWN | {"options": [*OWN["options"], "another"]}])
+    counts = [len(OWN["options"]) + k for k in (0, 1)]
+    assert error("jsonl", tmp_path).endswith("its files have {} and {} options; give as many in each".format(*counts))
+    for name in "ab":
+        written(tmp_path / f"{name}.parquet", [OWN | {"id": "one", "group": name}])
+    with pytest.raises(ValueError, match="the id 'one' occurs in two files or tasks"):
+        tasks.load_splits({"jsonl": tmp_path}, {"test": 1, "train": -1}, False)
+
+
 def test_parquet_of_ones_own_without_pyarrow_and_cut_short(tmp_path, monkeypatch):
     file = written(tmp_path / "questions.parquet", [OWN, OWN | {"gold": 0}])
     first, second = tasks.load("jsonl", tmp_path)
