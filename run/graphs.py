@@ -17,19 +17,21 @@ class Graphs:
         """The step is also called here, twice for each bucket, so the tensors must hold nothing of value yet."""
         self.step, self.graphs = step, {}
         try:
-            pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            pool, side, current = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.current_stream()
             for bucket in sorted(buckets, reverse=True):  # the largest first: the others fit into its memory
-                side.wait_stream(torch.cuda.current_stream())
+                side.wait_stream(current)
                 with torch.cuda.stream(side):  # warm-up
                     step(*bucket)
-                torch.cuda.current_stream().wait_stream(side)
+                current.wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
                     step(*bucket)
                 self.graphs[bucket] = graph
-        except RuntimeError as error:
-            print(f"no CUDA graphs ({str(error).splitlines()[0]}); decoding eagerly", file=sys.stderr, flush=True)
+        except Exception as error:  # Triton's errors are no RuntimeErrors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"no CUDA graphs ({reason}); decoding eagerly", file=sys.stderr, flush=True)
             if torch.cuda.is_available():
+                torch.cuda.set_stream(current)  # a capture that fails may leave its own
                 torch.cuda.synchronize()
 
     def __call__(self, *bucket: int) -> None:

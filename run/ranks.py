@@ -40,6 +40,7 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         self.signals: Signals | None = None  # set if all ranks must agree on a stop
+        self.noted: Signals | None = None  # set if this rank notes a signal, and ends when rank 0 has
         if self.world > 1:
             waits = f"rank {self.rank} of {self.world}, as the environment says, waits for others"
             late = threading.Timer(10, say, [waits])
@@ -61,8 +62,8 @@ class Ranks:
         return self
 
     def __exit__(self, kind, *error):
-        if kind and issubclass(kind, KeyboardInterrupt):
-            self.leave()
+        if kind and (issubclass(kind, KeyboardInterrupt) or self.device.type == "cuda"):
+            self.leave()  # NCCL would wait for the others here, and the error would never be printed
         if self.world > 1:
             gc.collect()  # a sharded model still holds the process group, which would abort the exit
             dist.destroy_process_group()
@@ -127,8 +128,11 @@ class Ranks:
             return
         asked = torch.tensor(self.signals.number if self.signals else 0, device=self.device)
         work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
+        since = time.monotonic()
         while not work.is_completed():
             time.sleep(0.0005)
+            if self.noted and self.noted.number and time.monotonic() - since > 10:
+                raise RuntimeError("rank 0 has stopped")  # gloo says so by itself, NCCL waits
         work.wait()
         if self.signals and not self.signals.changing and asked:
             self.signals.number = int(asked)

@@ -100,6 +100,7 @@ def saved_when_stopped(ranks, sharded: bool, save: Callable[[], None]):
     """
     signals = Signals(ranks.rank == 0, sharded)
     ranks.signals = signals if sharded else None
+    ranks.noted = None if sharded or ranks.rank == 0 else signals
     with handled(signals.handle):
         try:
             yield signals
@@ -112,4 +113,4 @@ def saved_when_stopped(ranks, sharded: bool, save: Callable[[], None]):
             ranks.leave()
             raise SystemExit(128 + signals.number) from None
         finally:
-            ranks.signals = None
+            ranks.signals = ranks.noted = None

@@ -44,6 +44,7 @@ import tasks  # noqa: E402
 import words  # noqa: E402
 from grpo import pack, token_logprobs  # noqa: E402
 from run.args import Args  # noqa: E402
+from run.device import send  # noqa: E402
 from run.files import write_jsonl  # noqa: E402
 from run.policy import Policy, learning_rate  # noqa: E402
 from run.progress import Parser, Progress, command  # noqa: E402
@@ -161,7 +162,7 @@ def plant(kind: str, source: str, file: str, out: Path, steps: int) -> None:
         rows = [[encoded(tokenizer, *one) for one in made] for made in batch]
         packed, kinds = packed_of(rows, ranks.device)
         logprobs = policy.run(lambda model: token_logprobs(model, packed, 1.0))  # noqa: B023
-        weights = torch.tensor([(1.0 if kind == "letter" else 0.5) / kinds.count(kind) for kind in kinds])
+        weights = send([(1.0 if kind == "letter" else 0.5) / kinds.count(kind) for kind in kinds], ranks.device)
         policy.backward(-(logprobs * weights).sum())
         seen += (logprobs[[kind == "letter" for kind in kinds]].exp() > 0.5).tolist()
         policy.step(learning_rate(step, args))

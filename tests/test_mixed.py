@@ -72,7 +72,7 @@ def test_splits_are_those_of_each_task_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match="gold must be"):
         tasks.load_splits({"jsonl": tmp_path / "own.jsonl"}, {"test": 1}, False)
     assert len(tasks.load_splits({"jsonl": tmp_path / "own.jsonl"}, {"test": 1}, True)[0]) == 1
-    with pytest.raises(ValueError, match="the same id"):
+    with pytest.raises(ValueError, match="the id .* occurs in two files or tasks"):
         tasks.load_splits(paths | {"jsonl": tmp_path / "own.jsonl"}, {"test": 1}, True)
     assert "skipped 1 of 2 rows" in capsys.readouterr().err
 

@@ -4,6 +4,8 @@ On the meta device tensors have no values, so whatever asks for one raises. The 
 """
 
 import contextlib
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ from batches import DecisionAnchor, Stream, label
 from faith import Subject
 from rollout import Sampler
 from run import attention, lora
+from run import ranks as processes
 from run.args import Args
 from run.device import send
 from run.policy import Policy
 from run.ranks import Ranks
 from run.stats import LossStats
+from run.stop import Signals
 
 
 class NoWaits(TorchDispatchMode):
@@ -87,6 +91,18 @@ def test_micro_batches_do_not_wait(network, folder, questions, monkeypatch, rank
         step_on(policy, groups, rewards, anchor=lambda n: anchor.backward(n) is None or 0.0)
     assert fault or len(passes) == 2
     assert {x.device.type for x in policy.state().values()} == {"meta"}  # AdamW's steps too, as fused on a GPU needs
+
+
+def test_a_rank_that_noted_a_signal_does_not_wait_forever(monkeypatch):
+    """Under NCCL nobody says that rank 0 has stopped."""
+    rank, clock = Ranks(), itertools.count(0, 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: SimpleNamespace(is_completed=lambda: False))
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=lambda s: None, monotonic=lambda: next(clock)))
+    rank.world, rank.noted = 2, Signals(saves=False, together=False)
+    rank.noted.handle(15, None)
+    with pytest.raises(RuntimeError, match="rank 0 has stopped"):
+        rank.meet()
+    assert next(clock) == 16  # asked at 0, 4, 8 and 12
 
 
 def test_a_gpu_copies_from_pinned_memory(monkeypatch):
