@@ -51,7 +51,7 @@ class Stream:
 
     def next_case(self, task: str) -> Case:
         """The task's next case; questions without a place for an edit are passed over."""
-        for _ in range(len(self.of[task]) + 1):
+        for _ in range(2 * len(self.of[task])):  # so far apart can a question's turns in two epochs be
             epoch, place = divmod(self.taken[task], len(self.of[task]))
             if place == 0 or task not in self.order:
                 self.order[task] = tasks.shuffled(self.of[task], self.seed + epoch)

@@ -39,6 +39,7 @@ def run(args: Args, step: Callable, train: Callable) -> None:
         prepare_defaults(args, ranks)
         ranks.on_first(lambda: held.enter_context(files.in_use(args.out)))
         subject, test, fit, stream = ranks.together(lambda: prepare(args, ranks))
+        check_ranks(subject, ranks)
         with checkpoint.way_on_named(args):
             policy = make_policy(subject.sampler.model, args, ranks, plan)
             if ranks.device.type == "cuda" and args.objective == "disclosure":
@@ -96,6 +97,14 @@ def prepare(args: Args, ranks: Ranks) -> tuple[Subject, list[Case], list[Case], 
     return subject, test, fit, stream
 
 
+def check_ranks(subject: Subject, ranks: Ranks) -> None:
+    """Raises ValueError, on all ranks, if one has read another model or other data than rank 0."""
+    some = [weight.detach().flatten()[:3].tolist() for weight in subject.sampler.model.parameters()]
+    first, *others = ranks.gather([subject.made_of | {"weights": identity.digest(some)}])
+    for rank, other in enumerate(others, 1):
+        identity.check_same(other, first, f"what rank {rank} has read, unlike rank 0,", "give all the same files")
+
+
 def check_goes_on(args: Args, adapter: dict, only_explains: bool) -> None:
     """Raises ValueError unless the flags match the adapter in --model, whose training then continues."""
     targets = sorted(name.removeprefix("model.") for name in adapter["target_modules"])
@@ -148,8 +157,8 @@ def measure_and_train(
         ranks.together(state.resume)
         if ranks.rank == 0:
             results.write_args(args, state.steps)
-            for name in ("after.json", "difference.T1.json") if state.steps < args.steps else ():
-                (out / name).unlink(missing_ok=True)  # of a run that goes on; runs/lines.sh takes it for done
+            for file in [*out.glob("after.*"), *out.glob("difference.*")] if state.steps < args.steps else ():
+                file.unlink()  # of a run that goes on; runs/lines.sh takes it for done
     if ranks.rank == 0 and before and not state.steps:
         logged(0, {"before": reading.read_json(out / "before.json")})
     problem = train(args, ranks, step, subject, policy, stream, anchor, state, logged)

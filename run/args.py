@@ -189,6 +189,8 @@ def parse(argv: list[str] | None, choices: dict, toys: dict[str, dict]) -> Args:
         parser.add_argument(flag(field), default=field.default, help=text, **kind)
     given = parser.parse_args(argv)
     if given.resume:
+        if not given.out:
+            parser.error("--resume needs --out, the folder of the run")
         try:
             record = reading.read_json(Path(given.out) / "args.json")
             kinds = {field.name: type(field.default) for field in dataclasses.fields(Args)}

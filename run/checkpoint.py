@@ -182,6 +182,11 @@ class RunState:
         and none is: otherwise a run of many steps would be cut off.
         """
         path, log = newest(self.folder, self.print), self.folder.parent / "metrics.jsonl"
+        if len(seen := {path and path.name for path in self.ranks.gather([path])}) > 1:
+            which = " and ".join(map(str, seen))
+            raise ValueError(
+                f"--resume: ranks see different checkpoints in {self.folder}, {which}; give all that folder"
+            )
         if path:
             steps, position = read(path, self.policy.state(), self.made_of, one_process=not self.policy.sharded)
             self.policy.refresh()

@@ -27,6 +27,7 @@ from run.reading import lines_of, read_json
 
 HASHED: dict[str, list] = {}  # path: [size, mtime, ctime, sha256]; a run keeps it, so that large files are read once
 LIST = "questions.txt"
+WHERE = ("base_model_name_or_path", "revision")  # of an adapter_config.json: where its base is, which may move
 
 
 def digest(value) -> str:
@@ -53,8 +54,8 @@ def weights(path: str | Path) -> str:
     folder = locate(path)
     if not (base := base_of(folder)):
         return digest([file_digest(file) for file in weight_files(folder)])
-    own = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    return digest([weights(base), *map(file_digest, own)])
+    own = {key: value for key, value in read_json(folder / "adapter_config.json").items() if key not in WHERE}
+    return digest([weights(base), own, file_digest(folder / "adapter_model.safetensors")])
 
 
 def of_model(path: str | Path) -> dict[str, str]:

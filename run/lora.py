@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from run import reading
+from run.hub import cache
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,7 +132,7 @@ def peft_config(network: nn.Module) -> dict:
     short = {layer.rpartition(".")[2] for layer in layers}  # these names are enough where every block has them
     targets = short if len(layers) == len(short) * len(network.layers) else layers
     repo, above, commit = ("", "", *base.resolve().parts)[-3:]  # in the hub's cache a model has an id and a revision
-    hub = above == "snapshots" and repo.startswith("models--")
+    hub = above == "snapshots" and repo.startswith("models--") and base.resolve().parents[2] == cache().resolve()
     name = repo.removeprefix("models--").replace("--", "/") if hub else str(base.resolve())
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name,

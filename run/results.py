@@ -22,13 +22,14 @@ def write_args(args: Args, steps: int = 0) -> None:
     """
     file, kept = Path(args.out) / "args.json", []
     if args.resume:
-        was, known = read_json(file), history(args)
-        # The run goes back to a checkpoint at `steps`: entries after it are undone, and the first of them ends here.
-        undone = [entry for entry in known if entry["until"] >= steps][:1]
-        kept = [entry for entry in known if entry["until"] < steps] + [entry | {"until": steps} for entry in undone]
-        names = ["clip_norm", "decay", "lr", "warmup", *["steps"] * ({args.decay, was.get("decay")} != {"constant"})]
-        changed = {name: was[name] for name in names if name in was and was[name] != getattr(args, name)}
-        if steps and changed and not undone:
+        known, now = history(args), dataclasses.asdict(args)
+        was = now | read_json(file)
+        # The run goes back to a checkpoint at `steps`: entries after it are undone, the first of each flag ends here.
+        kept = [entry for entry in known if entry["until"] < steps]
+        for entry in [entry for entry in known if entry["until"] >= steps][::-1]:
+            was |= entry
+        names = ["clip_norm", "decay", "lr", "warmup", *["steps"] * ({args.decay, was["decay"]} != {"constant"})]
+        if steps and (changed := {name: was[name] for name in names if was[name] != now[name]}):
             kept.append({"until": steps} | changed)
     files.write_json(file, dataclasses.asdict(args) | {"resume": False} | ({"history": kept} if kept else {}))
 
@@ -53,7 +54,9 @@ def identify(args: Args, made_of: dict[str, str]) -> dict[str, str]:
     made_of = made_of | identity.of_model(args.model) | {"flags": identity.digest(set_flags)}
     made_of |= {"dataset": identity.file_digest(dataset.with_name("train.jsonl"))} if args.dataset else {}
     if begun is not None:
-        identity.check_same(begun.get("made_of"), made_of, f"the run in {args.out}", "restore it, or start a new run")
+        was = begun.take("made_of", dict[str, str], {})
+        now = {name: "none" for name in was if name == "dataset"} | made_of
+        identity.check_same(was, now, f"the run in {args.out}", "restore it, or start a new run")
         if (before := kept.with_name("before.identity.json")).exists() and before.with_name("before.json").exists():
             advice = f"remove {args.out}/before.*, and it is measured again"
             identity.check_same(read_json(before).get("made_of"), made_of, before, advice)

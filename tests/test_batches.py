@@ -135,6 +135,10 @@ def test_stream():
         resumed.resume_at(**stream.position())
         assert resumed.next_cases(9) == stream.next_cases(9) and resumed.drawn == taken + 9
     wordless = [tasks.Question("strategyqa", "1", ("Hm?",), ("yes", "no"), 0, "1")]
+    few = [dataclasses.replace(wordless[0], id=str(k), group=str(k)) for k in range(20)]
+    few.append(dataclasses.replace(wordless[0], id="20", parts=("Does he eat an apple every day?",)))
+    usable = Stream(few, arguments(intervention="adverb"))  # however far apart its turns in two epochs are
+    assert {case.question.id for case in usable.next_cases(40)} == {"20"}
     with pytest.raises(ValueError, match="no training question of strategyqa has a place"):
         Stream(wordless, arguments(intervention="adverb")).next_cases(1)
 

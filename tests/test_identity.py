@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,8 +15,9 @@ from launch import DATA, call, flags, ran, refused
 
 import faith
 import reward
-from lab import build, page, paper, report
+from lab import build, experiment, page, paper, report
 from run import checkpoint, identity
+from run.ranks import Ranks
 
 
 def change_weights(folder):
@@ -139,6 +141,7 @@ def test_labels_of_another_data_set(copy, tmp_path):
     (copy / "set" / "manifest.json").write_text(json.dumps(manifest))
     assert "was made with other dataset (sha256: " in refused(again)
     (copy / "set" / "train.jsonl").write_text(kept)
+    assert "was made with other dataset (sha256: " in refused([*again, "--dataset", ""])
     ran(again)
 
 
@@ -184,12 +187,33 @@ def test_a_data_set_that_is_continued(copy, change, monkeypatch, capsys):
     assert f"set was made with other {change.split(',')[0]} (sha256: " in capsys.readouterr().err
 
 
+def test_ranks_that_have_read_other_files(network):
+    subject = SimpleNamespace(made_of={"questions": "q"}, sampler=SimpleNamespace(model=network))
+    for name in ("questions", "weights"):
+        ranks = SimpleNamespace(gather=lambda items, name=name: [items[0], items[0] | {name: "of node 2"}])
+        with pytest.raises(ValueError, match=f"rank 1 .* was made with other {name} "):
+            experiment.check_ranks(subject, ranks)
+    experiment.check_ranks(subject, SimpleNamespace(gather=lambda items: items * 2))
+    state = checkpoint.RunState(Path("none"), None, SimpleNamespace(position=dict), {}, ranks := Ranks(), 2)
+    ranks.gather = lambda items: [*items, Path("step-00000002")]
+    with pytest.raises(ValueError, match="ranks see different checkpoints in none, "):
+        state.resume()
+
+
 def test_an_adapter_over_a_changed_base(copy, capsys):
     out = copy / "lora"
     ran(flags(copy / "model", out, data=copy / "data", lora=2, steps=1))
     measure = ["--model", str(out / "model"), "--task", "esnli", "--data", str(copy / "data"), "--limit", "5",
                "--fit", "2", "--max-new-tokens", "2"]  # fmt: skip
     assert faith.main(measure) == 0
+    hashed = identity.weights(out / "model")
+    (copy / "model").rename(copy / "moved")
+    change_json(out / "model" / "adapter_config.json", base_model_name_or_path=str(copy / "moved"))
+    assert identity.weights(out / "model") == hashed
+    change_json(out / "model" / "adapter_config.json", r=1)
+    assert identity.weights(out / "model") != hashed
+    change_json(out / "model" / "adapter_config.json", r=2, base_model_name_or_path=str(copy / "model"))
+    (copy / "moved").rename(copy / "model")
     change_json(copy / "model" / "config.json", rope_theta=20000.0)
     assert faith.main(measure) == 2
     assert f"the adapter {out}/model was made with other config (sha256: " in capsys.readouterr().err

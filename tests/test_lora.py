@@ -369,6 +369,10 @@ def test_where_the_base_is(folder, tmp_path, monkeypatch):
     models.save(lora.attach(models.load(repo / "snapshots" / "0123"), 2, 4.0), adapter := tmp_path / "a")
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/mini", "0123")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "another"))  # a path that looks so, in no cache of ours
+    elsewhere = lora.peft_config(lora.attach(models.load(repo / "snapshots" / "0123"), 2, 4.0))
+    assert elsewhere["base_model_name_or_path"] == str(repo / "snapshots" / "0123") and elsewhere["revision"] is None
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     (adapter / "tokenizer.json").unlink()
     for revision, base in (("0123", folder), ("v2", folder), (None, other), ("main", other), ("v3", None)):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": revision}))
