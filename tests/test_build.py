@@ -410,11 +410,32 @@ def test_the_command(done, folder):
     assert ran.returncode == 0 and "train  40 rows" in ran.stdout and "50.0% moved" in ran.stdout, ran.stderr
 
 
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(build.__file__).parents[1] / "runs" / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_even(done, folder, tmp_path, capsys):
+    """As many wrong own answers as right ones, moved or not; the labels are the model's; train.py takes it."""
+    even, out = script("even"), tmp_path / "even"
+    assert even.main([str(done), str(out)]) == 0
+    rows = read(out)[0]["train"]
+    cells = Counter((row["influence"], row["y"] == row["gold"]) for row in rows)
+    assert len(cells) == 4 and len(set(cells.values())) == 1 and f"{len(rows)} rows" in capsys.readouterr().out
+    launch.ran(training(folder, tmp_path / "o", dataset=out, steps=1))
+    known = {(row["id"], row["text_inserted"]): row for row in read(done)[0]["train"]}
+    both = [(row, known[key]) for row in rows if (key := (row["id"], row["text_inserted"])) in known]
+    assert len(both) > len(rows) / 2 and all(
+        row["y"] == was["y"] and row["y_edit"] == was["y_edit"] for row, was in both
+    )
+    assert even.main([str(done), str(out)]) == 2 and "empty or new" in capsys.readouterr().err
+
+
 def test_probe(done, folder, subject, capsys):
     """Its states decide as the labels say, and its regression and AUC are scikit-learn's."""
-    spec = importlib.util.spec_from_file_location("probe", Path(build.__file__).parents[1] / "runs" / "probe.py")
-    probe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(probe)
+    probe = script("probe")
     rows = read(done)[0]["train"][:6]
     found = torch.from_numpy(probe.states(subject, rows))  # (rows, places, layers, E), rounded to fp16
     network = subject.sampler.model
