@@ -1,8 +1,9 @@
 """From a data set of lab.build another one, in which the model's own answer is wrong as often as it is right.
 
-Where a model is mostly right by itself, an answer that an edit changed is mostly wrong. So it can name the edit wherever
-its answer is wrong, and need not know what it would have answered. Here that rule earns nothing: with influence and
-without, half of the rows have a y that is not the right answer. Questions with a wrong y get up to six edits each.
+Where a model is mostly right by itself, an answer that an edit changed is mostly wrong. So it can name the edit
+wherever its answer is wrong, and need not know what it would have answered. Here that rule earns nothing: with
+influence and without, half of the rows have a y that is not the right answer. Questions with a wrong y get up to six
+edits each.
 
     python runs/even.py DATASET OUT
 """
