@@ -166,7 +166,7 @@ def command(prog: str, ranks: bool = False):
     """Decorates a command's main(argv), which then returns the exit status: main's, or 0.
 
     Wrong input: one line, with the notes of the error, and 2. A signal: one line, and 128 + the signal. A
-    full disk under what it prints: one line, and 2; a closed pipe is no error. ranks: only rank 0 prints the line.
+    full disk under what it prints: one line, and 2; a closed pipe is no error. ranks: other ranks than 0 print it late.
     """
 
     def decorate(main):
@@ -183,8 +183,13 @@ def command(prog: str, ranks: bool = False):
                         raise
                     status = 128 + (came or [2])[0] if stopped else 2
                     line = f"{prog}: {Stopped(status - 128) if stopped else str(error) or 'not enough memory'}"
+                    line = "; ".join([line, *getattr(error, "__notes__", [])])
                     if not (ranks and other_rank()):
-                        say("; ".join([line, *getattr(error, "__notes__", [])]), sys.stderr)
+                        say(line, sys.stderr)
+                    elif not stopped:  # if rank 0 says the same, torchrun ends this one before
+                        with contextlib.suppress(KeyboardInterrupt):
+                            time.sleep(5)
+                            say(f"rank {launched()[0]}: {line}", sys.stderr)
                 out.flush()
                 if out.error and not isinstance(out.error, BrokenPipeError):
                     say(f"{prog}: its output cannot be written ({out.error.strerror})", sys.stderr)

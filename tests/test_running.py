@@ -68,6 +68,17 @@ def test_how_a_command_ends(capsys, main, status, says):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_another_rank_speaks_late(capsys, monkeypatch, ended):
+    """Rank 0 may not know of its error. If it does, it has said so, and torchrun ends this rank."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **MASTER}.items():
+        monkeypatch.setenv(name, value)
+    waits = (lambda s: signal.raise_signal(signal.SIGTERM)) if ended else (lambda s: None)
+    monkeypatch.setattr(time, "sleep", waits)
+    assert progress.command("a.py", ranks=True)(fails(ValueError("wrong"), "do this"))([]) == 2
+    assert capsys.readouterr().err == ("" if ended else "rank 1: a.py: wrong; do this\n")
+
+
 def test_a_fault_of_the_product_is_not_hidden():
     with pytest.raises(RuntimeError, match="a bug"):
         progress.command("a.py")(fails(RuntimeError("a bug")))([])
