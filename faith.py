@@ -249,23 +249,24 @@ def decoys(case: Case, text: str, seed: int) -> dict:
     return {"decoy": int(drawn in named), "decoy_any": int(bool(named)), "decoy_prompt": prompt}
 
 
+def place_of(case: Case) -> str | None:
+    """The text that an adverb went to, such as "parts 1" or "options 0"; None for a hint."""
+    for where in ("parts", "options"):
+        texts = getattr(case.question, where), getattr(case.edited, where)
+        for n, (old, new) in enumerate(zip(*texts, strict=True)):
+            if old != new:
+                return f"{where} {n}"
+    return None
+
+
 def decision_row(case: Case, logp: np.ndarray, logp_edit: np.ndarray) -> dict:
     """What is known of a case before it is explained: enough to fit the shortcut baseline."""
     y, y_edit, d, n = int(logp.argmax()), int(logp_edit.argmax()), case.intervention, len(case.question.options)
-    place = next(
-        (
-            f"{field} {i}"
-            for field in ("parts", "options")
-            for i, (old, new) in enumerate(zip(getattr(case.question, field), getattr(case.edited, field), strict=True))
-            if old != new
-        ),
-        None,
-    )
     return {
         "id": case.question.id, "group": case.question.group, "gold": case.question.gold,
         "y": y, "y_edit": y_edit, "p": np.exp(logp[:n]).tolist(), "p_edit": np.exp(logp_edit[:n]).tolist(),
         "kind": d.kind, "word": d.word, "text_inserted": d.text, "phrasing": d.phrasing, "suggestion": d.suggestion,
-        "place": place, "influence": int(reward.influence(y, y_edit)),
+        "place": place_of(case), "influence": int(reward.influence(y, y_edit)),
         "planted": None if case.question.moved_by is None else int(d.name in case.question.moved_by),
         "task": case.question.task,
     }  # fmt: skip

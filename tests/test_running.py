@@ -190,12 +190,13 @@ def test_what_a_launcher_says(monkeypatch, capsys, environment, place):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     main = progress.command("a.py", ranks=True)(lambda argv: print(progress.launched()))
     assert main([]) == (0 if place else 2)
     out, error = capsys.readouterr()
     if place:
         assert out == f"{place}\n" and progress.command("a.py", ranks=True)(fails(ValueError("wrong")))([]) == 2
-        assert bool(capsys.readouterr().err) == (place[0] == 0)
+        assert capsys.readouterr().err == f"rank {place[0]}: " * (place[0] > 0) + "a.py: wrong\n"
     else:
         assert all(f"{name}={value}" in error for name, value in environment.items()) and error.count("\n") == 1
 
