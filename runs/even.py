@@ -73,11 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     files.write_jsonl(args.out / "train.jsonl", train)
     for name in ("test.jsonl", "fit.jsonl"):
         shutil.copy(args.dataset / name, args.out)
-    counts = {name: len({row[key] for row in train}) for name, key in (("questions", "id"), ("groups", "group"))}
-    splits = manifest["splits"] | {"train": {"rows": len(train), **counts, "influence_rate": 0.5}}
-    manifest |= {"splits": splits, "sha256": identity.file_digest(args.out / "train.jsonl")}
+    found = build.rates([(None, row) for row in train])
+    manifest |= {
+        "splits": manifest["splits"] | {"train": found},
+        "sha256": identity.file_digest(args.out / "train.jsonl"),
+    }
     files.write_json(args.out / "manifest.json", manifest)
-    print(f"{len(train)} rows of {counts['questions']} questions, {size} of each kind, are in {args.out}")
+    print(f"{len(train)} rows of {found['questions']} questions, {size} of each kind, are in {args.out}")
 
 
 if __name__ == "__main__":
