@@ -162,7 +162,7 @@ def train(args: Args, ranks: Ranks, take_step, subject, policy, stream, anchor, 
                 progress.show(text, n + 1, args.steps, always=record["skipped"] > 0)
             if args.checkpoint_every and (n + 1) % args.checkpoint_every == 0:
                 state.save()
-            if ranks.rank == 0 and args.save_every and (n + 1) % args.save_every == 0 and n + 1 < args.steps:
+            if ranks.rank == 0 and args.save_every and (n + 1) % args.save_every == 0:
                 results.save_model(args, policy.model, f"step-{n + 1}")
             signals.release()
             skips = skips + 1 if record["skipped"] == args.updates else 0

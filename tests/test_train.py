@@ -39,7 +39,7 @@ def equal(one, other):
 def done(folder, tmp_path_factory):
     """A finished run with most things on."""
     out = tmp_path_factory.mktemp("run") / "some run"
-    given = flags(folder, out, steps=3, calibrate=True, calibration_questions=5, save_every=2, prompts=6, loss="grpo",
+    given = flags(folder, out, steps=3, calibrate=True, calibration_questions=5, save_every=1, prompts=6, loss="grpo",
                   decay="cosine", warmup=1)  # fmt: skip
     return out, given, ran(given)
 
@@ -50,6 +50,7 @@ def test_files_of_a_run(done, folder):
         "args.json", "calibration.json", "metrics.jsonl", "explanations.jsonl", "before.json", "before.T0.jsonl",
         "before.T1.jsonl", "after.json", "after.T0.jsonl", "after.T1.jsonl", "difference.T0.json", "step-2", "model",
     }  # fmt: skip
+    assert equal(out / "step-3", out / "model") and not equal(out / "step-2", out / "model")
     saved = json.loads((out / "args.json").read_text())
     assert Args(**saved) == parse_(given)
     offsets = json.loads((out / "calibration.json").read_text())["mean_logp"]
