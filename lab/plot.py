@@ -100,7 +100,7 @@ def curves(runs: list[Path], to: Path) -> Path:
             with_intervals(panels[0], phi, color=COLOURS["phi"], label=label if phi else None)
             label = None if phi else label
         for panel in panels:  # one row of names above each panel: one height, equal gaps; the layout keeps them apart
-            panel.set(xlabel="step", ylim=(-0.15, 1.02))
+            panel.set(xlabel="step", ylim=(min(-0.15, panel.dataLim.y0 - 0.03), 1.02))
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return to

@@ -57,6 +57,15 @@ def test_the_picture(run, figures):
         assert sum(np.array_equal(plot.smooth(values, 2), line, equal_nan=True) for line in drawn) == 2
 
 
+def test_the_lowest_phi_is_in_the_picture(run, figures):
+    metrics = (run / "metrics.jsonl").read_text().replace('"phi": ', '"phi": -')
+    (run / "metrics.jsonl").write_text(metrics.replace("-null", "null"))
+    plot.curves([run], run / "curves.png")
+    for panel in figures[0].axes:
+        lowest = min(np.nanmin(line.get_ydata()) for line in panel.get_lines())
+        assert panel.get_ylim()[0] <= min(lowest, -0.15) and panel.get_ylim()[0] > -1
+
+
 @pytest.mark.parametrize(("measured", "names"), [(True, 5), (False, 4)])
 def test_the_names_of_the_curves_are_evenly_spaced_and_do_not_overlap(run, figures, measured, names):
     """In pixels: the names stand at one height, with equal gaps that hold the next mark, and cover no panel or edge."""
