@@ -295,7 +295,7 @@ def timed_step(sampler: Sampler, policy: Policy, prompts, samples: int, seed: in
 
 
 def training(args: argparse.Namespace) -> dict:
-    if args.count % args.micro:
+    if args.against and args.count % args.micro:
         raise ValueError(f"--count {args.count} must be a multiple of --micro {args.micro}, or TRL leaves some out")
     name = f"TRL {importlib.metadata.version('trl')}" if args.against else ""
     sampler, prompts = prepare(args)

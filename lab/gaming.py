@@ -37,7 +37,7 @@ SIGNS = ("denial", "several", "repeated")
 # Denials. The rule would rather miss one than claim a false one. It reads only the sentence that names the inserted
 # word, so it misses a next sentence "That did not sway me." It reads only words and commas; @ stands for the inserted
 # word: "my @ said a , but it did not influence me". _STEP is one more word of the same clause; conjunctions end it.
-_STEP = r"(?:(?!(?:and|but|yet|although|though|because|since|so|while|until|unless|except)\b)[\w'@-]+ )"
+_STEP = r"(?:(?!(?:and|but|yet|although|though|because|since|so|while|until|unless|except|without|than)\b)[\w'@-]+ )"
 _NOT = r"(?:(?:not|never|nor|neither|cannot|\w+n't) )"
 _MOVE = (  # what the word did not do. Not "follow": hypotheses do not. Not "convinced" alone: the uncle may not be.
     r"(?:(?:influenc|sway|affect|impact|contribut|guid)\w*|changed?|alter(?:ed)?|moved?|matter(?:ed)?"

@@ -85,9 +85,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run_measure(args: argparse.Namespace) -> None:
-    questions = tasks.load(args.task, args.data, args.skip_bad_rows)
     # These are the test questions of a train.py run with --eval-questions LIMIT, which never trains on them.
-    parts = tasks.split(questions, {"test": args.limit, "fit": args.fit}, seed=0)
+    counts = {"test": args.limit, "fit": args.fit}
+    questions, parts = tasks.load_splits({args.task: args.data}, counts, args.skip_bad_rows)
     identity.check_unseen(args.model, parts["test"], "--limit")
     vocabulary = reward.words(args.intervention, {"all": None, "train": False, "held-out": True}[args.words])
     test = faith.draw_cases(parts["test"], args.intervention, args.seed, vocabulary)

@@ -37,7 +37,9 @@ from run.progress import Parser, command
 from run.results import check_rows, hashes
 from run.tables import cell, grid
 
-ROWS = ("base", "form", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy")  # in the table's order
+ROWS = (  # in the table's order
+    "base", "form", "RQ1-shuffled", "RQ1", "imitation", "RQ2-shuffled", "RQ2-frozen", "RQ2-on-policy",
+)  # fmt: skip
 LEGEND = ("[ ]: 95 % interval by bootstrap; with several seeds the median and [least, greatest]; "
           "(1 of 3): measured for one of the row's three seeds")  # fmt: skip
 FREE = {
@@ -87,7 +89,8 @@ def read(folder: str | Path) -> Run:
     args = reading.read_json(saved)
     objective, labels = args.take("objective", str), args.take("labels", str)
     # Of shuffled labels an imitation learns the form of an explanation alone.
-    supervised = {"detection": "RQ1", "imitation": "form" if labels == "shuffled" else "imitation"}
+    shuffled = labels == "shuffled"
+    supervised = {"detection": "RQ1-shuffled" if shuffled else "RQ1", "imitation": "form" if shuffled else "imitation"}
     row = supervised.get(objective) or f"RQ2-{labels}"
     if row not in ROWS:
         args.refuse("labels", "on-policy, frozen or shuffled")
@@ -105,6 +108,7 @@ def check_alike(runs: list[Run]) -> None:
             if was and now:  # the same model and data may have been elsewhere
                 free = FREE | {"model", "data", "dataset"}
                 names = "weights", "questions", "dataset"
+                was, now = ({"dataset": "none"} | known for known in (was, now))
                 identity.check_same(was, now, f"{a.folder}/identity.json", f"{both} not seeds of one row", names)
             for key in sorted((a.args.keys() | b.args.keys()) - free):
                 x, y = (run.args.get(key, getattr(Args, key, None)) for run in (a, b))  # one may be older than a flag

@@ -27,6 +27,10 @@ def of_rows(paths: list[str], fit: str | None) -> dict[str, dict]:
     for path in paths if fit else ():
         results.check_rows(fit, path)
     fit_rows, rows = reading.read_jsonl(fit) if fit else None, [reading.read_jsonl(path) for path in paths]
+    groups = [{(row.get("task"), row["group"]) for row in some if "group" in row} for some in (*rows, fit_rows or ())]
+    if both := sorted(str(group) for _, group in set.union(*groups[:-1]) & groups[-1]):
+        raise ValueError(f"--fit {fit}: {len(both)} of its groups of questions, such as {both[0]!r}, are measured too; "
+                         "give rows of other questions")  # fmt: skip
     initial = rows[0] if len(rows) > 1 else None
     out = [summary(some, fit_rows, source=path, initial=initial) for path, some in zip(paths, rows, strict=True)]
     names = ("before", "after") if len(rows) > 1 else ("rows",)

@@ -42,6 +42,7 @@ def choose(args: Args, model: models.Transformer, world: int, plan=None) -> str:
         return "replicate"
     sizes = {name: getattr(args, name) for name in ("prompts", "samples", "rows", "micro", "lora", "recompute")}
     sizes |= {"new": args.max_new_tokens, "kl": bool(args.kl), "anchor": bool(args.anchor)}
+    sizes["dtype"] = "fp32" if model.dtype == torch.float32 else "bf16"
     prompt = min(TYPICAL_PROMPT, model.config.context - args.max_new_tokens)
     memory = torch.cuda.mem_get_info(model.device)[1]
     return plan(model.config, gpus=world, gpu_memory_bytes=memory, prompt_tokens=prompt, **sizes)["parallel"]

@@ -320,6 +320,14 @@ def test_only_seeds_share_a_row(paper_runs, folder):
     assert list(table_of(*rows[::-1])["rows"]) == ["imitation", "RQ2-shuffled", "RQ2-frozen"]
     labelled = [folder(labels, objective="detection", labels=labels) for labels in ("frozen", "x")]
     refused("of one row, RQ1: their --labels differs", *labelled)
+    noise = folder("noise", objective="detection", labels="shuffled")
+    assert list(table_of(noise, labelled[0])["rows"]) == ["RQ1-shuffled", "RQ1"]
+    hashes = {"weights": "1", "questions": "2"}
+    alike = [folder(f"alike{n}", labels="frozen", seed=n) for n in (1, 2)]
+    for run, more in zip(alike, ({"dataset": "3"}, {}), strict=True):
+        (run / "identity.json").write_text(json.dumps({"made_of": hashes | more}))
+    for two in (alike, alike[::-1]):
+        refused("was made with other dataset", *two)
     free = folder("free", seed=7, out="there", note="hm", checkpoint_every=5, lora=0, log="tensorboard",
                   kernels="plain", eval_before=False, why="leading")  # fmt: skip
     assert len(table_of(s1, free)["rows"]["RQ2-on-policy"]["runs"]) == 2

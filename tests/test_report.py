@@ -516,9 +516,10 @@ def test_f_auroc_is_scikit_learns_area_under_the_points():
 def measured(tmp_path):
     before = random_rows(40, 11)
     rows = {"before": before, "after": [row | {"mention": row["influence"]} for row in before]}
+    rows["fit"] = [row | {"group": f"another {row['group']}"} for row in random_rows(60, 12)]
     paths = {name: tmp_path / f"{name}.rows.jsonl" for name in ("before", "after", "fit")}
     for name, path in paths.items():
-        files.write_jsonl(path, (rows | {"fit": random_rows(60, 12)})[name])
+        files.write_jsonl(path, rows[name])
     return paths
 
 
@@ -557,6 +558,7 @@ def test_command_refuses_bad_input_in_one_line(measured, tmp_path, capsys):
     for args, message in (
         *cases,
         ((tmp_path, good), "Is a directory"),
+        ((good, "--fit", good), "of its groups of questions, such as "),
         ((good, none), "is missing"),
         ((good, good, "--fit", none), "is missing"),
         ((good, good, "--json", none / "x.json"), "cannot be written"),

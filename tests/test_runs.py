@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -91,6 +92,29 @@ def planned(script, tmp_path, monkeypatch):
     homes = [(folder, f"cells/{name}.T1.jsonl") for folder, run in runs.items() for name in homes_of(run)]
     assert games == {(folder, home): f"{Path(folder).parent}/base/{home}" for folder, home in homes}
     return runs, sets, cells, tables
+
+
+def test_fresh_words_go_on_from_what_qwen_sh_made(tmp_path):
+    """Every model, data set and calibration is one that qwen.sh or an earlier line makes."""
+    made, runs = {str(tmp_path / "easy")}, {}
+    for program, words in [*lines("qwen.sh", tmp_path), *lines("qwen_fresh.sh", tmp_path)]:
+        if program == "runs/even.py":
+            assert words[0] in made
+            made.add(words[1])
+        elif program == "lab.build":
+            made.add(words[words.index("--out") + 1])
+        elif program == "train.py":
+            args = runs[words[words.index("--out") + 1].removeprefix(f"{tmp_path}/")] = parse(words)
+            assert not args.dataset or args.dataset in made
+            made.add(f"{args.out}/model")
+        elif program == "faith.py":
+            given = dict(itertools.pairwise(words))
+            made.add(f"{given['--rows']}.calibration.json")
+            assert given["--calibration"] in made | {"fit"} and given["--model"] in made | {"MODEL"}
+    grpo, more, even = runs["fresh-1"], runs["fresh-imitation"], runs["imitation-even"]
+    assert {run.model for run in (grpo, more)} == {f"{even.out}/model"} and even.model == runs["seed-0"].model
+    assert {run.dataset for run in (grpo, more)} == {f"{tmp_path}/fresh-even"}
+    assert {run.objective for run in (more, even)} == {"imitation"} and grpo.objective == "disclosure"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -130,6 +130,10 @@ def test_choose(network, monkeypatch):
         (nine, {"recompute": False, "micro": 1}, "replicate"), (config_of_smollm2(), {}, "replicate"),
         (network.config, {"max_new_tokens": 500}, "replicate"),  # leaves little context for the prompt
     ):  # fmt: skip
-        big = types.SimpleNamespace(config=config, device=torch.device("cuda"))
+        big = types.SimpleNamespace(config=config, device=torch.device("cuda"), dtype=torch.bfloat16)
         assert choose(big, 8, **changes) == kept, changes
+    for dtype, kept in ((torch.bfloat16, "shard"), (torch.float32, "replicate")):  # fp32 needs no fp32 copy beside it
+        config = dataclasses.replace(eight, layers=12)
+        big = types.SimpleNamespace(config=config, device=torch.device("cuda"), dtype=dtype)
+        assert choose(big, 8) == kept
     assert choose(big, 1) == "replicate"

@@ -504,15 +504,19 @@ def test_an_export_gives_the_published_questions(task, tmp_path, capsys):
     assert said in error(task, written(file, less))
 
 
-def test_files_of_ones_own_in_parquet_belong_together(tmp_path):
+def test_files_of_ones_own_in_parquet_belong_together(tmp_path, capsys):
     written(tmp_path / "a.parquet", [OWN, OWN | {"gold": 0}])
     written(tmp_path / "b.parquet", [OWN | {"options": [*OWN["options"], "another"]}])
     counts = [len(OWN["options"]) + k for k in (0, 1)]
     assert error("jsonl", tmp_path).endswith("its files have {} and {} options; give as many in each".format(*counts))
     for name in "ab":
-        written(tmp_path / f"{name}.parquet", [OWN | {"id": "one", "group": name}])
+        ids = "one", f"{name}1", f"{name}2"
+        written(tmp_path / f"{name}.parquet", [OWN | {"id": i, "group": name + i} for i in ids])
     with pytest.raises(ValueError, match="the id 'one' occurs in two files or tasks"):
         tasks.load_splits({"jsonl": tmp_path}, {"test": 1, "train": -1}, False)
+    flags = ["--model", str(tiny.build(tmp_path / "model")), "--task", "jsonl", "--data", str(tmp_path)]
+    assert faith.main([*flags, "--limit", "2", "--fit", "2"]) == 2
+    assert "the id 'one' occurs in two files" in capsys.readouterr().err
 
 
 def test_parquet_of_ones_own_without_pyarrow_and_cut_short(tmp_path, monkeypatch):
