@@ -135,12 +135,11 @@ FRESH = {  # words that KINDS does not have, of its kinds and of others
 CLOSE = (  # a word of one of these kinds may be of another of them too, so no question has options of both
     "a bird / a fish / an animal / an insect, a kitchen utensil / a tool / a weapon, a country / a language, a city / "
     "a country, a flower / a tree, a dessert / a fruit / a tree, a spice / a vegetable, a color / a gemstone / a "
-    "metal, a color / a flower, a fabric / a piece of clothing, a fabric / an animal, a fruit / a vegetable, a color "
-    "/ a gemstone, a metal / a planet, a city / a programming language, a country / a programming language, a toy / a "
-    "vehicle, a sport / a toy, a city / a month, a building / a vehicle, a color / a fruit, a flower / a spice, a "
-    "drink / a fruit, a sport / a vehicle, a mathematical operation / a school subject, a kitchen utensil / a piece "
-    "of furniture, a programming language / an animal, a sport / an insect, a gemstone / a programming language, a "
-    "metal / a planet, a dessert / a drink"
+    "metal, a color / a flower, a fabric / a piece of clothing, a fabric / an animal, a fruit / a vegetable, a metal "
+    "/ a planet, a city / a programming language, a country / a programming language, a toy / a vehicle, a sport / a "
+    "toy, a city / a month, a building / a vehicle, a color / a fruit, a flower / a spice, a drink / a fruit, a sport "
+    "/ a vehicle, a mathematical operation / a school subject, a kitchen utensil / a piece of furniture, a "
+    "programming language / an animal, a sport / an insect, a gemstone / a programming language, a dessert / a drink"
 )
 CAPITALS = (
     "France Paris, Germany Berlin, Japan Tokyo, Italy Rome, Spain Madrid, Egypt Cairo, Canada Ottawa, China Beijing, "
@@ -180,15 +179,19 @@ def opposite(rng: random.Random) -> tuple[str, str, str, str]:
     return f'Which word means the opposite of "{word}"?', right, rng.choice(other), " ".join(two)
 
 
-def fresh(rng: random.Random, unseen: set[str]) -> tuple[str, str, str, str]:
-    """unseen: words of KINDS that must not be options."""
-    wrong = {name: words.split() for name, words in FRESH.items()}
-    for name, words in KINDS.items():
-        wrong[name] = wrong.get(name, []) + [word for word in words.split() if word not in unseen]
-    asked, right = rng.choice([(name, word) for name, words in FRESH.items() for word in words.split()])
-    close = [set(some.strip().split(" / ")) for some in CLOSE.split(",")]
-    others = [name for name in wrong if name != asked and not any({name, asked} <= some for some in close)]
-    return f"Which of these is {asked}?", right, rng.choice(wrong[rng.choice(others)]), right
+def wrong_options(unseen: set[str]) -> dict[str, list[list[str]]]:
+    """{kind of FRESH: the words of each kind that is not close to it}, without the words of KINDS in `unseen`."""
+    words = {name: words.split() for name, words in FRESH.items()}
+    for name, known in KINDS.items():
+        words[name] = words.get(name, []) + [word for word in known.split() if word not in unseen]
+    close = [{*some.strip().split(" / ")} for some in CLOSE.split(",")]
+    return {a: [words[b] for b in words if a != b and not any({a, b} <= some for some in close)] for a in FRESH}
+
+
+def fresh(rng: random.Random, asked: list[tuple[str, str]], wrong: dict) -> tuple[str, str, str, str]:
+    """asked: kinds and their words. wrong: of wrong_options."""
+    name, right = rng.choice(asked)
+    return f"Which of these is {name}?", right, rng.choice(rng.choice(wrong[name])), right
 
 
 def questions(name: str, draw: Callable, count: int, seed: int) -> list[dict]:
@@ -212,7 +215,9 @@ def main(argv: list[str]) -> None:
     # The test and fit questions of kinds.jsonl in runs/qwen.sh.
     _, parts = tasks.load_splits({"jsonl": str(out / "kinds.jsonl")}, {"test": 300, "fit": 150}, False)
     unseen = {question.group for part in parts.values() for question in part}
-    write_jsonl(out / "fresh.jsonl", questions("fresh", functools.partial(fresh, unseen=unseen), 3000, seed=1))
+    asked = [(name, word) for name, words in FRESH.items() for word in words.split()]
+    draw = functools.partial(fresh, asked=asked, wrong=wrong_options(unseen))
+    write_jsonl(out / "fresh.jsonl", questions("fresh", draw, 3000, seed=1))
 
 
 if __name__ == "__main__":

@@ -284,8 +284,10 @@ def test_easy_questions(tmp_path):
     assert easy.main([str(tmp_path)]) == 0 and easy.main([str(tmp_path), "x"]) == 2
     capitals, opposites = dict(easy.pairs(easy.CAPITALS)), [set(pair) for pair in easy.pairs(easy.OPPOSITES)]
     kinds = {f"Which of these is {name}?": set(words.split()) for name, words in easy.KINDS.items()}
-    groups = set()
-    for name, count in (("kinds", 2000), ("capitals", 600), ("opposites", 600)):
+    more = {f"Which of these is {name}?": set(words.split()) for name, words in easy.FRESH.items()}
+    tested = {"jsonl": str(tmp_path / "kinds.jsonl")}, {"test": 300, "fit": 150}, False
+    tested, groups = {q.group for part in tasks.load_splits(*tested)[1].values() for q in part}, set()
+    for name, count in (("kinds", 2000), ("capitals", 600), ("opposites", 600), ("fresh", 3000)):
         questions = tasks.load("jsonl", tmp_path / f"{name}.jsonl")
         assert not groups & {q.group for q in questions}  # a run on one file may be tested on another
         groups |= {q.group for q in questions}
@@ -295,6 +297,9 @@ def test_easy_questions(tmp_path):
             right, wrong = q.options[q.gold], q.options[1 - q.gold]
             if name == "kinds":
                 assert right in kinds[q.parts[0]] and wrong not in kinds[q.parts[0]] and q.group == right
+            elif name == "fresh":
+                assert right in more[q.parts[0]] and q.group == right and not {right, wrong} & tested
+                assert wrong not in more[q.parts[0]] | kinds.get(q.parts[0], set())
             elif name == "capitals":
                 country = q.parts[0].removeprefix("What is the capital of ").rstrip("?")
                 assert q.group == f"capital of {country}" and capitals[country] == right != wrong
