@@ -351,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recompute", action="store_true", help="with train: activation checkpointing")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    for name, least, most in (*((name, int(name != "rows"), 2**20) for name in sizes), ("lora", 0, 2**16)):
+    lowest = {"rows": 0, "count": 1 + (args.what == "train")}
+    for name, least, most in (*((name, lowest.get(name, 1), 2**20) for name in sizes), ("lora", 0, 2**16)):
         if not least <= (value := getattr(args, name)) <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"--{name} must be {bound}, not {value}")

@@ -334,6 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", help="write the plan to this file")
     args = vars(parser.parse_args(argv))
     path, file = args.pop("model"), args.pop("json")
+    if not 0 < args["gpu_memory_bytes"] < math.inf:
+        raise ValueError(f"--gpu-memory must be a finite number of GB above 0, not {args['gpu_memory_bytes']:g}")
     args["gpu_memory_bytes"] *= 1e9
     setup, config = Setup(**args), read(path)
     files.check_writable(file)

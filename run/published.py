@@ -36,12 +36,13 @@ def _esnli(file: Path, bad: BadRows) -> Rows:
 
 
 def _social_iqa(file: Path, bad: BadRows) -> Rows:
-    beside = file.with_name(file.stem + "-labels.lst")  # an export has the label in its row
-    labels = reading.lines_of(beside) if beside.is_file() else []
+    beside, names = file.with_name(file.stem + "-labels.lst"), ("answerA", "answerB", "answerC")
+    rows = list(reading.rows_of(file, bad, ("context", "question", *names)))
+    export = any("label" in row for _, row in rows)
+    labels = reading.lines_of(beside) if not export and beside.is_file() else []
     if labels and len(labels) != (count := len(reading.lines_of(file))):
         raise ValueError(f"{beside}: {len(labels)} labels for {count} lines of {file.name}; correct one of them")
-    names = ("answerA", "answerB", "answerC")
-    for place, row in reading.rows_of(file, bad, ("context", "question", *names)):
+    for place, row in rows:
         with bad:
             if not labels and "label" not in row:
                 raise ValueError(f"{row.where}: its label is missing; put {beside.name} beside the file")

@@ -80,14 +80,13 @@ def sexes_of(file: str) -> list[tuple[Question, str]]:
     """Short hypotheses of e-SNLI about one sex alone, as many of either, each with a reason: what it says."""
     found: dict[str, tuple[Question, str]] = {}
     personas = frozenset().union(*map(words.variants, words.PERSONAS))
-    with open(file, encoding="utf-8") as rows:
-        for n, row in enumerate(csv.DictReader(rows)):
-            text = row["Sentence2"].strip(" .") + "."
-            who = [bool(re.search(rf"\b({sex})\b", text, re.I)) for sex in (MALE, FEMALE)]
-            if sum(who) == 1 and 4 <= len(text.split()) <= 10 and not words.named(text).keys() & personas:
-                parts = (text, "Is the person in it male or female?")
-                question = Question("jsonl", f"esnli:{n}", parts, ("male", "female"), who.index(True), row["Sentence1"])
-                found.setdefault(text, (question, text[0].lower() + text[1:-1]))
+    for n, row in enumerate(tasks.load("esnli", file)):
+        text = row.parts[1].strip(" .") + "."
+        who = [bool(re.search(rf"\b({sex})\b", text, re.I)) for sex in (MALE, FEMALE)]
+        if sum(who) == 1 and 4 <= len(text.split()) <= 10 and not words.named(text).keys() & personas:
+            parts = (text, "Is the person in it male or female?")
+            question = Question("jsonl", f"esnli:{n}", parts, ("male", "female"), who.index(True), row.group)
+            found.setdefault(text, (question, text[0].lower() + text[1:-1]))
     sexes = [[pair for pair in found.values() if pair[0].gold == sex] for sex in (0, 1)]
     fewer = min(map(len, sexes))
     return [pair for pairs in sexes for pair in pairs[:fewer]]

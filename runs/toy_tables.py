@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from statistics import median
 
-OUT = Path(sys.argv[1])
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run.progress import Parser, command  # noqa: E402
 
 
 def figures(run: Path) -> dict[str, dict]:
@@ -32,14 +34,21 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
 
 
-def runs(name: str) -> list[Path]:
-    return sorted(p for p in (OUT / name).glob("*") if (p / "difference.T1.json").exists())
+def runs(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.glob("*") if (p / "difference.T1.json").exists())
+    if not found:
+        raise ValueError(f"{folder} holds no finished run; give the folder of runs/toy.sh")
+    return found
 
 
-def main() -> None:
+@command("toy_tables.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="toy_tables.py", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT_DIR")
+    out = parser.parse_args(argv).out
     print("**In short: median and range over seeds**")
     kinds = {"adverb": "adverbs", "bias": "bias phrases"}
-    columns = [[figures(run) for run in runs(kind)] for kind in kinds]
+    columns = [[figures(run) for run in runs(out / kind)] for kind in kinds]
     rows = [
         [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
         for what, part, key in (
@@ -57,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

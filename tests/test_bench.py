@@ -146,6 +146,7 @@ def test_drawn_weights(folder, tmp_path, monkeypatch):
      ("rollout", {"--json": "nowhere/x.json"}, "make the folder nowhere first"),
      ("rollout", {"--new": 4000}, "--length and --new together exceed the model's context of 512 tokens"),
      ("train", {"--lora": -1}, "--lora must be at least 0, not -1"),
+     ("train", {"--count": 1}, "must be at least 2, not 1"),
      ("train", {"--micro": 3, "--against": "trl"}, "a multiple of"),
      ("train", {"--new": 2**40}, "--new must be at most"),
      ("train", {"--against": "transformers"}, "train --against trl"), ("rollout", {"--lora": 2}, "leave them out"),

@@ -258,7 +258,8 @@ def test_command(tmp_path):
 
 
 BOUNDS = {"--gpus 0": "at least 1", "--samples 1": "at least 2", "--prompts 1": "at least 2", "--micro 0": "at least 1",
-          "--lora -1": "at least 0", "--gpu-memory -80": "above 0", "--gpu-memory nan": "a finite number"}  # fmt: skip
+          "--lora -1": "at least 0", "--gpu-memory nan": "a finite number",
+          "--gpu-memory -80": "a finite number of GB above 0, not -80"}  # fmt: skip
 MISTAKES = [*((flags, f"{flags.split()[0]} must be {bound}") for flags, bound in BOUNDS.items()),
     ("--parallel shard", "raise --gpus"), ("--prompt-tokens 9000", "lower one"),
     ("--model /nowhere", "no model at /nowhere"), ("--json /nowhere/plan.json", "make the folder /nowhere first"),
