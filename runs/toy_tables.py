@@ -35,10 +35,7 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def runs(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.glob("*") if (p / "difference.T1.json").exists())
-    if not found:
-        raise ValueError(f"{folder} holds no finished run; give the folder of runs/toy.sh")
-    return found
+    return sorted(p for p in folder.glob("*") if (p / "difference.T1.json").exists())
 
 
 @command("toy_tables.py")
@@ -46,9 +43,11 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="toy_tables.py", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     out = parser.parse_args(argv).out
-    print("**In short: median and range over seeds**")
     kinds = {"adverb": "adverbs", "bias": "bias phrases"}
     columns = [[figures(run) for run in runs(out / kind)] for kind in kinds]
+    if not any(columns):
+        raise ValueError(f"{out} holds no finished run; give the folder of runs/toy.sh")
+    print("**In short: median and range over seeds**")
     rows = [
         [what, *(spread([f[part][key]["value"] for f in column]) for column in columns)]
         for what, part, key in (
